@@ -1,0 +1,81 @@
+"""The desired document of one host: everything its agent shall make true.
+
+Missing from a document never means kill: a guest goes away only by the explicit role ``gone``, so an empty database or a
+bad restore stops nobody's server.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from skysail.contract import VERSION
+
+Role = Literal["run", "stop", "gone"]
+
+
+class FirewallRule(msgspec.Struct, frozen=True, kw_only=True):
+    """One opening. ``protocol`` is tcp, udp, icmp, icmpv6 or all; ports are inclusive (for icmp: type and code, -1 = any)."""
+
+    protocol: str
+    from_port: int
+    to_port: int
+    cidrs: tuple[str, ...] = ("0.0.0.0/0",)
+    ipv6_cidrs: tuple[str, ...] = ("::/0",)
+
+
+class Port(msgspec.Struct, frozen=True, kw_only=True):
+    """A guest's place in the network. ``tenant`` numbers the account: guests of one tenant reach each other privately."""
+
+    id: str
+    mac: str
+    tenant: int
+    private_ipv4: str
+    public_ipv4: str
+    firewall: tuple[FirewallRule, ...] = ()
+
+
+class Volume(msgspec.Struct, frozen=True, kw_only=True):
+    """A guest's system disk: a copy-on-write child of image ``image`` (its digest), ``size_gib`` large."""
+
+    id: str
+    image: str
+    size_gib: int
+
+
+class Personality(msgspec.Struct, frozen=True, kw_only=True):
+    """Who the guest is at first boot. ``user_data`` is the owner's launch script, run once as root."""
+
+    hostname: str
+    user: str
+    authorized_keys: tuple[str, ...] = ()
+    trusted_user_ca: tuple[str, ...] = ()
+    user_data: str = ""
+
+
+class Guest(msgspec.Struct, frozen=True, kw_only=True):
+    """One QEMU process that shall exist (or not). ``starts`` and ``reboots`` count the owner's requests: a guest that
+    powered itself off stays off until ``starts`` grows; a reboot is due while the agent has done fewer than ``reboots``.
+    ``force`` skips the orderly shutdown when the role is ``stop``."""
+
+    id: str
+    instance: str
+    role: Role
+    starts: int
+    reboots: int
+    vcpus: int
+    memory_mib: int
+    volume: Volume
+    port: Port
+    personality: Personality
+    force: bool = False
+
+
+class HostDocument(msgspec.Struct, frozen=True, kw_only=True):
+    """All that one host shall hold. The agent refuses a ``generation`` older than the one that it has."""
+
+    host: str
+    generation: int
+    guests: tuple[Guest, ...] = ()
+    version: int = VERSION

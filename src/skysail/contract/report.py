@@ -1,0 +1,57 @@
+"""What a host reports: the state it observes, never what it was told."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from skysail.contract import VERSION
+
+GuestState = Literal["preparing", "starting", "running", "rebooting", "stopping", "stopped", "halted", "crashed",
+                     "failed", "gone"]
+
+
+class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One guest as seen on its host. ``halted``: it powered itself off; ``crashed``: it died and will be restarted after
+    a back-off; ``failed``: it could not be made at all, ``reason`` says why. ``stages`` maps a launch stage to the
+    seconds since its start."""
+
+    id: str
+    state: GuestState
+    starts: int = 0
+    reboots: int = 0
+    reason: str = ""
+    host_keys: tuple[str, ...] = ()
+    rx_bytes: int = 0
+    tx_bytes: int = 0
+    stages: dict[str, float] = {}
+
+
+class ImageReport(msgspec.Struct, frozen=True, kw_only=True):
+    """An image that the host holds and can launch."""
+
+    digest: str
+    blueprint: str
+    name: str
+    user: str
+    version: str
+    size_gib: int
+    templated: bool
+
+
+class HostReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a host observes, at one moment. ``sequence`` grows by one with every change, within one agent's life
+    (``boot``): a reader keeps the pair to know what it has seen."""
+
+    host: str
+    boot: str
+    sequence: int
+    generation: int
+    vcpus: int
+    memory_mib: int
+    disk_gib: int
+    accelerator: str
+    guests: tuple[GuestReport, ...] = ()
+    images: tuple[ImageReport, ...] = ()
+    version: int = VERSION

@@ -1,0 +1,29 @@
+"""The hypervisor door: guests of one host. Engines: QEMU, and a simulation that keeps the same promises."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from skysail.contract.document import Guest
+from skysail.contract.report import GuestReport
+
+
+class Hypervisor(Protocol):
+    """Holds guests. Every call is idempotent and may be repeated after a crash at any moment."""
+
+    async def ensure(self, guest: Guest) -> GuestReport:
+        """Bring ``guest`` to its role (run, stop or gone) and say how it stands. Volume and port exist already."""
+        ...
+
+    async def observe(self) -> list[GuestReport]:
+        """Every guest that this host holds, adopted ones included; no effects."""
+        ...
+
+    def changes(self) -> AsyncIterator[str]:
+        """Ids of guests that changed by themselves (died, halted, rebooted)."""
+        ...
+
+    async def check(self) -> list[str]:
+        """What keeps this engine from working here, each with its cure; empty when all is well."""
+        ...

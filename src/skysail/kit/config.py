@@ -1,0 +1,74 @@
+"""Configuration of one cloud: read once from ``<data>/skysail.toml``, defaults where the file is silent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an operator can choose. Every path derives from ``data``.
+
+    ``regions`` maps a region name to the letters of its zones; ``default_region`` is the one that clients are pointed at.
+    """
+
+    data: str = "/var/lib/skysail"
+    listen: str = "127.0.0.1"
+    port: int = 8700
+    default_region: str = "us-east-1"
+    zones: tuple[str, ...] = ("a",)
+    namespace: str = "skysail"
+    link: str = "skysail0"
+    transit: str = "100.115.92.0/30"
+    private_network: str = "172.26.0.0/16"
+    public_pool: str = "203.0.113.0/24"
+    images: str = ""
+    templates: str = ""
+    guest_uid_base: int = 200_000
+    guest_user: str = "admin"
+    engines: str = "real"
+
+    @property
+    def root(self) -> Path:
+        return Path(self.data)
+
+    @property
+    def database(self) -> Path:
+        return self.root / "controller" / "skysail.sqlite"
+
+    @property
+    def master_key(self) -> Path:
+        return self.root / "controller" / "master.key"
+
+    @property
+    def agent_socket(self) -> Path:
+        return self.root / "run" / "agent.sock"
+
+    @property
+    def images_dir(self) -> Path:
+        return Path(self.images) if self.images else self.root / "images"
+
+    @property
+    def templates_dir(self) -> Path:
+        return Path(self.templates) if self.templates else self.root / "templates"
+
+    @property
+    def guests_dir(self) -> Path:
+        return self.root / "guests"
+
+    @property
+    def volumes_dir(self) -> Path:
+        return self.root / "volumes"
+
+
+def load(data: str | None = None) -> Config:
+    """Read the configuration of the cloud in ``data`` (else ``$SKYSAIL_DATA``, else /var/lib/skysail)."""
+    root = data or os.environ.get("SKYSAIL_DATA") or Config().data
+    path = Path(root) / "skysail.toml"
+    if not path.exists():
+        return Config(data=root)
+    values: dict[str, object] = msgspec.toml.decode(path.read_bytes())
+    values["data"] = root
+    return msgspec.convert(values, Config)

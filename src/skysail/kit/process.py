@@ -1,0 +1,33 @@
+"""The one home of child processes: argument lists only, never a shell; output captured; failures explained."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from skysail.kit.errors import ProcessFailed
+
+
+def run(argv: Sequence[str], *, input: bytes | None = None, env: Mapping[str, str] | None = None,
+        timeout: float | None = None) -> bytes:
+    """Run ``argv`` to its end and return its standard output.
+
+    Raises :class:`ProcessFailed` when the program is missing, exits non-zero or exceeds ``timeout`` seconds.
+    """
+    try:
+        done = subprocess.run(argv, input=input, env=dict(env) if env is not None else None, timeout=timeout,
+                              capture_output=True, check=False)
+    except FileNotFoundError as missing:
+        raise ProcessFailed(f"the program {argv[0]} is not installed", cure="run: sudo ./skysail up") from missing
+    except subprocess.TimeoutExpired as slow:
+        raise ProcessFailed(f"{argv[0]} did not finish within {timeout} s") from slow
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace")[-4000:]
+        raise ProcessFailed(f"{argv[0]} exited with {done.returncode}: {said.strip()}", stderr=said)
+    return done.stdout
+
+
+async def run_async(argv: Sequence[str], *, input: bytes | None = None, timeout: float | None = None) -> bytes:
+    """:func:`run`, off the event loop."""
+    return await asyncio.to_thread(run, argv, input=input, timeout=timeout)

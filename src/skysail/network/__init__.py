@@ -1,0 +1,37 @@
+"""The network door: ports, addresses and firewall of one host. Engines: Linux, and a simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from skysail.contract.document import Port
+
+
+class PortCounters(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes of one port since it was made, as the guest sees them."""
+
+    rx_bytes: int
+    tx_bytes: int
+
+
+class Fabric(Protocol):
+    """Holds the data plane. ``apply`` is idempotent and atomic for the ruleset."""
+
+    async def apply(self, ports: Sequence[Port]) -> None:
+        """Make exactly these ports exist, with their addresses and firewall; remove what is left over."""
+        ...
+
+    async def open_port(self, port: Port) -> int:
+        """A file descriptor of the port's tap device; the caller owns and closes it."""
+        ...
+
+    async def observe(self) -> dict[str, PortCounters]:
+        """Existing ports by id; no effects."""
+        ...
+
+    async def check(self) -> list[str]:
+        """What keeps this engine from working here, each with its cure."""
+        ...
