@@ -1,1 +1,1 @@
-"""store"""
+"""Rows: the schema (every table, one file), the database (transactions) and its migrations."""

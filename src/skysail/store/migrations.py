@@ -1,0 +1,30 @@
+"""Schema versions, oldest first. A released migration never changes; a new one is appended.
+
+The first version is the schema itself; the version reached is kept in SQLite's ``user_version``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sqlalchemy import Connection
+
+from skysail.store.schema import metadata
+
+
+def _foundation(connection: Connection) -> None:
+    metadata.create_all(connection)
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_foundation,)
+
+
+def upgrade(connection: Connection) -> int:
+    """Run what is missing, inside the caller's transaction; the version reached. Refuses a newer database."""
+    version = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+    if version > len(MIGRATIONS):
+        raise RuntimeError(f"the database is at version {version}, newer than this Skysail ({len(MIGRATIONS)})")
+    for migration in MIGRATIONS[version:]:
+        migration(connection)
+    connection.exec_driver_sql(f"PRAGMA user_version = {len(MIGRATIONS)}")
+    return len(MIGRATIONS)

@@ -1,0 +1,195 @@
+"""Every table of the controller. Times are seconds since the epoch; sizes carry their unit in the name.
+
+An *instance* is what the customer owns; a *guest* is the QEMU process that runs it on a host. A name is unique per
+account and region over all resource types, which the table ``names`` guarantees by its primary key.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+)
+
+metadata = MetaData(naming_convention={
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s",
+    "pk": "pk_%(table_name)s",
+})
+
+accounts = Table(
+    "accounts", metadata,
+    Column("id", String(12), primary_key=True),
+    Column("tenant", Integer, nullable=False, unique=True),
+    Column("name", String(64), nullable=False, unique=True),
+    Column("created_at", Float, nullable=False),
+)
+
+access_keys = Table(
+    "access_keys", metadata,
+    Column("id", String(32), primary_key=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("secret_sealed", LargeBinary, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("revoked_at", Float),
+)
+
+# One certificate authority per region: guests trust its user certificates, GetInstanceAccessDetails signs with it.
+authorities = Table(
+    "authorities", metadata,
+    Column("region", String(32), primary_key=True),
+    Column("public_key", String, nullable=False),
+    Column("private_sealed", LargeBinary, nullable=False),
+)
+
+names = Table(
+    "names", metadata,
+    Column("account_id", ForeignKey("accounts.id"), primary_key=True),
+    Column("region", String(32), primary_key=True),
+    Column("name", String(255), primary_key=True),
+    Column("resource_type", String(32), nullable=False),
+    Column("resource_id", String(64), nullable=False),
+)
+
+tags = Table(
+    "tags", metadata,
+    Column("resource_id", String(64), primary_key=True),
+    Column("key", String(128), primary_key=True),
+    Column("value", String(256)),
+)
+
+key_pairs = Table(
+    "key_pairs", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("region", String(32), nullable=False),
+    Column("name", String(255), nullable=False),
+    Column("public_key", String, nullable=False),
+    Column("fingerprint", String(64), nullable=False),
+    # Only the region's default key pair keeps its private half; every other one is shown once and forgotten.
+    Column("private_sealed", LargeBinary),
+    Column("is_default", Boolean, nullable=False, default=False),
+    Column("created_at", Float, nullable=False),
+    UniqueConstraint("account_id", "region", "name"),
+)
+
+hosts = Table(
+    "hosts", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("region", String(32), nullable=False),
+    Column("zone", String(4), nullable=False),
+    Column("address", String, nullable=False),
+    Column("generation", Integer, nullable=False, default=1),
+    Column("observed_generation", Integer, nullable=False, default=0),
+    Column("vcpus", Integer, nullable=False, default=0),
+    Column("memory_mib", Integer, nullable=False, default=0),
+    Column("disk_gib", Integer, nullable=False, default=0),
+    Column("accelerator", String(16), nullable=False, default=""),
+    Column("seen_at", Float),
+)
+
+images = Table(
+    "images", metadata,
+    Column("host_id", ForeignKey("hosts.id"), primary_key=True),
+    Column("digest", String(64), primary_key=True),
+    Column("blueprint", String(64), nullable=False),
+    Column("name", String(128), nullable=False),
+    Column("user", String(32), nullable=False),
+    Column("version", String(64), nullable=False),
+    Column("size_gib", Integer, nullable=False),
+)
+
+instances = Table(
+    "instances", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("region", String(32), nullable=False),
+    Column("zone", String(4), nullable=False),
+    Column("name", String(255), nullable=False),
+    Column("blueprint_id", String(64), nullable=False),
+    Column("blueprint_name", String(128), nullable=False),
+    Column("bundle_id", String(64), nullable=False),
+    Column("username", String(32), nullable=False),
+    Column("key_pair_name", String(255), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Index("ix_instances_listing", "account_id", "region", "name"),
+)
+
+guests = Table(
+    "guests", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("instance_id", String(64), nullable=False, index=True),
+    Column("instance_name", String(255), nullable=False),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("host_id", ForeignKey("hosts.id"), nullable=False, index=True),
+    Column("role", String(8), nullable=False),
+    Column("starts", Integer, nullable=False, default=1),
+    Column("reboots", Integer, nullable=False, default=0),
+    Column("force", Boolean, nullable=False, default=False),
+    Column("vcpus", Integer, nullable=False),
+    Column("memory_mib", Integer, nullable=False),
+    Column("disk_gib", Integer, nullable=False),
+    Column("image", String(64), nullable=False),
+    Column("mac", String(17), nullable=False, unique=True),
+    Column("private_ipv4", String(15), nullable=False, unique=True),
+    Column("public_ipv4", String(15), nullable=False, unique=True),
+    Column("personality", JSON, nullable=False),
+    Column("observed_state", String(16), nullable=False, default=""),
+    Column("observed_starts", Integer, nullable=False, default=0),
+    Column("observed_reboots", Integer, nullable=False, default=0),
+    Column("reason", String, nullable=False, default=""),
+    Column("host_keys", JSON, nullable=False, default=list),
+    Column("witnessed_at", Float),
+    Column("rx_bytes", Integer, nullable=False, default=0),
+    Column("tx_bytes", Integer, nullable=False, default=0),
+)
+
+ports = Table(
+    "ports", metadata,
+    Column("instance_id", ForeignKey("instances.id"), primary_key=True),
+    Column("protocol", String(8), primary_key=True),
+    Column("from_port", Integer, primary_key=True),
+    Column("to_port", Integer, primary_key=True),
+    Column("cidrs", JSON, nullable=False),
+    Column("ipv6_cidrs", JSON, nullable=False),
+    Column("cidr_aliases", JSON, nullable=False),
+)
+
+# The durable record of work. ``status`` is what the customer sees; ``step`` and ``done`` drive the workflow, which may
+# go on after the customer's answer (a deleted instance's guest is torn down behind a terminal operation).
+operations = Table(
+    "operations", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("region", String(32), nullable=False),
+    Column("zone", String(4), nullable=False, default=""),
+    Column("type", String(64), nullable=False),
+    Column("resource_name", String(255), nullable=False),
+    Column("resource_type", String(32), nullable=False),
+    Column("resource_id", String(64), nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("details", String, nullable=False, default=""),
+    Column("error_code", String(64)),
+    Column("error_details", String),
+    Column("created_at", Float, nullable=False),
+    Column("status_changed_at", Float, nullable=False),
+    Column("workflow", String(32), nullable=False, default=""),
+    Column("step", Integer, nullable=False, default=0),
+    Column("unwinding", Boolean, nullable=False, default=False),
+    Column("done", Boolean, nullable=False, default=True),
+    Column("arguments", JSON, nullable=False, default=dict),
+    Index("ix_operations_open", "done"),
+    Index("ix_operations_listing", "account_id", "region", "created_at"),
+)
