@@ -1,1 +1,1 @@
-"""operations"""
+"""Durable work: the Operation row is the record that the customer reads and the engine drives."""

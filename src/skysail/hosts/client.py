@@ -1,0 +1,40 @@
+"""One agent, as the watch talks to it: documents down, reports up, over its socket."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import httpx
+import msgspec
+
+from skysail.contract.document import HostDocument
+from skysail.contract.report import HostReport
+
+
+class AgentClient:
+    """``address`` is ``unix:<path>`` of the agent's socket. Raises httpx.HTTPError when the agent cannot be reached."""
+
+    def __init__(self, address: str, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        if transport is None:
+            transport = httpx.AsyncHTTPTransport(uds=address.removeprefix("unix:"))
+        self._http = httpx.AsyncClient(transport=transport, base_url="http://agent", timeout=httpx.Timeout(10.0))
+
+    async def put(self, document: HostDocument) -> bool:
+        """Hand the document over; False when the agent holds a newer one."""
+        answer = await self._http.put("/document", content=msgspec.json.encode(document))
+        if answer.status_code == 409:
+            return False
+        answer.raise_for_status()
+        return True
+
+    async def reports(self) -> AsyncIterator[HostReport]:
+        """The host's report now, and again at each change, until the stream breaks."""
+        # The agent sends a keep-alive line every 15 s: a silence of 40 s is a dead agent, not a quiet one.
+        async with self._http.stream("GET", "/reports", timeout=httpx.Timeout(10.0, read=40.0)) as stream:
+            stream.raise_for_status()
+            async for line in stream.aiter_lines():
+                if line.strip() and line.strip() != "{}":
+                    yield msgspec.json.decode(line, type=HostReport)
+
+    async def close(self) -> None:
+        await self._http.aclose()

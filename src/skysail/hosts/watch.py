@@ -1,0 +1,122 @@
+"""The watch: the only part of the controller that talks to agents. One task sends each host its newest document, one
+takes in its reports."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import httpx
+from sqlalchemy import Connection, delete, insert, select, update
+
+from skysail.contract.report import HostReport
+from skysail.hosts import desired
+from skysail.hosts.client import AgentClient
+from skysail.kit.clock import Clock
+from skysail.store.database import Database
+from skysail.store.schema import guests, hosts, images
+
+log = logging.getLogger(__name__)
+RETRY_SECONDS = 0.5
+
+
+class Watch:
+    """Keeps host ``host_id`` and its rows together. ``observed`` is called after each report that was written."""
+
+    def __init__(self, host_id: str, client: AgentClient, database: Database, clock: Clock,
+                 observed: Callable[[], None]) -> None:
+        self._host_id = host_id
+        self._client = client
+        self._database = database
+        self._clock = clock
+        self._observed = observed
+        self._changed = asyncio.Event()
+        self._changed.set()
+
+    def touch(self) -> None:
+        """Rows of this host may have changed: send its document if the generation grew (call from the event loop)."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Send and listen until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._send())
+            tasks.create_task(self._listen())
+
+    async def _send(self) -> None:
+        sent = 0
+        while True:
+            try:
+                await asyncio.wait_for(self._changed.wait(), timeout=5.0)
+            except TimeoutError:
+                sent = 0  # an agent that lost its ledger gets its document again, without being asked
+            self._changed.clear()
+            try:
+                document = await asyncio.to_thread(self._compile, sent)
+                if document is None:
+                    continue
+                if not await self._client.put(document):
+                    log.warning("host %s holds a newer document; moving past it", self._host_id)
+                    await asyncio.to_thread(self._overtake)
+                    self._changed.set()
+                    continue
+                sent = document.generation
+            except (httpx.HTTPError, OSError) as unreachable:
+                log.info("host %s: %s", self._host_id, unreachable)
+                await asyncio.sleep(RETRY_SECONDS)
+                self._changed.set()
+
+    def _compile(self, sent: int) -> desired.HostDocument | None:
+        with self._database.transaction(write=False) as connection:
+            generation = connection.execute(
+                select(hosts.c.generation).where(hosts.c.id == self._host_id)).scalar_one()
+            return desired.compile(connection, self._host_id) if generation > sent else None
+
+    def _overtake(self) -> None:
+        # After a restored database our generation may be behind the agent's; the rows are the truth, so move ahead.
+        with self._database.transaction() as connection:
+            row = connection.execute(select(hosts).where(hosts.c.id == self._host_id)).one()
+            connection.execute(update(hosts).where(hosts.c.id == self._host_id).values(
+                generation=max(row.generation, row.observed_generation) + 1))
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                async for report in self._client.reports():
+                    await asyncio.to_thread(self._take_in, report)
+                    self._observed()
+            except (httpx.HTTPError, OSError) as broken:
+                log.info("reports of host %s broke off: %s", self._host_id, broken)
+            await asyncio.sleep(RETRY_SECONDS)
+
+    def _take_in(self, report: HostReport) -> None:
+        with self._database.transaction() as connection:
+            write_report(connection, self._host_id, report, self._clock.now())
+
+
+def write_report(connection: Connection, host_id: str, report: HostReport, now: float) -> None:
+    """Write what the host observes into the rows; states of instances follow in the workflows, not here."""
+    connection.execute(update(hosts).where(hosts.c.id == host_id).values(
+        observed_generation=report.generation, vcpus=report.vcpus, memory_mib=report.memory_mib,
+        disk_gib=report.disk_gib, accelerator=report.accelerator, seen_at=now))
+    known = {row.id: row for row in connection.execute(select(guests).where(guests.c.host_id == host_id))}
+    for guest in report.guests:
+        row = known.get(guest.id)
+        if row is None:
+            continue
+        values: dict[str, object] = {
+            "observed_state": guest.state, "observed_starts": guest.starts, "observed_reboots": guest.reboots,
+            "reason": guest.reason, "rx_bytes": guest.rx_bytes, "tx_bytes": guest.tx_bytes}
+        if guest.host_keys and list(guest.host_keys) != row.host_keys:
+            values |= {"host_keys": list(guest.host_keys), "witnessed_at": now}
+        connection.execute(update(guests).where(guests.c.id == guest.id).values(**values))
+    held = {row.digest for row in connection.execute(select(images.c.digest).where(images.c.host_id == host_id))}
+    reported = {image.digest: image for image in report.images}
+    for digest in held - reported.keys():
+        connection.execute(delete(images).where(images.c.host_id == host_id, images.c.digest == digest))
+    for digest in reported.keys() - held:
+        image = reported[digest]
+        connection.execute(insert(images).values(
+            host_id=host_id, digest=digest, blueprint=image.blueprint, name=image.name, user=image.user,
+            version=image.version, size_gib=image.size_gib))

@@ -1,0 +1,62 @@
+"""Operation rows: record one, move its status, render it as the API's Operation shape.
+
+Source: Lightsail API reference, data type Operation. ``NotStarted`` is never shown: Lightsail never answers it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any, Protocol
+
+from sqlalchemy import Connection, RowMapping, insert, select, update
+
+from skysail.store.schema import operations
+
+
+class Asker(Protocol):
+    """Who asks, and in which region."""
+
+    @property
+    def account_id(self) -> str: ...
+    @property
+    def region(self) -> str: ...
+
+
+def record(connection: Connection, request: Asker, *, now: float, type: str, resource_name: str, resource_type: str,
+           resource_id: str, zone: str = "", status: str = "Succeeded", details: str = "", workflow: str = "",
+           arguments: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write one operation and return its API shape. With a ``workflow`` the engine carries it on after the commit."""
+    identifier = str(uuid.uuid4())
+    connection.execute(insert(operations).values(
+        id=identifier, account_id=request.account_id, region=request.region, zone=zone, type=type,
+        resource_name=resource_name, resource_type=resource_type, resource_id=resource_id, status=status,
+        details=details, created_at=now, status_changed_at=now, workflow=workflow, done=not workflow,
+        arguments=arguments or {}))
+    return shape(find(connection, identifier))
+
+
+def find(connection: Connection, identifier: str) -> RowMapping:
+    """The row of operation ``identifier``; raises NoResultFound."""
+    return connection.execute(select(operations).where(operations.c.id == identifier)).mappings().one()
+
+
+def settle(connection: Connection, identifier: str, status: str, now: float, *, error_code: str | None = None,
+           error_details: str | None = None) -> None:
+    """Give the operation its last status, once: a terminal status is never changed."""
+    connection.execute(update(operations).where(
+        operations.c.id == identifier, operations.c.status.not_in(("Succeeded", "Failed", "Completed"))
+    ).values(status=status, status_changed_at=now, error_code=error_code, error_details=error_details))
+
+
+def shape(row: RowMapping) -> dict[str, Any]:
+    """The API's Operation."""
+    return {
+        "id": row["id"], "resourceName": row["resource_name"], "resourceType": row["resource_type"],
+        "createdAt": row["created_at"],
+        "location": {"availabilityZone": row["region"] + row["zone"] if row["zone"] else "all",
+                     "regionName": row["region"]},
+        "isTerminal": row["status"] in ("Succeeded", "Failed", "Completed"),
+        "operationDetails": row["details"] or None, "operationType": row["type"], "status": row["status"],
+        "statusChangedAt": row["status_changed_at"], "errorCode": row["error_code"],
+        "errorDetails": row["error_details"],
+    }
