@@ -1,0 +1,258 @@
+"""Instances: CreateInstances, Get, Start, Stop, Reboot, Delete.
+
+Source: Lightsail API reference. Each action is one transaction: rows, operations, the host's generation; no host is
+talked to here.
+"""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, RowMapping, func, insert, select, update
+
+from skysail.contract.document import Personality
+from skysail.hosts import desired, placement
+from skysail.kit.clock import Clock
+from skysail.kit.config import Config
+from skysail.kit.errors import invalid_input, not_found
+from skysail.operations import history
+from skysail.resources import accounts, catalog, key_pairs, names, paging, tags
+from skysail.resources.lifecycle import STATE_CODES, forget
+from skysail.resources.request import Request
+from skysail.store.schema import guests, hosts, images, instances, ports
+from skysail.store.vault import Vault
+
+MAX_NAMES = 20
+MAX_USER_DATA_BYTES = 16 * 1024
+DEFAULT_PORTS = (("tcp", 22, 22), ("tcp", 80, 80))
+
+
+def get_row(connection: Connection, request: Request, name: str) -> RowMapping:
+    """The caller's instance ``name`` in this region; raises NotFoundException."""
+    row = connection.execute(select(instances).where(
+        instances.c.account_id == request.account_id, instances.c.region == request.region,
+        instances.c.name == name)).mappings().first()
+    if row is None:
+        raise not_found(f"The Instance does not exist: {name}", "GetInstances lists the ones that do.")
+    return row
+
+
+def get_guest(connection: Connection, instance: RowMapping) -> RowMapping:
+    """The guest that runs the instance."""
+    return connection.execute(select(guests).where(guests.c.instance_id == instance["id"])).mappings().one()
+
+
+class Instances:
+    """The actions on instances."""
+
+    def __init__(self, config: Config, clock: Clock, vault: Vault) -> None:
+        self._config = config
+        self._clock = clock
+        self._vault = vault
+
+    def actions(self) -> dict[str, Callable[[Connection, Request], dict[str, Any]]]:
+        return {
+            "CreateInstances": self.create, "GetInstance": self.get, "GetInstances": self.list,
+            "GetInstanceState": self.state, "StartInstance": self.start, "StopInstance": self.stop,
+            "RebootInstance": self.reboot, "DeleteInstance": self.delete,
+        }
+
+    def create(self, connection: Connection, request: Request) -> dict[str, Any]:
+        """Place and record each named instance; the operations succeed when the guests run."""
+        asked = request.params
+        wanted: list[str] = asked["instanceNames"]
+        if not wanted or len(wanted) > MAX_NAMES or len(set(wanted)) != len(wanted):
+            raise invalid_input(f"instanceNames takes 1 to {MAX_NAMES} different names.")
+        if asked.get("addOns"):
+            raise invalid_input("addOns are not offered by this cloud yet.")
+        if asked.get("customImageName"):
+            raise invalid_input("customImageName is not offered; import the image as a blueprint instead.")
+        if asked.get("ipAddressType") == "ipv6":
+            raise invalid_input("ipAddressType ipv6 is not offered by this cloud yet; use ipv4.")
+        user_data = asked.get("userData") or ""
+        if len(user_data.encode()) > MAX_USER_DATA_BYTES:
+            raise invalid_input(f"userData is limited to {MAX_USER_DATA_BYTES} bytes.")
+        zone = self._zone(asked["availabilityZone"])
+        bundle = catalog.get_bundle(asked["bundleId"])
+        image = self._image(connection, asked["blueprintId"])
+        key_name = asked.get("keyPairName") or key_pairs.DEFAULT_NAME
+        public_key = key_pairs.public_key(connection, self._vault, request, key_name, self._clock.now())
+        authority = accounts.ensure_authority(connection, self._vault, request.region)
+        made = []
+        for name in wanted:
+            identifier = str(uuid.uuid4())
+            names.claim(connection, request, name, "Instance", identifier)
+            made.append(self._launch(connection, request, name, identifier, zone, bundle, image, key_name, Personality(
+                hostname=name, user=image["user"], authorized_keys=(public_key,), trusted_user_ca=(authority,),
+                user_data=user_data)))
+        return {"operations": made}
+
+    def _zone(self, name: str) -> str:
+        zones = {self._config.default_region + letter: letter for letter in self._config.zones}
+        if name not in zones:
+            raise invalid_input(f"The availability zone {name} does not exist here.",
+                                "Zones of this cloud: " + ", ".join(zones))
+        return zones[name]
+
+    def _image(self, connection: Connection, blueprint_id: str) -> RowMapping:
+        row = connection.execute(select(images).where(images.c.blueprint == blueprint_id)
+                                 .order_by(images.c.version.desc())).mappings().first()
+        if row is None:
+            raise invalid_input(f"The blueprint {blueprint_id} is not ready on this cloud.",
+                                "GetBlueprints lists the ones that are; the operator builds more with "
+                                f"'skysail images build {blueprint_id}'.")
+        return row
+
+    def _launch(self, connection: Connection, request: Request, name: str, identifier: str, zone: str,
+                bundle: dict[str, Any], image: RowMapping, key_name: str, personality: Personality) -> dict[str, Any]:
+        memory_mib = round(bundle["ramSizeInGb"] * 1024)
+        try:
+            host = placement.choose(self._candidates(connection), zone=zone, image=image["digest"],
+                                    vcpus=bundle["cpuCount"], memory_mib=memory_mib)
+            private = placement.choose_address(
+                self._config.private_network, connection.execute(select(guests.c.private_ipv4)).scalars().all(), skip=9)
+            public = placement.choose_address(
+                self._config.public_pool, connection.execute(select(guests.c.public_ipv4)).scalars().all(), skip=9)
+        except placement.NoHost as full:
+            raise invalid_input(f"The bundle {bundle['bundleId']} does not fit this cloud now: {full}.",
+                                "Choose a smaller bundle, or delete instances.") from full
+        now = self._clock.now()
+        connection.execute(insert(instances).values(
+            id=identifier, account_id=request.account_id, region=request.region, zone=zone, name=name,
+            blueprint_id=image["blueprint"], blueprint_name=image["name"], bundle_id=bundle["bundleId"],
+            username=image["user"], key_pair_name=key_name, state="pending", created_at=now))
+        guest = "g-" + secrets.token_hex(5)
+        octets = secrets.token_bytes(3)
+        connection.execute(insert(guests).values(
+            id=guest, instance_id=identifier, instance_name=name, account_id=request.account_id, host_id=host,
+            role="run", starts=1, reboots=0, vcpus=bundle["cpuCount"], memory_mib=memory_mib,
+            disk_gib=bundle["diskSizeInGb"], image=image["digest"],
+            # 52:54:00 is QEMU's own prefix of locally administered addresses.
+            mac="52:54:00:" + ":".join(f"{octet:02x}" for octet in octets), private_ipv4=private, public_ipv4=public,
+            personality=msgspec.to_builtins(personality), host_keys=[]))
+        opened = (*DEFAULT_PORTS, ("tcp", 443, 443)) if catalog.is_app(image["blueprint"]) else DEFAULT_PORTS
+        connection.execute(insert(ports), [
+            {"instance_id": identifier, "protocol": protocol, "from_port": first, "to_port": last,
+             "cidrs": ["0.0.0.0/0"], "ipv6_cidrs": ["::/0"], "cidr_aliases": []} for protocol, first, last in opened])
+        tags.put(connection, identifier, request.params.get("tags") or [])
+        desired.bump(connection, host)
+        return history.record(connection, request, now=now, type="CreateInstance", resource_name=name,
+                              resource_type="Instance", resource_id=identifier, zone=zone, status="Started",
+                              workflow="create", arguments={"guest": guest, "starts": 1})
+
+    def _candidates(self, connection: Connection) -> list[placement.Candidate]:
+        promised = dict(connection.execute(
+            select(guests.c.host_id, func.sum(guests.c.memory_mib)).group_by(guests.c.host_id)).tuples().all())
+        held: dict[str, set[str]] = {}
+        for row in connection.execute(select(images.c.host_id, images.c.digest)):
+            held.setdefault(row.host_id, set()).add(row.digest)
+        return [placement.Candidate(id=row.id, zone=row.zone, vcpus=row.vcpus, memory_mib=row.memory_mib,
+                                    promised_mib=promised.get(row.id, 0), images=frozenset(held.get(row.id, ())))
+                for row in connection.execute(select(hosts))]
+
+    def get(self, connection: Connection, request: Request) -> dict[str, Any]:
+        row = get_row(connection, request, request.params["instanceName"])
+        return {"instance": self._shapes(connection, [row])[0]}
+
+    def list(self, connection: Connection, request: Request) -> dict[str, Any]:
+        rows = connection.execute(select(instances).where(
+            instances.c.account_id == request.account_id, instances.c.region == request.region)
+            .order_by(instances.c.name)).mappings().all()
+        found, token = paging.page(rows, request.params.get("pageToken"), key=lambda row: row["name"])
+        return {"instances": self._shapes(connection, found), "nextPageToken": token}
+
+    def state(self, connection: Connection, request: Request) -> dict[str, Any]:
+        row = get_row(connection, request, request.params["instanceName"])
+        return {"state": {"code": STATE_CODES[row["state"]], "name": row["state"]}}
+
+    def _shapes(self, connection: Connection, rows: list[RowMapping]) -> list[dict[str, Any]]:
+        identifiers = [row["id"] for row in rows]
+        running = {guest["instance_id"]: guest for guest in connection.execute(
+            select(guests).where(guests.c.instance_id.in_(identifiers))).mappings()}
+        tagged = tags.of(connection, identifiers)
+        opened: dict[str, list[RowMapping]] = {}
+        for port in connection.execute(select(ports).where(ports.c.instance_id.in_(identifiers))
+                                       .order_by(ports.c.protocol, ports.c.from_port)).mappings():
+            opened.setdefault(port["instance_id"], []).append(port)
+        return [self._shape(row, running[row["id"]], tagged.get(row["id"], []), opened.get(row["id"], []))
+                for row in rows]
+
+    def _shape(self, row: RowMapping, guest: RowMapping, tagged: list[dict[str, Any]],
+               opened: list[RowMapping]) -> dict[str, Any]:
+        bundle = catalog.get_bundle(row["bundle_id"])
+        return {
+            "name": row["name"],
+            "arn": f"arn:aws:lightsail:{row['region']}:{row['account_id']}:Instance/{row['id']}",
+            "supportCode": f"{row['account_id']}/{row['id']}", "createdAt": row["created_at"],
+            "location": {"availabilityZone": row["region"] + row["zone"], "regionName": row["region"]},
+            "resourceType": "Instance", "tags": tagged, "blueprintId": row["blueprint_id"],
+            "blueprintName": row["blueprint_name"], "bundleId": row["bundle_id"], "addOns": [], "isStaticIp": False,
+            "privateIpAddress": guest["private_ipv4"], "publicIpAddress": guest["public_ipv4"], "ipv6Addresses": [],
+            "ipAddressType": "ipv4",
+            "hardware": {
+                "cpuCount": guest["vcpus"], "ramSizeInGb": guest["memory_mib"] / 1024,
+                "disks": [{"createdAt": row["created_at"], "sizeInGb": guest["disk_gib"], "isSystemDisk": True,
+                           "iops": 100, "path": "/dev/vda", "attachedTo": row["name"], "attachmentState": "attached"}],
+            },
+            "networking": {
+                "monthlyTransfer": {"gbPerMonthAllocated": bundle["transferPerMonthInGb"]},
+                "ports": [{
+                    "fromPort": port["from_port"], "toPort": port["to_port"], "protocol": port["protocol"],
+                    "accessFrom": "Anywhere (0.0.0.0/0)" if port["cidrs"] == ["0.0.0.0/0"] else "Custom",
+                    "accessType": "public", "commonName": "", "accessDirection": "inbound", "cidrs": port["cidrs"],
+                    "ipv6Cidrs": port["ipv6_cidrs"], "cidrListAliases": port["cidr_aliases"],
+                } for port in opened],
+            },
+            "state": {"code": STATE_CODES[row["state"]], "name": row["state"]}, "username": row["username"],
+            "sshKeyName": row["key_pair_name"],
+        }
+
+    def start(self, connection: Connection, request: Request) -> dict[str, Any]:
+        row = get_row(connection, request, request.params["instanceName"])
+        if row["state"] != "stopped":
+            raise invalid_input(f"The instance {row['name']} is {row['state']}; only a stopped one can be started.")
+        guest = get_guest(connection, row)
+        return self._change(connection, request, row, guest, "StartInstance", "start", "pending", status="Started",
+                            values={"role": "run", "starts": guest["starts"] + 1, "force": False})
+
+    def stop(self, connection: Connection, request: Request) -> dict[str, Any]:
+        row = get_row(connection, request, request.params["instanceName"])
+        force = bool(request.params.get("force"))
+        if row["state"] != "running" and not (force and row["state"] in ("stopping", "pending")):
+            raise invalid_input(f"The instance {row['name']} is {row['state']}; only a running one can be stopped.")
+        guest = get_guest(connection, row)
+        return self._change(connection, request, row, guest, "StopInstance", "stop", "stopping", status="Started",
+                            values={"role": "stop", "force": force})
+
+    def reboot(self, connection: Connection, request: Request) -> dict[str, Any]:
+        row = get_row(connection, request, request.params["instanceName"])
+        if row["state"] != "running":
+            raise invalid_input(f"The instance {row['name']} is {row['state']}; only a running one can be rebooted.")
+        guest = get_guest(connection, row)
+        return self._change(connection, request, row, guest, "RebootInstance", "reboot", "rebooting",
+                            status="Succeeded", values={"reboots": guest["reboots"] + 1})
+
+    def delete(self, connection: Connection, request: Request) -> dict[str, Any]:
+        """Gone for its owner at once; the guest is torn down behind the answer."""
+        row = get_row(connection, request, request.params["instanceName"])
+        guest = get_guest(connection, row)
+        answer = self._change(connection, request, row, guest, "DeleteInstance", "delete", "stopping",
+                              status="Succeeded", values={"role": "gone", "force": True})
+        forget(connection, row["id"])
+        return answer
+
+    def _change(self, connection: Connection, request: Request, row: RowMapping, guest: RowMapping, type: str,
+                workflow: str, state: str, *, status: str, values: dict[str, Any]) -> dict[str, Any]:
+        connection.execute(update(guests).where(guests.c.id == guest["id"]).values(**values))
+        connection.execute(update(instances).where(instances.c.id == row["id"]).values(state=state))
+        desired.bump(connection, guest["host_id"])
+        arguments = {"guest": guest["id"], "starts": values.get("starts", guest["starts"]),
+                     "reboots": values.get("reboots", guest["reboots"])}
+        return {"operations": [history.record(
+            connection, request, now=self._clock.now(), type=type, resource_name=row["name"],
+            resource_type="Instance", resource_id=row["id"], zone=row["zone"], status=status, workflow=workflow,
+            arguments=arguments)]}

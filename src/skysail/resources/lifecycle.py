@@ -1,0 +1,146 @@
+"""What happens to an instance behind its operations: the workflows, and how it follows its guest.
+
+Lightsail's (EC2's) state codes: pending 0, running 16, shutting-down 32, terminated 48, stopping 64, stopped 80.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, RowMapping, delete, select, update
+
+from skysail.hosts import desired
+from skysail.operations.workflow import Step, StepFailed, Workflow
+from skysail.resources import names
+from skysail.store.schema import guests, instances, operations, ports, tags
+
+STATE_CODES = {"pending": 0, "running": 16, "rebooting": 16, "stopping": 64, "stopped": 80}
+
+
+def _guest(connection: Connection, operation: RowMapping) -> RowMapping | None:
+    return connection.execute(select(guests).where(guests.c.id == operation["arguments"]["guest"])).mappings().first()
+
+
+def _set_state(connection: Connection, instance_id: str, state: str) -> None:
+    connection.execute(update(instances).where(instances.c.id == instance_id).values(state=state))
+
+
+def _await_running(connection: Connection, operation: RowMapping, now: float) -> bool:
+    """The guest runs for at least the start that was asked for. A later stop or delete ends the wait: it won."""
+    guest = _guest(connection, operation)
+    if guest is None or guest["role"] != "run":
+        return True
+    if guest["observed_starts"] < operation["arguments"]["starts"]:
+        return False
+    if guest["observed_state"] == "failed":
+        raise StepFailed("InstanceLaunchFailed", guest["reason"] or "the guest could not be made")
+    if guest["observed_state"] != "running":
+        return False
+    _set_state(connection, operation["resource_id"], "running")
+    return True
+
+
+def _undo_create(connection: Connection, operation: RowMapping, now: float) -> None:
+    """A launch that failed leaves nothing: the instance goes with its name, its guest is told to go."""
+    forget(connection, operation["resource_id"])
+    guest = _guest(connection, operation)
+    if guest is not None:
+        connection.execute(update(guests).where(guests.c.id == guest["id"]).values(role="gone"))
+        desired.bump(connection, guest["host_id"])
+
+
+def _undo_start(connection: Connection, operation: RowMapping, now: float) -> None:
+    """A start that failed leaves the instance stopped, as it was."""
+    guest = _guest(connection, operation)
+    if guest is not None and guest["role"] == "run":
+        connection.execute(update(guests).where(guests.c.id == guest["id"]).values(role="stop"))
+        desired.bump(connection, guest["host_id"])
+        _set_state(connection, operation["resource_id"], "stopped")
+
+
+def _await_stopped(connection: Connection, operation: RowMapping, now: float) -> bool:
+    guest = _guest(connection, operation)
+    if guest is None or guest["role"] != "stop":
+        return True
+    if guest["observed_state"] not in ("stopped", "halted"):
+        return False
+    _set_state(connection, operation["resource_id"], "stopped")
+    return True
+
+
+def _await_reboot(connection: Connection, operation: RowMapping, now: float) -> bool:
+    guest = _guest(connection, operation)
+    if guest is None or guest["role"] != "run":
+        return True
+    if guest["observed_reboots"] < operation["arguments"]["reboots"] or guest["observed_state"] != "running":
+        return False
+    _set_state(connection, operation["resource_id"], "running")
+    return True
+
+
+def _await_gone(connection: Connection, operation: RowMapping, now: float) -> bool:
+    """The host let the guest go: its row, and with it its addresses, become free."""
+    guest = _guest(connection, operation)
+    if guest is None:
+        return True
+    if guest["observed_state"] != "gone":
+        return False
+    connection.execute(delete(guests).where(guests.c.id == guest["id"]))
+    desired.bump(connection, guest["host_id"])
+    return True
+
+
+WORKFLOWS = {
+    workflow.name: workflow for workflow in (
+        Workflow("create", (Step("await running", _await_running, _undo_create),)),
+        Workflow("start", (Step("await running", _await_running, _undo_start),)),
+        Workflow("stop", (Step("await stopped", _await_stopped),)),
+        Workflow("reboot", (Step("await reboot", _await_reboot),)),
+        Workflow("delete", (Step("await gone", _await_gone),)),
+    )
+}
+
+
+def forget(connection: Connection, instance_id: str) -> None:
+    """The instance ceases to exist for its owner; its name is free at once, its guest is somebody else's business."""
+    connection.execute(delete(ports).where(ports.c.instance_id == instance_id))
+    connection.execute(delete(tags).where(tags.c.resource_id == instance_id))
+    row = connection.execute(select(instances).where(instances.c.id == instance_id)).first()
+    if row is not None:
+        names.release(connection, row.account_id, row.region, row.name)
+        connection.execute(delete(instances).where(instances.c.id == instance_id))
+
+
+def follow(connection: Connection, now: float) -> int:
+    """Instances follow guests that changed by themselves; how many did.
+
+    A guest that powered itself off stops its instance, one that died makes it ``pending`` until it runs again. Only
+    instances without open work are looked at: an operation in flight owns its instance's state. Guests without an
+    instance and without work (their launch failed) are let go once their host has.
+    """
+    busy = select(operations.c.resource_id).where(operations.c.done.is_(False))
+    changed = 0
+    rows = connection.execute(
+        select(guests, instances.c.state).join(instances, instances.c.id == guests.c.instance_id)
+        .where(instances.c.id.not_in(busy))).mappings().all()
+    for row in rows:
+        state = row["state"]
+        if row["role"] == "run" and row["observed_starts"] == row["starts"]:
+            if row["observed_state"] == "halted":
+                connection.execute(update(guests).where(guests.c.id == row["id"]).values(role="stop"))
+                desired.bump(connection, row["host_id"])
+                state = "stopped"
+            elif row["observed_state"] in ("crashed", "starting", "preparing"):
+                state = "pending"
+            elif row["observed_state"] == "running":
+                state = "running"
+        if state != row["state"]:
+            _set_state(connection, row["instance_id"], state)
+            changed += 1
+    orphans = connection.execute(
+        select(guests.c.id, guests.c.host_id).where(
+            guests.c.role == "gone", guests.c.observed_state == "gone",
+            guests.c.instance_id.not_in(busy), guests.c.instance_id.not_in(select(instances.c.id)))).all()
+    for orphan in orphans:
+        connection.execute(delete(guests).where(guests.c.id == orphan.id))
+        desired.bump(connection, orphan.host_id)
+        changed += 1
+    return changed

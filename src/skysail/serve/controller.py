@@ -1,0 +1,169 @@
+"""The controller process: the API, the engine of operations and the watch of its hosts, in one event loop.
+
+``python -m skysail.serve.controller`` runs it, unprivileged; :func:`initialise` makes its rows and the admin's credentials.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import uvicorn
+from sqlalchemy import Connection, insert, select
+from starlette.applications import Starlette
+
+from skysail.api.dispatch import Dispatcher
+from skysail.api.gateway import application
+from skysail.hosts.client import AgentClient
+from skysail.hosts.watch import Watch
+from skysail.kit.clock import Clock, SystemClock
+from skysail.kit.config import Config, load
+from skysail.operations.engine import Engine
+from skysail.resources import accounts, lifecycle
+from skysail.resources.access import Access
+from skysail.resources.catalog import Catalog
+from skysail.resources.instances import Instances
+from skysail.resources.key_pairs import KeyPairs
+from skysail.resources.names import Names
+from skysail.resources.operation_log import OperationLog
+from skysail.resources.public_ports import PublicPorts
+from skysail.resources.regions import Regions
+from skysail.resources.request import Request
+from skysail.resources.tags import Tags
+from skysail.store.database import Database
+from skysail.store.schema import hosts
+from skysail.store.vault import Vault
+
+log = logging.getLogger(__name__)
+HOST = "host-1"
+
+
+def initialise(config: Config, clock: Clock | None = None) -> dict[str, str]:
+    """Make the database, this machine's host row and the admin account; idempotent. Returns the admin's credentials,
+    which also stand in ``<data>/credentials.json`` (mode 0600)."""
+    clock = clock or SystemClock()
+    config.database.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    vault = Vault.at(config.master_key)
+    database = Database(config.database)
+    database.migrate()
+    credentials = config.root / "credentials.json"
+    try:
+        with database.transaction() as connection:
+            if connection.execute(select(hosts.c.id).where(hosts.c.id == HOST)).first() is None:
+                connection.execute(insert(hosts).values(id=HOST, region=config.default_region, zone=config.zones[0],
+                                                        address=f"unix:{config.agent_socket}"))
+            if not credentials.exists():
+                account = accounts.find_account(connection, "admin") or accounts.create_account(
+                    connection, "admin", clock.now())
+                key, secret = accounts.create_access_key(connection, vault, account, clock.now())
+                _write_private(str(credentials), {"access_key_id": key, "secret_access_key": secret,
+                                                  "account_id": account, "region": config.default_region})
+    finally:
+        database.close()
+    found: dict[str, str] = json.loads(credentials.read_text())
+    return found
+
+
+def _write_private(path: str, content: dict[str, str]) -> None:
+    descriptor = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".new", path)
+
+
+def action_table(config: Config, clock: Clock,
+                 vault: Vault) -> dict[str, Callable[[Connection, Request], dict[str, Any]]]:
+    """Every action that is offered."""
+    nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), Instances(config, clock, vault),
+             PublicPorts(clock), Access(clock, vault), Tags(clock), OperationLog())
+    return {name: action for noun in nouns for name, action in noun.actions().items()}
+
+
+def build(config: Config, clock: Clock | None = None,
+          client: Callable[[str], AgentClient] = AgentClient) -> Starlette:
+    """The controller as an ASGI application; its lifespan runs engine and watches."""
+    clock = clock or SystemClock()
+    vault = Vault.at(config.master_key)
+    database = Database(config.database)
+    database.migrate()
+    watches: list[Watch] = []
+    loop_of: list[asyncio.AbstractEventLoop] = []
+
+    def touched() -> None:
+        for watch in watches:
+            watch.touch()
+
+    engine = Engine(database, lifecycle.WORKFLOWS, clock, touched)
+
+    def follow() -> int:
+        with database.transaction() as connection:
+            return lifecycle.follow(connection, clock.now())
+
+    def observed() -> None:
+        engine.wake()
+
+    def committed() -> None:
+        """A request's transaction committed, in a worker thread: wake what acts on rows."""
+        for loop in loop_of:
+            loop.call_soon_threadsafe(engine.wake)
+            loop.call_soon_threadsafe(touched)
+
+    async def follow_guests() -> None:
+        while True:
+            try:
+                if await asyncio.to_thread(follow):
+                    touched()
+            except Exception:
+                log.exception("following the guests failed; it is repeated")
+            await asyncio.sleep(1.0)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        loop_of.append(asyncio.get_running_loop())
+        with database.transaction(write=False) as connection:
+            rows = connection.execute(select(hosts)).all()
+        for row in rows:
+            watches.append(Watch(row.id, client(row.address), database, clock, observed))
+        tasks = [asyncio.create_task(watch.run()) for watch in watches]
+        tasks += [asyncio.create_task(engine.run()), asyncio.create_task(follow_guests())]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            database.close()
+
+    def find_secret(key_id: str) -> tuple[str, str] | None:
+        with database.transaction(write=False) as connection:
+            return accounts.find_secret(connection, vault, key_id)
+
+    @contextlib.contextmanager
+    def transaction(write: bool) -> Any:
+        with database.transaction(write=write) as connection:
+            yield connection
+        if write:
+            committed()
+
+    dispatcher = Dispatcher(action_table(config, clock, vault), transaction)
+    return application(dispatcher, find_secret, clock=clock, lifespan=lifespan)
+
+
+def main() -> None:
+    """Serve the cloud in ``$SKYSAIL_DATA`` until told to stop."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    config = load()
+    initialise(config)
+    uvicorn.run(build(config), host=config.listen, port=config.port, log_level="warning", access_log=False,
+                server_header=False, h11_max_incomplete_event_size=64 * 1024)
+
+
+if __name__ == "__main__":
+    main()
