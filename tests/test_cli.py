@@ -1,0 +1,123 @@
+"""The command line and the processes behind it: real processes, a real data folder, nothing pretended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from skysail import doctor
+from skysail.cli.main import main
+from skysail.kit.config import Config
+from skysail.kit.errors import SkysailError
+from skysail.serve import processes, up
+
+SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
+STUBBORN = [sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); "
+                                  "time.sleep(60)"]
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setenv("SKYSAIL_DATA", str(tmp_path))
+    return Config(data=str(tmp_path), port=1)
+
+
+def test_a_process_is_found_again_and_stopped(config: Config) -> None:
+    record = processes.start(config, "agent", SLEEPER, env=os.environ, digest="d")
+    assert processes.find(config, "agent") == record
+    assert processes.stop(config, "agent")
+    assert processes.start_time(record.pid) is None
+    assert processes.find(config, "agent") is None
+    assert not processes.stop(config, "agent")
+
+
+def test_a_process_deaf_to_sigterm_is_killed(config: Config) -> None:
+    record = processes.start(config, "agent", STUBBORN, env=os.environ)
+    log = processes.log_path(config, "agent")
+    assert processes.wait_until(lambda: log.read_text() == "deaf\n", 20)
+    assert processes.stop(config, "agent", grace_seconds=0.3)
+    assert processes.start_time(record.pid) is None
+
+
+def test_a_reused_pid_is_never_signalled(config: Config) -> None:
+    with subprocess.Popen(SLEEPER) as stranger:
+        path = processes.record_path(config, "agent")
+        path.parent.mkdir(parents=True)
+        path.write_bytes(msgspec.json.encode(processes.Record(pid=stranger.pid, started=1)))
+        assert processes.find(config, "agent") is None
+        assert not processes.stop(config, "agent")
+        processes.end(processes.Record(pid=stranger.pid, started=1), 1)
+        assert stranger.poll() is None
+        stranger.send_signal(signal.SIGKILL)
+
+
+def test_status_of_a_cloud_that_does_not_run(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(config.data, "skysail.toml").write_text("port = 1\n")
+    assert main(["status", "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["running"] is False
+    assert answer["endpoint"] == "http://127.0.0.1:1"
+
+
+def test_env_prints_exports_that_a_shell_understands(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(config.data, "credentials.json").write_text('{"access_key_id": "AKIAX", "secret_access_key": "a/b+c\'d"}')
+    assert main(["env"]) == 0
+    shell = subprocess.run(["sh", "-c", capsys.readouterr().out + 'printf %s "$AWS_SECRET_ACCESS_KEY"'],
+                           capture_output=True, check=True, text=True)
+    assert shell.stdout == "a/b+c'd"
+
+
+def test_what_fails_is_said_with_its_cure_and_without_a_traceback(
+        config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 1
+    said = capsys.readouterr().err
+    assert "credentials.json" in said
+    assert "cure: run: sudo ./skysail up" in said
+    assert "Traceback" not in said
+
+
+def test_an_unknown_verb_is_refused(config: Config) -> None:
+    assert main(["fly"]) == 2
+
+
+def test_broken_credentials_are_named(config: Config) -> None:
+    Path(config.data, "credentials.json").write_text("{}")
+    with pytest.raises(SkysailError, match="holds no access key"):
+        up.credentials(config)
+
+
+def test_the_program_is_copied_whole_and_only_when_it_changed(config: Config) -> None:
+    digest = up.install_program(config)
+    copy = config.root / "program"
+    assert (copy / "skysail" / "serve" / "up.py").exists()
+    before = copy.stat().st_ino
+    assert up.install_program(config) == digest
+    assert copy.stat().st_ino == before
+    assert up.install_program(Config(data=config.data, port=2)) != digest
+
+
+def test_the_controller_runs_without_privileges_in_both_ways_to_start_it(config: Config) -> None:
+    assert "--no-new-privs" in up.command("controller")
+    assert "--bounding-set=-all" in up.command("controller")
+    assert "User=skysail" in up.unit(config, "controller")
+    assert "KillMode=process" in up.unit(config, "agent")
+
+
+def test_the_doctor_names_where_it_looked_and_a_cure_for_all_that_is_not_good(config: Config) -> None:
+    looks = [doctor.disk, doctor.memory, doctor.cgroups, doctor.clock]
+    for finding in (look(config) for look in looks):
+        assert finding.saw and finding.where
+        assert finding.verdict == "good" or finding.cure
+
+
+@pytest.mark.real
+def test_the_doctor_sees_namespaces_and_nftables(config: Config) -> None:
+    assert doctor.namespaces(config).verdict == "good"
+    assert doctor.nftables(config).verdict == "good"
