@@ -1,0 +1,145 @@
+"""The command line: one verb, one line; what a verb means stands in ``serve`` and ``doctor``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import cyclopts
+from cyclopts import Parameter
+
+from skysail import doctor as doctors
+from skysail.cli import show
+from skysail.kit import config as configuration
+from skysail.kit.errors import SkysailError
+from skysail.serve import blueprints, customer, tour
+from skysail.serve import keys as access
+from skysail.serve import up as machine
+
+app = cyclopts.App(name="skysail", help="A VPS cloud that you own: the Lightsail API over real QEMU guests.")
+images = cyclopts.App(name="images", help="The images that instances are made of.")
+keys = cyclopts.App(name="keys", help="Access keys of the admin account.")
+app.command(images)
+app.command(keys)
+
+Json = Annotated[bool, Parameter(name="--json", negative="")]
+
+
+@app.command
+def up(*, first_instance: bool = True, json: Json = False) -> None:
+    """Build what is missing and start the cloud; safe to repeat."""
+    answer = tour.up(configuration.load(), show.step, first_instance)
+    show.as_json(answer) if json else show.line("\n".join(tour.directions(configuration.load())))
+
+
+@app.command
+def down(*, guests: bool = False) -> None:
+    """Stop controller and agent; guests go on unless --guests."""
+    machine.down(configuration.load(), show.step, guests)
+
+
+@app.command
+def status(*, json: Json = False) -> int:
+    """How the cloud stands; exit status 1 when it does not run."""
+    answer = machine.status(configuration.load())
+    show.as_json(answer) if json else show.table(
+        [{"what": key, "is": value} for key, value in answer.items()], ["what", "is"])
+    return 0 if answer["running"] else 1
+
+
+@app.command
+def doctor(*, json: Json = False) -> int:
+    """Look at this machine: what was seen, where, what cures it; exit status 1 when something is bad."""
+    found = doctors.examine(configuration.load())
+    rows = [{name: getattr(finding, name) for name in finding.__struct_fields__} for finding in found]
+    show.as_json(rows) if json else show.table(rows, ["verdict", "subject", "saw", "where", "cure"])
+    return 1 if any(finding.verdict == "bad" for finding in found) else 0
+
+
+@app.command
+def launch(name: str, *, blueprint: str = "debian_12", bundle: str = "nano_3_0", json: Json = False) -> None:
+    """Create an instance and wait until it runs."""
+    instance = customer.launch(configuration.load(), name, blueprint, bundle)
+    show.as_json(instance) if json else show.line(f"{name} runs at {instance.get('publicIpAddress', 'no address')}")
+
+
+@app.command(name="list")
+def list_instances(*, json: Json = False) -> None:
+    """Every instance."""
+    found = customer.instances(configuration.load())
+    show.as_json(found) if json else show.table(
+        [customer.summary(instance) for instance in found], ["name", "state", "address", "blueprint", "bundle"])
+
+
+@app.command
+def ssh(name: str, *command: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
+    """Log in to an instance, or run a command there."""
+    return customer.ssh(configuration.load(), name, list(command))
+
+
+@app.command
+def logs(name: str) -> None:
+    """What an instance's serial console said."""
+    sys.stdout.buffer.write(customer.serial_log(configuration.load(), name))
+
+
+@app.command
+def env(*, json: Json = False) -> None:
+    """Shell exports that point any AWS client at this cloud."""
+    values = machine.environment(configuration.load())
+    show.as_json(values) if json else show.exports(values)
+
+
+@keys.command(name="list")
+def list_keys(*, json: Json = False) -> None:
+    """Access keys, without their secrets."""
+    found = access.listed(configuration.load())
+    show.as_json(found) if json else show.table(found, ["id", "created", "revoked"])
+
+
+@keys.command(name="create")
+def create_key() -> None:
+    """Make an access key; its secret is shown this once."""
+    show.as_json(access.create(configuration.load()))
+
+
+@keys.command(name="revoke")
+def revoke_key(key: str) -> None:
+    """Revoke an access key."""
+    access.revoke(configuration.load(), key)
+
+
+@images.command(name="list")
+def list_images(*, json: Json = False) -> None:
+    """Images that this machine holds."""
+    found = blueprints.held(configuration.load())
+    show.as_json(found) if json else show.table(found, ["blueprint", "name", "version", "digest"])
+
+
+@images.command(name="build")
+def build_image(blueprint: str = "debian_12") -> None:
+    """Build a blueprint's image from Debian packages."""
+    blueprints.build(configuration.load(), blueprint, show.step)
+
+
+@images.command(name="import")
+def import_image(file: Path, *, sha256: str, blueprint: str) -> None:
+    """Make a blueprint of a qcow2 or raw cloud image."""
+    blueprints.bring_in(configuration.load(), file, sha256, blueprint, show.step)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit status. What Skysail can explain is printed with its cure, without a traceback."""
+    try:
+        status_code = app(arguments, result_action="return_value", exit_on_error=False)
+    except SkysailError as failed:
+        show.failure(failed)
+        return 1
+    except cyclopts.CycloptsError:
+        return 2
+    return status_code if isinstance(status_code, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

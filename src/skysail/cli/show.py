@@ -1,0 +1,55 @@
+"""How answers look on a terminal: tables and progress for people, one JSON value for programs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from skysail.kit.errors import SkysailError
+
+_out = Console()
+_err = Console(stderr=True)
+
+
+def as_json(value: object) -> None:
+    """Print ``value`` as one line of JSON; times become ISO 8601."""
+    sys.stdout.write(msgspec.json.encode(value, enc_hook=str).decode() + "\n")
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Print ``rows`` as a table of ``columns``."""
+    drawn = Table(box=None, pad_edge=False)
+    for column in columns:
+        drawn.add_column(column, overflow="fold")
+    for row in rows:
+        drawn.add_row(*(str(row.get(column, "")) for column in columns))
+    _out.print(drawn)
+
+
+def line(text: str) -> None:
+    """Print one plain line."""
+    _out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def step(text: str) -> None:
+    """Say, on standard error, what happens now."""
+    _err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def exports(values: Mapping[str, str]) -> None:
+    """Print shell exports that are safe to eval."""
+    for key, value in values.items():
+        sys.stdout.write(f"export {key}={shlex.quote(value)}\n")
+
+
+def failure(error: SkysailError) -> None:
+    """Say what failed, and its cure."""
+    _err.print(f"skysail: {error.what}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if error.cure:
+        step(f"cure: {error.cure}")

@@ -1,0 +1,158 @@
+"""The doctor: looks at this machine and says what was seen, where, and what cures it. Changes nothing that stays.
+
+Each look is a function that returns one :class:`Finding`; one that breaks is itself a finding, never a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from skysail.kit import process
+from skysail.kit.config import Config
+from skysail.kit.errors import SkysailError
+
+Verdict = Literal["good", "weak", "bad"]
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One look. ``weak`` works, but less well than it could; ``bad`` keeps guests from running."""
+
+    subject: str
+    verdict: Verdict
+    saw: str
+    where: str
+    cure: str = ""
+
+
+RULES = b"""
+table inet skysail_doctor {
+    map verdicts { type ifname : verdict; }
+    chain forward {
+        type filter hook forward priority 0;
+        iifname vmap @verdicts
+        ct state established accept
+    }
+}
+table ip skysail_doctor {
+    chain out {
+        type nat hook postrouting priority 100;
+        masquerade
+    }
+}
+"""
+
+
+def examine(config: Config) -> list[Finding]:
+    """Take every look, in the order in which a launch needs them."""
+    return [_careful(subject, look, config) for subject, look in LOOKS]
+
+
+def _careful(subject: str, look: Callable[[Config], Finding], config: Config) -> Finding:
+    try:
+        return look(config)
+    except SkysailError as failed:
+        return Finding(subject=subject, verdict="bad", saw=failed.what, where=subject, cure=failed.cure)
+    except (OSError, ImportError, ValueError) as failed:
+        return Finding(subject=subject, verdict="bad", saw=str(failed), where=subject)
+
+
+def qemu_version(_config: Config) -> Finding:
+    """Is QEMU here, and new enough to map a template's memory read-only and to migrate its state from a file?"""
+    said = process.run(["qemu-system-x86_64", "--version"], timeout=20).decode()
+    match = re.search(r"version (\d+)\.(\d+)", said)
+    version = (int(match[1]), int(match[2])) if match else (0, 0)
+    fits = version >= (10, 0)
+    return Finding(subject="qemu", verdict="good" if fits else "weak", saw=said.splitlines()[0],
+                   where="qemu-system-x86_64 --version",
+                   cure="" if fits else "QEMU 10 or newer: run sudo ./skysail up (takes it from backports)")
+
+
+def accelerator(_config: Config) -> Finding:
+    """Does KVM really boot a guest? The verdict comes from starting one."""
+    from skysail.hypervisor.accelerator import probe
+
+    verdict = probe()
+    name, why = str(getattr(verdict, "name", verdict)), str(getattr(verdict, "reason", ""))
+    kvm = name == "kvm"
+    return Finding(subject="accelerator", verdict="good" if kvm else "weak", saw=f"{name} {why}".strip(),
+                   where="a tiny guest started with /dev/kvm",
+                   cure="" if kvm else "guests run emulated (slow); for KVM use bare metal or a host with nested "
+                                       "virtualisation, and give this machine /dev/kvm")
+
+
+def namespaces(config: Config) -> Finding:
+    """May network namespaces be made here? One is made and removed again."""
+    probe = f"{config.namespace}-doctor-{os.getpid()}"
+    if os.geteuid() != 0:
+        return Finding(subject="namespaces", verdict="weak", saw="not looked at", where="ip netns add",
+                       cure="run with sudo")
+    process.run(["ip", "netns", "add", probe], timeout=20)
+    process.run(["ip", "netns", "delete", probe], timeout=20)
+    return Finding(subject="namespaces", verdict="good", saw="a network namespace was made and removed",
+                   where="ip netns add")
+
+
+def nftables(_config: Config) -> Finding:
+    """Does the kernel take the kinds of rules that guests' firewalls need? Checked without loading them."""
+    if os.geteuid() != 0:
+        return Finding(subject="nftables", verdict="weak", saw="not looked at", where="nft --check",
+                       cure="run with sudo")
+    process.run(["nft", "--check", "--file", "-"], input=RULES, timeout=20)
+    return Finding(subject="nftables", verdict="good", saw="verdict maps, connection tracking and NAT are accepted",
+                   where="nft --check")
+
+
+def disk(config: Config) -> Finding:
+    """Room for images and guests."""
+    place = config.root
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / 2**30
+    verdict: Verdict = "good" if free >= 20 else "weak" if free >= 6 else "bad"
+    return Finding(subject="disk", verdict=verdict, saw=f"{free:.1f} GiB free", where=str(place),
+                   cure="" if verdict == "good" else "free some space, or set SKYSAIL_DATA to another disk")
+
+
+def memory(_config: Config) -> Finding:
+    """Memory that guests could take now."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) / 2**20
+    return Finding(subject="memory", verdict="good" if free >= 2 else "weak", saw=f"{free:.1f} GiB available",
+                   where="/proc/meminfo", cure="" if free >= 2 else "stop other programs, or use smaller bundles")
+
+
+def cgroups(_config: Config) -> Finding:
+    """Can guests be held to their bundle's processor and memory share?"""
+    unified = Path("/sys/fs/cgroup/cgroup.controllers")
+    if unified.exists():
+        has = set(unified.read_text().split())
+        lacking = sorted({"cpu", "memory"} - has)
+        return Finding(subject="cgroups", verdict="weak" if lacking else "good", where=str(unified),
+                       saw=f"version 2, controllers: {' '.join(sorted(has)) or 'none'}",
+                       cure=f"enable the controllers {' '.join(lacking)} for this machine" if lacking else "")
+    return Finding(subject="cgroups", verdict="weak", saw="no version 2 hierarchy at the root", where="/sys/fs/cgroup",
+                   cure="boot with systemd.unified_cgroup_hierarchy=1")
+
+
+def clock(_config: Config) -> Finding:
+    """Signatures are refused when clocks differ by more than 15 minutes; a clock in the past is a clock not set."""
+    now = time.time()
+    newest = max(path.stat().st_mtime for path in (Path("/etc/os-release"), Path(__file__)))
+    fits = now >= newest
+    return Finding(subject="time", verdict="good" if fits else "bad", where="the machine's clock",
+                   saw=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now)),
+                   cure="" if fits else "set the clock: it is earlier than the files on this machine")
+
+
+LOOKS: tuple[tuple[str, Callable[[Config], Finding]], ...] = (
+    ("qemu", qemu_version), ("accelerator", accelerator), ("namespaces", namespaces), ("nftables", nftables),
+    ("disk", disk), ("memory", memory), ("cgroups", cgroups), ("time", clock),
+)

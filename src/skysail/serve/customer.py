@@ -1,0 +1,112 @@
+"""The operator as a customer of the signed API: the command line changes instances only this way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import botocore.session
+from botocore.config import Config as ClientConfig
+from botocore.exceptions import BotoCoreError, ClientError
+
+from skysail.kit.config import Config
+from skysail.kit.errors import SkysailError
+from skysail.serve import up
+
+
+def call(config: Config, action: str, **parameters: Any) -> dict[str, Any]:
+    """Call ``action`` (in snake_case) with the admin key. Raises :class:`SkysailError` with the API's words."""
+    key, secret = up.credentials(config)
+    client = botocore.session.Session().create_client(
+        "lightsail", region_name=config.default_region, endpoint_url=up.endpoint(config), aws_access_key_id=key,
+        aws_secret_access_key=secret,
+        config=ClientConfig(retries={"max_attempts": 0}, proxies={}, connect_timeout=5, read_timeout=60))
+    try:
+        answer: dict[str, Any] = getattr(client, action)(**parameters)
+    except ClientError as refused:
+        error = refused.response.get("Error", {})
+        raise SkysailError(f"{error.get('Code')}: {error.get('Message')}") from refused
+    except BotoCoreError as failed:
+        raise SkysailError(str(failed), cure="see: sudo ./skysail status") from failed
+    answer.pop("ResponseMetadata", None)
+    return answer
+
+
+def instances(config: Config) -> list[dict[str, Any]]:
+    """Every instance of the admin account."""
+    found: list[dict[str, Any]] = []
+    token: dict[str, str] = {}
+    while True:
+        page = call(config, "get_instances", **token)
+        found += page.get("instances", [])
+        if not page.get("nextPageToken"):
+            return found
+        token = {"pageToken": page["nextPageToken"]}
+
+
+def launch(config: Config, name: str, blueprint: str, bundle: str, wait_seconds: float = 120.0) -> dict[str, Any]:
+    """Create one instance and wait until it runs; raises :class:`SkysailError` after ``wait_seconds``."""
+    call(config, "create_instances", instanceNames=[name], availabilityZone=f"{config.default_region}{config.zones[0]}",
+         blueprintId=blueprint, bundleId=bundle)
+    deadline = time.monotonic() + wait_seconds
+    while time.monotonic() < deadline:
+        instance: dict[str, Any] = call(config, "get_instance", instanceName=name)["instance"]
+        if instance["state"]["name"] == "running":
+            return instance
+        time.sleep(0.2)
+    raise SkysailError(f"{name} does not run after {wait_seconds:.0f} s", cure=f"see: sudo ./skysail logs {name}")
+
+
+def ssh(config: Config, name: str, command: list[str]) -> int:
+    """Log in to instance ``name`` with a certificate made for this login; returns ssh's exit status."""
+    access = call(config, "get_instance_access_details", instanceName=name, protocol="ssh")["accessDetails"]
+    with tempfile.TemporaryDirectory(prefix="skysail-ssh-") as folder:
+        identity, hosts = Path(folder) / "identity", Path(folder) / "known_hosts"
+        _private(identity, access["privateKey"])
+        _private(Path(folder) / "identity-cert.pub", access["certKey"])
+        address = access["ipAddress"]
+        lines = [f"{address} {key['algorithm']} {key['publicKey']}" for key in access.get("hostKeys", [])]
+        _private(hosts, "\n".join(lines))
+        return subprocess.call([
+            "ssh", "-F", "none", "-i", str(identity), "-o", f"CertificateFile={identity}-cert.pub",
+            "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none", "-o", f"UserKnownHostsFile={hosts}",
+            "-o", f"StrictHostKeyChecking={'yes' if lines else 'accept-new'}", "-o", "LogLevel=ERROR",
+            f"{access['username']}@{address}", *command])
+
+
+def serial_log(config: Config, name: str) -> bytes:
+    """What the serial console of instance ``name`` said. Raises :class:`SkysailError` when there is no such guest."""
+    from sqlalchemy import select
+
+    from skysail.store.database import Database
+    from skysail.store.schema import guests
+
+    database = Database(config.database)
+    try:
+        with database.transaction(write=False) as connection:
+            wanted = (guests.c.instance_name == name) & (guests.c.role != "gone")
+            found = connection.execute(select(guests.c.id).where(wanted))
+            ids = [row[0] for row in found]
+    finally:
+        database.close()
+    logs = [path for guest in ids for path in sorted((config.guests_dir / guest).glob("*serial*"))
+            if not path.is_socket()]
+    if not logs:
+        raise SkysailError(f"no instance named {name} has a serial log here", cure="see: sudo ./skysail list")
+    return b"".join(path.read_bytes() for path in logs)
+
+
+def _private(path: Path, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text.rstrip("\n") + "\n")
+
+
+def summary(instance: dict[str, Any]) -> dict[str, str]:
+    """The few words of an instance that a list shows."""
+    return {"name": instance["name"], "state": instance["state"]["name"], "blueprint": instance.get("blueprintId", ""),
+            "address": instance.get("publicIpAddress", ""), "bundle": instance.get("bundleId", "")}

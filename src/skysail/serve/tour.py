@@ -1,0 +1,36 @@
+"""What ``up`` adds to a started cloud: a first instance, one login to it, and the next commands to try."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from skysail.kit.config import Config
+from skysail.kit.errors import SkysailError
+from skysail.serve import customer, processes
+from skysail.serve import up as machine
+
+FIRST = "first"
+
+
+def up(config: Config, progress: machine.Progress, first_instance: bool = True) -> dict[str, Any]:
+    """Bring the cloud up; with ``first_instance``, launch one if there is none, and log in to it once."""
+    machine.up(config, progress)
+    if first_instance and not customer.instances(config):
+        progress("first instance: launching")
+        customer.launch(config, FIRST, "debian_12", "nano_3_0", wait_seconds=600)
+        progress("first instance: logging in")
+        if not processes.wait_until(lambda: customer.ssh(config, FIRST, ["true"]) == 0, 60, pause_seconds=1):
+            raise SkysailError(f"instance {FIRST} runs, but no login succeeded",
+                               cure=f"see: sudo ./skysail logs {FIRST}")
+    return machine.status(config)
+
+
+def directions(config: Config) -> list[str]:
+    """Ready-to-paste commands for a person who has just started the cloud."""
+    return [
+        f"endpoint     {machine.endpoint(config)}",
+        f"credentials  {config.root / 'credentials.json'}",
+        "aws CLI      eval \"$(sudo ./skysail env)\" && aws lightsail get-instances",
+        f"boto3        boto3.client('lightsail', endpoint_url='{machine.endpoint(config)}')",
+        f"ssh          sudo ./skysail ssh {FIRST}",
+    ]

@@ -1,0 +1,268 @@
+"""Bring one machine's cloud up, take it down, say how it stands.
+
+``up`` may be repeated: a step whose result exists is skipped, and a healthy process that runs this program with this
+configuration is left alone. The program is copied into the data folder first, so that the unprivileged controller can
+read it wherever the checkout lies, and so that an edited checkout does not change a running cloud.
+"""
+
+from __future__ import annotations
+
+import grp
+import hashlib
+import json
+import os
+import pwd
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+
+import skysail
+from skysail.kit import process
+from skysail.kit.config import Config
+from skysail.kit.errors import SkysailError
+from skysail.serve import processes
+
+Progress = Callable[[str], None]
+
+USER = "skysail"
+NAMES = ("agent", "controller")
+UNITS = Path("/etc/systemd/system")
+NEEDED_FREE_GIB = 6
+
+
+def up(config: Config, progress: Progress) -> None:
+    """Build what is missing, start agent and controller, wait until both are healthy. Needs root."""
+    require_root()
+    require_disk(config)
+    ensure_user(config)
+    ensure_folders(config)
+    digest = install_program(config)
+    initialise_store(config, progress)
+    ensure_image(config, progress)
+    for name in NAMES:
+        if healthy(config, name) and _current(config, name, digest):
+            progress(f"{name}: runs already")
+            continue
+        progress(f"{name}: starting")
+        _start(config, name, digest)
+        wait_healthy(config, name)
+        progress(f"{name}: healthy")
+
+
+def down(config: Config, progress: Progress, guests: bool = False) -> None:
+    """Stop controller and agent; with ``guests`` end the QEMU processes too (as a power cut, their disks stay)."""
+    require_root()
+    for name in reversed(NAMES):
+        if _systemd():
+            unit = UNITS / f"skysail-{name}.service"
+            if unit.exists():
+                process.run(["systemctl", "disable", "--now", unit.name])
+        progress(f"{name}: {'stopped' if processes.stop(config, name) else 'was not running'}")
+    if guests:
+        running = processes.guests(config)
+        for record in running:
+            processes.end(record, 30.0)
+        progress(f"guests: {len(running)} ended")
+
+
+def status(config: Config) -> dict[str, Any]:
+    """How the cloud stands: its processes, its health, its guests' number, its endpoint."""
+    answer: dict[str, Any] = {"data": config.data, "endpoint": endpoint(config), 
+                              "guests": len(processes.guests(config))}
+    for name in NAMES:
+        record = processes.find(config, name)
+        answer[name] = {"pid": record.pid if record else None, "healthy": healthy(config, name)}
+    answer["running"] = all(answer[name]["healthy"] for name in NAMES)
+    return answer
+
+
+def endpoint(config: Config) -> str:
+    """Where the API answers, as a client on this machine reaches it."""
+    return f"http://{_reachable(config)}:{config.port}"
+
+
+def credentials(config: Config) -> tuple[str, str]:
+    """The admin account's access key id and secret. Raises :class:`SkysailError` when there are none to read."""
+    path = config.root / "credentials.json"
+    try:
+        values: dict[str, str] = json.loads(path.read_text())
+    except FileNotFoundError as missing:
+        raise SkysailError(f"{path} does not exist", cure="run: sudo ./skysail up") from missing
+    except PermissionError as refused:
+        raise SkysailError(f"{path} is readable by root only", cure="run with sudo") from refused
+    plain = {key.replace("_", "").lower().removeprefix("aws"): value for key, value in values.items()}
+    try:
+        return plain["accesskeyid"], plain["secretaccesskey"]
+    except KeyError as absent:
+        raise SkysailError(f"{path} holds no access key", cure="move it away and run: sudo ./skysail up") from absent
+
+
+def environment(config: Config) -> dict[str, str]:
+    """What points any AWS client at this cloud."""
+    key, secret = credentials(config)
+    return {"AWS_ENDPOINT_URL_LIGHTSAIL": endpoint(config), "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_DEFAULT_REGION": config.default_region}
+
+
+def require_root() -> None:
+    """Raises :class:`SkysailError` for anyone but root."""
+    if os.geteuid() != 0:
+        raise SkysailError("this needs root: it makes namespaces, cgroups and guests", cure="run with sudo")
+
+
+def require_disk(config: Config) -> None:
+    """Refuse to begin on a disk without room for an image, its template and a first guest."""
+    config.root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(config.root).free / 2**30
+    if free < NEEDED_FREE_GIB and not any(config.images_dir.glob("*")):
+        raise SkysailError(f"{config.root} has {free:.1f} GiB free, {NEEDED_FREE_GIB} GiB are needed",
+                           cure="free some space, or set SKYSAIL_DATA to a folder on a larger disk")
+
+
+def ensure_user(config: Config) -> None:
+    """The unprivileged user that the controller runs as."""
+    try:
+        pwd.getpwnam(USER)
+    except KeyError:
+        process.run(["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", config.data,
+                     "--shell", "/usr/sbin/nologin", USER])
+
+
+def ensure_folders(config: Config) -> None:
+    """The data folder's rooms, each with the owner and mode that it needs."""
+    user, group = pwd.getpwnam(USER).pw_uid, grp.getgrnam(USER).gr_gid
+    config.root.chmod(0o755)
+    for path, owner, mode in ((config.root / "run", 0, 0o750), (config.root / "logs", 0, 0o750),
+                              (config.root / "controller", user, 0o700), (config.images_dir, 0, 0o755),
+                              (config.templates_dir, 0, 0o755), (config.guests_dir, 0, 0o755),
+                              (config.volumes_dir, 0, 0o755)):
+        path.mkdir(parents=True, exist_ok=True)
+        os.chown(path, owner, group)
+        path.chmod(mode)
+
+
+def install_program(config: Config) -> str:
+    """Copy this program into the data folder; the digest names its text and the configuration."""
+    source = Path(skysail.__file__).parent
+    target = config.root / "program"
+    whole = hashlib.sha256(msgspec.json.encode(config))
+    for path in sorted(source.rglob("*.py")):
+        whole.update(str(path.relative_to(source)).encode() + b"\0" + path.read_bytes())
+    digest = whole.hexdigest()
+    if source.is_relative_to(target):
+        return digest
+    stamp = target / "digest"
+    if not stamp.exists() or stamp.read_text() != digest:
+        fresh = config.root / "program.partial"
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.copytree(source, fresh / "skysail", ignore=shutil.ignore_patterns("__pycache__"))
+        (fresh / "digest").write_text(digest)
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)
+    return digest
+
+
+def initialise_store(config: Config, progress: Progress) -> None:
+    """The controller's database, keys and admin account, then handed to the controller's user."""
+    from skysail.serve.controller import initialise
+
+    progress("store: checking")
+    initialise(config)
+    account = pwd.getpwnam(USER)
+    for path in (config.root / "controller").rglob("*"):
+        os.chown(path, account.pw_uid, account.pw_gid)
+
+
+def ensure_image(config: Config, progress: Progress) -> None:
+    """Build the default blueprint's image when the library holds none."""
+    if any(config.images_dir.iterdir()):
+        return
+    from skysail.serve import blueprints
+
+    progress("images: building debian_12 from Debian packages (some minutes, once)")
+    blueprints.build(config, "debian_12", progress)
+
+
+def healthy(config: Config, name: str) -> bool:
+    """Does ``name`` answer its health question?"""
+    try:
+        if name == "controller":
+            return httpx.get(f"{endpoint(config)}/healthz", timeout=2, trust_env=False).status_code == 200
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(config.agent_socket)), timeout=2) as client:
+            return client.get("http://agent/healthz").status_code == 200
+    except (httpx.HTTPError, OSError):
+        return False
+
+
+def wait_healthy(config: Config, name: str, seconds: float = 60.0) -> None:
+    """Wait until ``name`` is healthy. Raises :class:`SkysailError` with the end of its log when it ends or hangs."""
+    def settled() -> bool:
+        return healthy(config, name) or (not _systemd() and processes.find(config, name) is None)
+
+    processes.wait_until(settled, seconds)
+    if not healthy(config, name):
+        log = processes.log_path(config, name)
+        said = log.read_text(errors="replace")[-1500:] if log.exists() else ""
+        raise SkysailError(f"{name} did not become healthy; it said:\n{said.strip()}", cure=f"read {log}")
+    if name == "agent":
+        os.chown(config.agent_socket, 0, grp.getgrnam(USER).gr_gid)
+        config.agent_socket.chmod(0o660)
+
+
+def command(name: str) -> list[str]:
+    """The argument list that runs ``name``: the agent as root, the controller without any privilege."""
+    program = [sys.executable, "-m", f"skysail.serve.{name}"]
+    if name == "agent":
+        return program
+    return ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--init-groups", "--inh-caps=-all", "--bounding-set=-all",
+            "--no-new-privs", "--", *program]
+
+
+def unit(config: Config, name: str) -> str:
+    """The systemd unit of ``name``. Guests are never in the way of a restart: only the main process is ended."""
+    user = f"User={USER}\nGroup={USER}\nNoNewPrivileges=yes\nCapabilityBoundingSet=\n" if name == "controller" else ""
+    order = "After=skysail-agent.service" if name == "controller" else "After=network.target"
+    settings = "".join(f'Environment="{key}={value}"\n' for key, value in _environment(config).items())
+    log = processes.log_path(config, name)
+    return (f"[Unit]\nDescription=Skysail {name}\n{order}\n\n[Service]\n{settings}{user}"
+            f"ExecStart={sys.executable} -m skysail.serve.{name}\nKillMode=process\nDelegate=yes\nRestart=always\n"
+            f"RestartSec=1\nStandardOutput=append:{log}\nStandardError=append:{log}\n\n"
+            f"[Install]\nWantedBy=multi-user.target\n")
+
+
+def _start(config: Config, name: str, digest: str) -> None:
+    processes.stop(config, name)
+    if not _systemd():
+        processes.start(config, name, command(name), env=_environment(config), digest=digest)
+        return
+    (UNITS / f"skysail-{name}.service").write_text(unit(config, name))
+    process.run(["systemctl", "daemon-reload"])
+    process.run(["systemctl", "enable", f"skysail-{name}.service"])
+    process.run(["systemctl", "restart", f"skysail-{name}.service"])
+    (config.root / "run" / f"{name}.digest").write_text(digest)
+
+
+def _current(config: Config, name: str, digest: str) -> bool:
+    if _systemd():
+        stamp = config.root / "run" / f"{name}.digest"
+        return stamp.exists() and stamp.read_text() == digest
+    record = processes.find(config, name)
+    return record is not None and record.digest == digest
+
+
+def _environment(config: Config) -> dict[str, str]:
+    return {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8",
+            "PYTHONPATH": str(config.root / "program"), "PYTHONUNBUFFERED": "1", "SKYSAIL_DATA": config.data}
+
+
+def _systemd() -> bool:
+    return Path("/run/systemd/system").is_dir()
+
+
+def _reachable(config: Config) -> str:
+    return "127.0.0.1" if config.listen in ("0.0.0.0", "::") else config.listen
