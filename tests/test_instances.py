@@ -67,7 +67,8 @@ def test_wrong_requests_get_lightsails_errors(cloud: Cloud) -> None:
     eventually(lambda: state(client, "taken") == "running")
     assert "only a stopped one" in error(client.start_instance, "InvalidInputException", instanceName="taken")
     assert [found["name"] for found in client.get_instances()["instances"]] == ["taken"]
-    assert "CreateBucket" in error(client.create_bucket, "InvalidInputException", bucketName="files", bundleId="small_1_0")
+    assert "CreateBucket" in error(client.create_bucket, "InvalidInputException", bucketName="files",
+                                   bundleId="small_1_0")
 
 
 def test_firewall(cloud: Cloud) -> None:

@@ -1,6 +1,7 @@
 """The controller process: the API, the engine of operations and the watch of its hosts, in one event loop.
 
-``python -m skysail.serve.controller`` runs it, unprivileged; :func:`initialise` makes its rows and the admin's credentials.
+``python -m skysail.serve.controller`` runs it, unprivileged; :func:`initialise` makes its rows and the admin's
+credentials.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -75,7 +77,7 @@ def _write_private(path: str, content: dict[str, str]) -> None:
         json.dump(content, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(path + ".new", path)
+    Path(path + ".new").replace(path)
 
 
 def action_table(config: Config, clock: Clock,

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 
 class Vault:
-    """Seals and opens small secrets; ``purpose`` is bound to the text, so that a row's secret can't be moved to another."""
+    """Seals and opens small secrets; ``purpose`` is bound to the text, so that a secret can't be moved to another row."""
 
     def __init__(self, key: bytes) -> None:
         self._cipher = AESGCM(key)
