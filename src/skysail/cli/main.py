@@ -14,7 +14,6 @@ from skysail.cli import show
 from skysail.kit import config as configuration
 from skysail.kit.errors import SkysailError
 from skysail.serve import blueprints, customer, tour
-from skysail.serve import keys as access
 from skysail.serve import up as machine
 
 app = cyclopts.App(name="skysail", help="A VPS cloud that you own: the Lightsail API over real QEMU guests.")
@@ -94,6 +93,8 @@ def env(*, json: Json = False) -> None:
 @keys.command(name="list")
 def list_keys(*, json: Json = False) -> None:
     """Access keys, without their secrets."""
+    from skysail.serve import keys as access
+
     found = access.listed(configuration.load())
     show.as_json(found) if json else show.table(found, ["id", "created", "revoked"])
 
@@ -101,12 +102,16 @@ def list_keys(*, json: Json = False) -> None:
 @keys.command(name="create")
 def create_key() -> None:
     """Make an access key; its secret is shown this once."""
+    from skysail.serve import keys as access
+
     show.as_json(access.create(configuration.load()))
 
 
 @keys.command(name="revoke")
 def revoke_key(key: str) -> None:
     """Revoke an access key."""
+    from skysail.serve import keys as access
+
     access.revoke(configuration.load(), key)
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import secrets
-import string
 import time
 from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import select, update
 
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
+from skysail.resources import accounts
 from skysail.serve import up
 from skysail.store.database import Database
 from skysail.store.schema import access_keys
@@ -31,16 +30,12 @@ def listed(config: Config) -> list[dict[str, Any]]:
 
 
 def create(config: Config) -> dict[str, str]:
-    """A new access key of the admin account, as AWS shapes them (20 and 40 characters)."""
-    key = "AKIA" + "".join(secrets.choice(string.ascii_uppercase + "234567") for _ in range(16))
-    secret = "".join(secrets.choice(string.ascii_letters + string.digits + "+/") for _ in range(40))
-    vault = Vault.at(config.master_key)
+    """A new access key of the admin account."""
     database = Database(config.database)
     try:
         with database.transaction() as connection:
-            connection.execute(insert(access_keys).values(
-                id=key, account_id=_account(connection, config), secret_sealed=vault.seal(secret, purpose(key)),
-                created_at=time.time()))
+            key, secret = accounts.create_access_key(connection, Vault.at(config.master_key),
+                                                     _account(connection, config), time.time())
     finally:
         database.close()
     return {"accessKeyId": key, "secretAccessKey": secret}
@@ -60,11 +55,6 @@ def revoke(config: Config, key: str) -> None:
                 raise SkysailError(f"no access key {key} that could be revoked", cure="see: sudo ./skysail keys list")
     finally:
         database.close()
-
-
-def purpose(key: str) -> str:
-    """What the secret of access key ``key`` is sealed for."""
-    return f"access-key:{key}"
 
 
 def _account(connection: Any, config: Config) -> str:

@@ -174,7 +174,7 @@ def initialise_store(config: Config, progress: Progress) -> None:
     progress("store: checking")
     initialise(config)
     account = pwd.getpwnam(USER)
-    for path in (config.root / "controller").rglob("*"):
+    for path in (config.root / "credentials.json", *(config.root / "controller").rglob("*")):
         os.chown(path, account.pw_uid, account.pw_gid)
 
 
