@@ -52,7 +52,7 @@ def doctor(*, json: Json = False) -> int:
     """Look at this machine: what was seen, where, what cures it; exit status 1 when something is bad."""
     found = doctors.examine(configuration.load())
     rows = [{name: getattr(finding, name) for name in finding.__struct_fields__} for finding in found]
-    show.as_json(rows) if json else show.table(rows, ["verdict", "subject", "saw", "where", "cure"])
+    show.as_json(rows) if json else show.findings(rows)
     return 1 if any(finding.verdict == "bad" for finding in found) else 0
 
 

@@ -32,6 +32,14 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     _out.print(drawn)
 
 
+def findings(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print what the doctor found: verdict, subject, what was seen and where; the cure below it."""
+    for row in rows:
+        line(f"{row['verdict']:<5} {row['subject']:<12} {row['saw']}  [{row['where']}]")
+        if row["cure"]:
+            line(f"{'':<18} cure: {row['cure']}")
+
+
 def line(text: str) -> None:
     """Print one plain line."""
     _out.print(text, markup=False, highlight=False, soft_wrap=True)
