@@ -1,0 +1,76 @@
+"""The gateway: one HTTP request's way, as a list to read from top to bottom.
+
+limits → target → signature → parse → dispatch → serialise. Whatever goes wrong ends in Lightsail's error envelope; an
+unexpected error is logged with the request's id and answers ServiceException without detail.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable
+from email.utils import formatdate
+from typing import Any
+
+import anyio
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from skysail.api import protocol, signature
+from skysail.api.dispatch import Dispatcher
+from skysail.kit.clock import Clock
+from skysail.kit.errors import ApiError
+from skysail.resources.request import Request
+
+log = logging.getLogger(__name__)
+MAX_BODY_BYTES = 1024 * 1024
+
+
+def application(dispatcher: Dispatcher, find_secret: Callable[[str], tuple[str, str] | None], *, clock: Clock,
+                lifespan: Any = None) -> Starlette:
+    """The API as an ASGI application: ``POST /`` is Lightsail, ``GET /healthz`` says that we live."""
+
+    def answer(headers: dict[str, str], body: bytes) -> bytes:
+        operation = protocol.operation_model(headers.get("x-amz-target"))
+        caller = signature.verify(headers, body, now=clock.now(), find_secret=find_secret)
+        params = protocol.parse(operation, body)
+        reply = dispatcher.run(Request(caller.account_id, caller.region, operation.name, params))
+        return protocol.serialise(operation, reply)
+
+    async def lightsail(http: HttpRequest) -> Response:
+        identifier = str(uuid.uuid4())
+        try:
+            body = await _read(http)
+            return _response(200, await anyio.to_thread.run_sync(answer, dict(http.headers), body), identifier)
+        except ClientDisconnect:
+            return Response(status_code=400)
+        except ApiError as failure:
+            return _response(failure.status, protocol.error(failure), identifier)
+        except Exception:
+            log.exception("request %s failed", identifier)
+            failure = ApiError("ServiceException", f"Something failed on our side (request {identifier}).", status=500)
+            return _response(500, protocol.error(failure), identifier)
+
+    async def healthz(_http: HttpRequest) -> Response:
+        return PlainTextResponse("ok")
+
+    protocol.service_model()
+    return Starlette(routes=[Route("/", lightsail, methods=["POST"]), Route("/healthz", healthz)], lifespan=lifespan)
+
+
+async def _read(http: HttpRequest) -> bytes:
+    body = b""
+    async for chunk in http.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise ApiError("RequestEntityTooLargeException", f"The body is larger than {MAX_BODY_BYTES} bytes.",
+                           status=413)
+    return body
+
+
+def _response(status: int, body: bytes, identifier: str) -> Response:
+    return Response(body, status, media_type="application/x-amz-json-1.1",
+                    headers={"x-amzn-RequestId": identifier, "Date": formatdate(usegmt=True)})

@@ -1,0 +1,130 @@
+"""The wire: JSON 1.1 as botocore's Lightsail service model describes it, driven by the model at run time.
+
+Parsing, validation and serialisation follow the model's shapes; there are no generated stubs. Times are epoch seconds as
+JSON numbers. Source: Smithy, "AWS JSON 1.1 protocol".
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+import msgspec
+from botocore.loaders import Loader
+from botocore.model import OperationModel, ServiceModel, Shape
+from botocore.validate import ParamValidator
+
+from skysail.kit.errors import ApiError, invalid_input
+
+TARGET = "Lightsail_20161128."
+DOCS = "https://docs.aws.amazon.com/lightsail/2016-11-28/api-reference/CommonErrors.html"
+MAX_DEPTH = 16
+
+
+@cache
+def service_model() -> ServiceModel:
+    """botocore's Lightsail model, loaded once."""
+    return ServiceModel(Loader().load_service_model("lightsail", "service-2"), "lightsail")
+
+
+def operation_model(target: str | None) -> OperationModel:
+    """The operation that the X-Amz-Target header names; raises UnknownOperationException."""
+    action = (target or "").removeprefix(TARGET)
+    if not (target or "").startswith(TARGET) or action not in service_model().operation_names:
+        raise ApiError("UnknownOperationException", f"The operation {(target or '')[:80]!r} is not known.")
+    return service_model().operation_model(action)
+
+
+def parse(operation: OperationModel, body: bytes) -> dict[str, Any]:
+    """The validated parameters in ``body``; unknown members are dropped, as AWS does.
+
+    Raises SerializationException for what is not JSON, InvalidInputException for what the model refuses.
+    """
+    try:
+        params = msgspec.json.decode(body) if body.strip() else {}
+    except (msgspec.DecodeError, RecursionError, UnicodeError):
+        raise ApiError("SerializationException", "The body is not valid JSON.") from None
+    if not isinstance(params, dict):
+        raise ApiError("SerializationException", "The body is not a JSON object.")
+    shape = operation.input_shape
+    if shape is None:
+        return {}
+    kept = _known(shape, params, 0)
+    report = ParamValidator().validate(kept, shape)
+    if report.has_errors():
+        raise invalid_input(str(report.generate_report())[:1000])
+    _check(shape, kept, operation.name)
+    result: dict[str, Any] = kept
+    return result
+
+
+def _known(shape: Shape, value: Any, depth: int) -> Any:
+    """``value`` without members that the model does not know, and without nulls."""
+    if depth > MAX_DEPTH:
+        raise ApiError("SerializationException", "The body is nested too deeply.")
+    if shape.type_name == "structure" and isinstance(value, dict):
+        return {name: _known(member, value[name], depth + 1) for name, member in shape.members.items()
+                if value.get(name) is not None}
+    if shape.type_name == "list" and isinstance(value, list):
+        return [_known(shape.member, item, depth + 1) for item in value]
+    return value
+
+
+def _check(shape: Shape, value: Any, where: str) -> None:
+    """What botocore's validator leaves to the service: enums, patterns, upper bounds."""
+    if shape.type_name == "structure":
+        for name, item in value.items():
+            _check(shape.members[name], item, name)
+    elif shape.type_name == "list":
+        for item in value:
+            _check(shape.member, item, where)
+    elif shape.type_name == "string":
+        _check_text(shape, value, where)
+    elif shape.type_name in ("integer", "long") and isinstance(value, int):
+        # SQLite and the model's 32-bit integers both end before a hostile client does.
+        if not -(2**31) <= value < 2**31 or value > shape.metadata.get("max", 2**31):
+            raise invalid_input(f"{where} is out of range.")
+
+
+def _check_text(shape: Shape, value: str, where: str) -> None:
+    if "\x00" in value or any(0xD800 <= ord(letter) <= 0xDFFF for letter in value):
+        raise invalid_input(f"{where} has characters that are not allowed.")
+    choices = getattr(shape, "enum", None)
+    if choices and value not in choices:
+        raise invalid_input(f"{where} takes one of {', '.join(choices)}; not {value[:60]!r}.")
+    pattern = shape.metadata.get("pattern")
+    if pattern:
+        try:
+            matches = re.fullmatch(pattern, value)
+        except re.error:
+            return
+        if not matches:
+            raise invalid_input(f"{where} does not have the form {pattern}.")
+    if "max" in shape.metadata and len(value) > shape.metadata["max"]:
+        raise invalid_input(f"{where} is longer than {shape.metadata['max']} characters.")
+
+
+def serialise(operation: OperationModel, reply: dict[str, Any]) -> bytes:
+    """The reply by the model: members it knows, nulls left out, timestamps as numbers."""
+    shape = operation.output_shape
+    return msgspec.json.encode(_render(shape, reply) if shape is not None else {})
+
+
+def _render(shape: Shape, value: Any) -> Any:
+    kind = shape.type_name
+    if kind == "structure":
+        members = shape.members
+        return {name: _render(members[name], item) for name, item in value.items()
+                if item is not None and name in members}
+    if kind == "list":
+        return [_render(shape.member, item) for item in value]
+    if kind == "timestamp":
+        return round(float(value), 3)
+    return value
+
+
+def error(failure: ApiError) -> bytes:
+    """Lightsail's error envelope: ``__type`` and ``code`` are the same."""
+    return msgspec.json.encode({"__type": failure.code, "code": failure.code, "message": failure.what, "docs": DOCS,
+                                "tip": failure.tip})
