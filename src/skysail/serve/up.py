@@ -180,7 +180,7 @@ def initialise_store(config: Config, progress: Progress) -> None:
 
 def ensure_image(config: Config, progress: Progress) -> None:
     """Build the default blueprint's image when the library holds none."""
-    if any(config.images_dir.iterdir()):
+    if config.engines != "real" or any(config.images_dir.iterdir()):
         return
     from skysail.serve import blueprints
 
