@@ -54,10 +54,10 @@ class Library:
     def add(self, qcow2: Path, manifest: Manifest) -> Path:
         """Move a finished image in, the image first, its manifest last; both by rename."""
         target = self.path(manifest.digest)
-        os.replace(qcow2, target)
+        qcow2.replace(target)
         draft = target.with_suffix(".draft")
         draft.write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
-        os.replace(draft, target.with_suffix(".json"))
+        draft.replace(target.with_suffix(".json"))
         return target
 
     def import_file(self, path: Path, sha256: str, blueprint: str, name: str, user: str, format: str) -> Manifest:
