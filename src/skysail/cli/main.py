@@ -129,9 +129,9 @@ def build_image(blueprint: str = "debian_12") -> None:
 
 
 @images.command(name="import")
-def import_image(file: Path, *, sha256: str, blueprint: str) -> None:
+def import_image(file: Path, *, sha256: str, blueprint: str, user: str = "debian") -> None:
     """Make a blueprint of a qcow2 or raw cloud image."""
-    blueprints.bring_in(configuration.load(), file, sha256, blueprint, show.step)
+    blueprints.bring_in(configuration.load(), file, sha256, blueprint, user, show.step)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -180,10 +180,10 @@ def initialise_store(config: Config, progress: Progress) -> None:
 
 def ensure_image(config: Config, progress: Progress) -> None:
     """Build the default blueprint's image when the library holds none."""
-    if config.engines != "real" or any(config.images_dir.iterdir()):
-        return
     from skysail.serve import blueprints
 
+    if config.engines != "real" or blueprints.held(config):
+        return
     progress("images: building debian_12 from Debian packages (some minutes, once)")
     blueprints.build(config, "debian_12", progress)
 
