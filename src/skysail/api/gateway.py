@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable
-from email.utils import formatdate
 from typing import Any
 
 import anyio
@@ -73,4 +72,4 @@ async def _read(http: HttpRequest) -> bytes:
 
 def _response(status: int, body: bytes, identifier: str) -> Response:
     return Response(body, status, media_type="application/x-amz-json-1.1",
-                    headers={"x-amzn-RequestId": identifier, "Date": formatdate(usegmt=True)})
+                    headers={"x-amzn-RequestId": identifier})

@@ -1,0 +1,62 @@
+"""The agent's face to its controller: a document in, reports out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from skysail.agent.keeper import Keeper, StaleGeneration
+from skysail.contract import VERSION
+from skysail.contract.document import HostDocument
+
+
+def application(keeper: Keeper) -> Starlette:
+    """PUT /document, GET /report, /reports (a line of JSON per change), /inventory, /healthz."""
+
+    async def put_document(request: Request) -> Response:
+        try:
+            document = msgspec.json.decode(await request.body(), type=HostDocument)
+        except msgspec.ValidationError as wrong:
+            return PlainTextResponse(f"not a document: {wrong}", 400)
+        if document.version != VERSION:
+            return PlainTextResponse(f"contract {VERSION} is spoken here, not {document.version}", 400)
+        try:
+            await keeper.accept(document)
+        except StaleGeneration as stale:
+            return PlainTextResponse(str(stale), 409)
+        return Response(status_code=204)
+
+    async def report(_request: Request) -> Response:
+        return Response(msgspec.json.encode(keeper.report()), media_type="application/json")
+
+    async def reports(_request: Request) -> Response:
+        async def lines() -> AsyncIterator[bytes]:
+            async for report in keeper.reports():
+                yield (msgspec.json.encode(report) if report is not None else b"{}") + b"\n"
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+    async def inventory(_request: Request) -> Response:
+        return Response(msgspec.json.encode(await keeper.inventory()), media_type="application/json")
+
+    async def healthz(_request: Request) -> Response:
+        return PlainTextResponse("ok")
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        await keeper.start()
+        follower = asyncio.create_task(keeper.follow())
+        try:
+            yield
+        finally:
+            follower.cancel()
+
+    return Starlette(lifespan=lifespan, routes=[
+        Route("/document", put_document, methods=["PUT"]), Route("/report", report), Route("/reports", reports),
+        Route("/inventory", inventory), Route("/healthz", healthz)])
