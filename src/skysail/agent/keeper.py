@@ -147,7 +147,8 @@ class Keeper:
         while True:
             try:
                 async with asyncio.timeout(keep_alive_seconds), self._news:
-                    await self._news.wait_for(lambda: self._report.sequence != seen)
+                    while self._report.sequence == seen:
+                        await self._news.wait()
             except TimeoutError:
                 yield None
                 continue

@@ -50,8 +50,8 @@ def application(dispatcher: Dispatcher, find_secret: Callable[[str], tuple[str, 
             return _response(failure.status, protocol.error(failure), identifier)
         except Exception:
             log.exception("request %s failed", identifier)
-            failure = ApiError("ServiceException", f"Something failed on our side (request {identifier}).", status=500)
-            return _response(500, protocol.error(failure), identifier)
+            ours = ApiError("ServiceException", f"Something failed on our side (request {identifier}).", status=500)
+            return _response(500, protocol.error(ours), identifier)
 
     async def healthz(_http: HttpRequest) -> Response:
         return PlainTextResponse("ok")

@@ -81,10 +81,9 @@ def _check(shape: Shape, value: Any, where: str) -> None:
             _check(shape.member, item, where)
     elif shape.type_name == "string":
         _check_text(shape, value, where)
-    elif shape.type_name in ("integer", "long") and isinstance(value, int):
+    elif shape.type_name in ("integer", "long") and not -(2**31) <= value <= shape.metadata.get("max", 2**31 - 1):
         # SQLite and the model's 32-bit integers both end before a hostile client does.
-        if not -(2**31) <= value < 2**31 or value > shape.metadata.get("max", 2**31):
-            raise invalid_input(f"{where} is out of range.")
+        raise invalid_input(f"{where} is out of range.")
 
 
 def _check_text(shape: Shape, value: str, where: str) -> None:

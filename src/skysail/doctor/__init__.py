@@ -75,19 +75,6 @@ def qemu_version(_config: Config) -> Finding:
                    cure="" if fits else "QEMU 10 or newer: run sudo ./skysail up (takes it from backports)")
 
 
-def accelerator(_config: Config) -> Finding:
-    """Does KVM really boot a guest? The verdict comes from starting one."""
-    from skysail.hypervisor.accelerator import probe
-
-    verdict = probe()
-    name, why = str(getattr(verdict, "name", verdict)), str(getattr(verdict, "reason", ""))
-    kvm = name == "kvm"
-    return Finding(subject="accelerator", verdict="good" if kvm else "weak", saw=f"{name} {why}".strip(),
-                   where="a tiny guest started with /dev/kvm",
-                   cure="" if kvm else "guests run emulated (slow); for KVM use bare metal or a host with nested "
-                                       "virtualisation, and give this machine /dev/kvm")
-
-
 def namespaces(config: Config) -> Finding:
     """May network namespaces be made here? One is made and removed again."""
     probe = f"{config.namespace}-doctor-{os.getpid()}"
@@ -153,6 +140,6 @@ def clock(_config: Config) -> Finding:
 
 
 LOOKS: tuple[tuple[str, Callable[[Config], Finding]], ...] = (
-    ("qemu", qemu_version), ("accelerator", accelerator), ("namespaces", namespaces), ("nftables", nftables),
+    ("qemu", qemu_version), ("namespaces", namespaces), ("nftables", nftables),
     ("disk", disk), ("memory", memory), ("cgroups", cgroups), ("time", clock),
 )

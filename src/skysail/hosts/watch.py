@@ -10,6 +10,7 @@ from collections.abc import Callable
 import httpx
 from sqlalchemy import Connection, delete, insert, select, update
 
+from skysail.contract.document import HostDocument
 from skysail.contract.report import HostReport
 from skysail.hosts import desired
 from skysail.hosts.client import AgentClient
@@ -67,7 +68,7 @@ class Watch:
                 await asyncio.sleep(RETRY_SECONDS)
                 self._changed.set()
 
-    def _compile(self, sent: int) -> desired.HostDocument | None:
+    def _compile(self, sent: int) -> HostDocument | None:
         with self._database.transaction(write=False) as connection:
             generation = connection.execute(
                 select(hosts.c.generation).where(hosts.c.id == self._host_id)).scalar_one()

@@ -30,7 +30,8 @@ _SIZES = (
 def _bundle(size: tuple[Any, ...], generation: int) -> dict[str, Any]:
     name, prices, memory, cpus, disks, transfer, power = size
     return {
-        "bundleId": f"{name}_{generation}_0", "name": name.capitalize(), "instanceType": name, "price": prices[generation // 2],
+        "bundleId": f"{name}_{generation}_0", "name": name.capitalize(), "instanceType": name,
+        "price": prices[generation // 2],
         "ramSizeInGb": memory, "cpuCount": cpus[generation // 2], "diskSizeInGb": disks[generation // 2],
         "transferPerMonthInGb": transfer, "power": power, "isActive": generation == 3,
         "supportedPlatforms": ["LINUX_UNIX"], "publicIpv4AddressCount": 1, "supportedAppCategories": [],

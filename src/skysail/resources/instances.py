@@ -56,7 +56,7 @@ class Instances:
 
     def actions(self) -> dict[str, Callable[[Connection, Request], dict[str, Any]]]:
         return {
-            "CreateInstances": self.create, "GetInstance": self.get, "GetInstances": self.list,
+            "CreateInstances": self.create, "GetInstance": self.get, "GetInstances": self.list_,
             "GetInstanceState": self.state, "StartInstance": self.start, "StopInstance": self.stop,
             "RebootInstance": self.reboot, "DeleteInstance": self.delete,
         }
@@ -158,7 +158,7 @@ class Instances:
         row = get_row(connection, request, request.params["instanceName"])
         return {"instance": self._shapes(connection, [row])[0]}
 
-    def list(self, connection: Connection, request: Request) -> dict[str, Any]:
+    def list_(self, connection: Connection, request: Request) -> dict[str, Any]:
         rows = connection.execute(select(instances).where(
             instances.c.account_id == request.account_id, instances.c.region == request.region)
             .order_by(instances.c.name)).mappings().all()
