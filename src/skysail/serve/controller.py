@@ -162,6 +162,7 @@ def main() -> None:
     """Serve the cloud in ``$SKYSAIL_DATA`` until told to stop."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     config = load()
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per document is noise
     initialise(config)
     uvicorn.run(build(config), host=config.listen, port=config.port, log_level="warning", access_log=False,
                 server_header=False, h11_max_incomplete_event_size=64 * 1024)
