@@ -48,6 +48,8 @@ def furnish(recipe: Recipe, tree: Path, root_uuid: str) -> None:
         key.unlink()
     units = ("systemd-networkd.service", "ssh.service", "serial-getty@ttyS0.service", *recipe.units)
     run(["systemctl", f"--root={tree}", "enable", *units])
+    # A template boots without a network card, and waiting for one would hold its boot for ever.
+    run(["systemctl", f"--root={tree}", "mask", "systemd-networkd-wait-online.service"])
 
 
 def packages(tree: Path) -> tuple[tuple[str, str, str], ...]:
