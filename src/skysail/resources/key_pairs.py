@@ -59,6 +59,9 @@ def _get(connection: Connection, request: Request, name: str) -> RowMapping:
 
 def _insert(connection: Connection, request: Request, name: str, public: str, fingerprint: str, now: float,
             private_sealed: bytes | None = None) -> str:
+    if name == DEFAULT_NAME and private_sealed is None:
+        raise invalid_input(f"The name {DEFAULT_NAME} is kept for the region's default key pair.",
+                            "DownloadDefaultKeyPair makes it.")
     identifier = str(uuid.uuid4())
     names.claim(connection, request, name, "KeyPair", identifier)
     connection.execute(insert(key_pairs).values(
@@ -131,6 +134,7 @@ class KeyPairs:
         if expected and expected != row["fingerprint"]:
             raise invalid_input(f"The key pair {row['name']} has another fingerprint than the expected one.")
         names.release(connection, request.account_id, request.region, row["name"])
+        tags.forget(connection, row["id"])
         connection.execute(delete(key_pairs).where(key_pairs.c.id == row["id"]))
         return {"operation": self._record(connection, request, row["name"], row["id"])}
 

@@ -32,6 +32,11 @@ def put(connection: Connection, resource_id: str, wanted: Sequence[dict[str, Any
         raise invalid_input(f"A resource takes at most {MAX_TAGS} tags.")
 
 
+def forget(connection: Connection, resource_id: str) -> None:
+    """Remove every tag of a resource that goes away."""
+    connection.execute(delete(tags).where(tags.c.resource_id == resource_id))
+
+
 def of(connection: Connection, resource_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """The tags of each resource in API shape, sorted by key; a key-only tag has no value."""
     found: dict[str, list[dict[str, Any]]] = {}
