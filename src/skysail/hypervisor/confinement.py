@@ -1,0 +1,109 @@
+"""Where a guest's process is held: its own user, no capability, no network, seccomp, its own cgroup.
+
+The process is started by ``unshare`` and ``setpriv`` because QEMU's own ``-runas`` fights with its seccomp filter
+(``elevateprivileges=deny``). cgroups: version 2, and the version 1 controllers where they are mounted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from skysail.kit.errors import SkysailError
+
+CGROUPS = Path("/sys/fs/cgroup")
+PERIOD_MICROSECONDS = 100_000
+# What QEMU itself needs beside the guest's memory: device models, and the translated code under emulation.
+OVERHEAD_MIB = 384
+
+
+def spawn(argv: Sequence[str], *, uid: int, log: Path, groups: Sequence[int] = (), descriptors: Sequence[int] = ()) -> int:
+    """Start ``argv`` confined and detached from us, its output in ``log``; its pid. It outlives this process."""
+    held = [f"--groups={','.join(map(str, groups))}"] if groups else ["--clear-groups"]
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            ["unshare", "--net", "--", "setpriv", f"--reuid={uid}", f"--regid={uid}", *held, "--no-new-privs",
+             "--bounding-set=-all", "--inh-caps=-all", "--", *argv],
+            stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, pass_fds=tuple(descriptors),
+            cwd="/")
+    # Reaped by a thread of its own, or its pid would stay taken as a zombie and look alive.
+    _reap(process)
+    return process.pid
+
+
+def _reap(process: subprocess.Popen[bytes]) -> None:
+    import threading
+
+    threading.Thread(target=process.wait, name=f"reap-{process.pid}", daemon=True).start()
+
+
+def started_at(pid: int) -> int | None:
+    """When process ``pid`` was started, in clock ticks since boot (proc(5), field 22); None when there is none.
+
+    Pid and start time together name a process for good; a pid alone may have been given to another one.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def kill(pid: int, started: int) -> None:
+    """kill -9 that very process; nothing happens when it is gone already."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        # Looked at after the handle is held: from here on the pid cannot become another process under our hands.
+        if started_at(pid) == started:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+    finally:
+        os.close(handle)
+
+
+def _folders(name: str) -> list[Path]:
+    """The guest's cgroup in each hierarchy of this machine."""
+    if (CGROUPS / "cgroup.controllers").exists():
+        return [CGROUPS / "skysail" / name]
+    return [CGROUPS / controller / "skysail" / name for controller in ("cpu", "memory", "pids")
+            if (CGROUPS / controller).is_dir()]
+
+
+def limit(name: str, pid: int, *, vcpus: int, memory_mib: int) -> None:
+    """Put ``pid`` into the cgroup ``name`` with its processors and memory as the bound; repeatable.
+
+    Raises SkysailError when the machine's cgroups refuse.
+    """
+    memory = str((memory_mib + OVERHEAD_MIB) << 20)
+    quota = str(vcpus * PERIOD_MICROSECONDS)
+    try:
+        for folder in _folders(name):
+            if (CGROUPS / "cgroup.controllers").exists():
+                for parent in (CGROUPS, folder.parent):
+                    parent.mkdir(exist_ok=True)
+                    (parent / "cgroup.subtree_control").write_text("+cpu +memory +pids")
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, value in (("cpu.max", f"{quota} {PERIOD_MICROSECONDS}"), ("memory.max", memory),
+                                ("pids.max", "256"), ("cpu.cfs_period_us", str(PERIOD_MICROSECONDS)),
+                                ("cpu.cfs_quota_us", quota), ("memory.limit_in_bytes", memory)):
+                if (folder / file).exists():
+                    (folder / file).write_text(value)
+            (folder / "cgroup.procs").write_text(str(pid))
+    except OSError as refused:
+        raise SkysailError(f"the cgroup of guest {name} could not be set: {refused}",
+                           "see: sudo ./skysail doctor") from refused
+
+
+def release(name: str) -> None:
+    """Remove the guest's cgroup; one with a process still in it stays."""
+    for folder in _folders(name):
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -1,0 +1,118 @@
+"""One QEMU process: started confined, adopted again by whoever comes later, ended for certain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from skysail.hypervisor import confinement, qemu
+from skysail.hypervisor.qmp import Monitor
+from skysail.kit.errors import SkysailError
+
+PROGRAM = "qemu-system-x86_64"
+SERIAL_LIMIT_BYTES = 1 << 20
+
+
+class Pid(msgspec.Struct, frozen=True, kw_only=True):
+    """A process by pid and start time: the pair is never given to another one."""
+
+    pid: int
+    started: int
+
+    def alive(self) -> bool:
+        return confinement.started_at(self.pid) == self.started
+
+
+def prepare(folder: Path, uid: int) -> None:
+    """An empty folder for the process's sockets and logs, the only one that it may write; old sockets go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("qmp.sock", "agent.sock", "clone.sock"):
+        (folder / name).unlink(missing_ok=True)
+    os.chown(folder, uid, uid)
+    folder.chmod(0o750)
+
+
+async def start(machine: qemu.Machine, uid: int, extra: tuple[str, ...] = (),
+                descriptors: tuple[int, ...] = ()) -> tuple[Pid, Monitor]:
+    """Spawn QEMU paused, bounded by its cgroup; raises SkysailError with what QEMU said when it ends at once."""
+    folder = Path(machine.folder)
+    groups = []
+    if machine.accelerator == "kvm":
+        groups.append(Path("/dev/kvm").stat().st_gid)
+    log = folder.parent / f"{folder.name}.qemu.log"
+    log.unlink(missing_ok=True)
+    program = shutil.which(PROGRAM)
+    if program is None:
+        raise SkysailError(f"{PROGRAM} is not installed", "run: sudo ./skysail up")
+    number = confinement.spawn([program, *qemu.argv(machine), *extra], uid=uid, log=log, groups=groups,
+                               descriptors=descriptors)
+    started = confinement.started_at(number)
+    if started is None:
+        raise SkysailError(f"QEMU ended at once: {said(log)}")
+    pid = Pid(pid=number, started=started)
+    try:
+        confinement.limit(machine.id, number, vcpus=machine.vcpus, memory_mib=machine.memory_mib)
+        connecting = asyncio.create_task(Monitor.connect(folder / "qmp.sock"))
+        while not connecting.done():
+            await asyncio.wait((connecting,), timeout=0.2)
+            if not pid.alive():
+                connecting.cancel()
+                raise SkysailError(f"QEMU did not start: {said(log)}")
+        return pid, connecting.result()
+    except BaseException:
+        confinement.kill(pid.pid, pid.started)
+        raise
+
+
+def said(log: Path) -> str:
+    """The end of what QEMU printed."""
+    with contextlib.suppress(FileNotFoundError):
+        return log.read_text(errors="replace")[-1500:].strip()
+    return ""
+
+
+async def end(pid: Pid, name: str, seconds: float = 10.0) -> None:
+    """The process is gone when this returns; its cgroup too. Raises SkysailError when the kernel keeps it."""
+    confinement.kill(pid.pid, pid.started)
+    stop = asyncio.get_running_loop().time() + seconds
+    while pid.alive():
+        if asyncio.get_running_loop().time() > stop:
+            raise SkysailError(f"process {pid.pid} of guest {name} does not die", "look for a stuck disk: dmesg")
+        await asyncio.sleep(0.01)
+    confinement.release(name)
+
+
+async def plug_network(monitor: Monitor, descriptor: int, mac: str) -> None:
+    """Plug a network card over the tap ``descriptor`` into its slot."""
+    await monitor.pass_descriptor("tap", descriptor)
+    await monitor.execute("netdev_add", {"type": "tap", "id": "net", "fd": "tap"})
+    await monitor.execute("device_add", {"driver": "virtio-net-pci", "id": "nic", "netdev": "net", "mac": mac,
+                                         "bus": qemu.NIC_PORT, "romfile": ""})
+
+
+async def status(monitor: Monitor) -> str:
+    """QEMU's run state, such as ``running``, ``shutdown`` or ``guest-panicked``."""
+    answer: dict[str, Any] = await monitor.execute("query-status")
+    return str(answer["status"])
+
+
+def trim_serial(folder: Path) -> None:
+    """Keep the serial log within its bound: a guest can write it for ever. QEMU appends, so truncating is safe."""
+    try:
+        # The folder is the guest process's own: a link that it put there must not lead us elsewhere.
+        descriptor = os.open(folder / "serial.log", os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return
+    with os.fdopen(descriptor, "r+b") as file:
+        if file.seek(0, os.SEEK_END) > 2 * SERIAL_LIMIT_BYTES:
+            file.seek(-SERIAL_LIMIT_BYTES, os.SEEK_END)
+            kept = file.read()
+            file.seek(0)
+            file.write(kept)
+            file.truncate()

@@ -1,0 +1,106 @@
+"""QEMU's command line, as a pure function of what a guest shall be. Golden files in the tests hold it still.
+
+Source: QEMU "Invocation"; docs/devel/migration (x-ignore-shared). The network card is never here: it is plugged in by
+the guest's owner object after the start, so that a clone does not carry its template's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+MACHINE = "pc-q35-7.2"
+# What a template has; a plan's further memory is plugged in after the restore.
+TEMPLATE_MEMORY_MIB = 512
+# The range that memory can be plugged into is part of the machine's shape: the same in template and clone.
+MAX_MEMORY_MIB = 66 * 1024
+NIC_PORT = "port-nic"
+MEMORY_PORT = "port-memory"
+CLONE_CHANNEL = "org.skysail.clone.0"
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """One QEMU process.
+
+    ``disk`` lists the chain of qcow2 files, the guest's own first and its parents behind it. ``memory`` says where the
+    base memory comes from: ``private`` (the kernel's), ``template`` (a shared file that is being written), or ``clone``
+    (the same file, read-only on disk, written copy-on-write). ``incoming`` waits for a device state to be loaded.
+    """
+
+    id: str
+    accelerator: Literal["kvm", "tcg"]
+    vcpus: int
+    memory_mib: int
+    folder: str
+    disk: tuple[str, ...]
+    generation_id: str
+    memory: Literal["private", "template", "clone"] = "private"
+    memory_file: str = ""
+    pluggable: bool = False
+    incoming: bool = False
+    seed: str = ""
+
+
+def cpu_model(accelerator: str) -> str:
+    """A named model, never ``host``: a guest must be able to move to another machine."""
+    return "qemu64" if accelerator == "tcg" else "Westmere"
+
+
+def argv(machine: Machine) -> list[str]:
+    """The arguments of ``qemu-system-x86_64``."""
+    run = Path(machine.folder)
+    accelerator = "tcg,thread=multi,tb-size=128" if machine.accelerator == "tcg" else "kvm"
+    size = f"{machine.memory_mib}M"
+    memory = {
+        "private": f"memory-backend-ram,id=ram,size={size}",
+        "template": f"memory-backend-file,id=ram,size={size},mem-path={machine.memory_file},share=on",
+        # QEMU 10 opens the file read-only and still gives the guest writable, private memory (rom=off).
+        "clone": f"memory-backend-file,id=ram,size={size},mem-path={machine.memory_file},share=off,readonly=on,rom=off",
+    }[machine.memory]
+    slots = f",slots=4,maxmem={MAX_MEMORY_MIB}M" if machine.pluggable else ""
+    words = [
+        "-name", f"guest={machine.id}", "-nodefaults", "-no-user-config", "-display", "none",
+        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        "-machine", f"{MACHINE},memory-backend=ram,usb=off,vmport=off", "-accel", accelerator,
+        "-cpu", cpu_model(machine.accelerator), "-smp", f"{machine.vcpus},sockets=1,cores={machine.vcpus},threads=1",
+        "-m", size + slots, "-object", memory,
+        "-rtc", "base=utc", "-S",
+        # A guest that powers itself off stays as a paused process until somebody has seen it: even if no agent was
+        # alive at that moment, the next one can tell "powered off" from "died".
+        "-action", "shutdown=pause,panic=pause,reboot=reset",
+        "-chardev", f"socket,id=qmp,path={run / 'qmp.sock'},server=on,wait=off", "-mon", "chardev=qmp,mode=control",
+        "-chardev", f"file,id=serial,path={run / 'serial.log'},append=on", "-serial", "chardev:serial",
+        "-device", f"pcie-root-port,id={NIC_PORT},bus=pcie.0,addr=0x10,chassis=1,slot=1",
+        "-device", f"pcie-root-port,id={MEMORY_PORT},bus=pcie.0,addr=0x11,chassis=2,slot=2",
+        "-device", f"vmgenid,id=vmgenid,guid={machine.generation_id}",
+        "-object", "rng-random,id=entropy,filename=/dev/urandom",
+        "-device", "virtio-rng-pci,rng=entropy,bus=pcie.0,addr=0x12",
+        "-device", "virtio-serial-pci,id=channels,bus=pcie.0,addr=0x13",
+        "-chardev", f"socket,id=agent,path={run / 'agent.sock'},server=on,wait=off",
+        "-device", "virtserialport,bus=channels.0,nr=1,chardev=agent,name=org.qemu.guest_agent.0",
+        "-chardev", f"socket,id=clone,path={run / 'clone.sock'},server=on,wait=off",
+        "-device", f"virtserialport,bus=channels.0,nr=2,chardev=clone,name={CLONE_CHANNEL}",
+    ]
+    words += _disk(machine.disk)
+    if machine.seed:
+        words += ["-blockdev", f"driver=file,node-name=seed-file,filename={machine.seed},read-only=on",
+                  "-blockdev", "driver=raw,node-name=seed,file=seed-file,read-only=on",
+                  "-device", "virtio-blk-pci,drive=seed,bus=pcie.0,addr=0x15"]
+    if machine.incoming:
+        words += ["-incoming", "defer"]
+    return words
+
+
+def _disk(chain: tuple[str, ...]) -> list[str]:
+    """The chain as block nodes, the deepest parent first; every format is named, none is probed."""
+    words: list[str] = []
+    for depth in reversed(range(len(chain))):
+        only_read = ",read-only=on" if depth else ",read-only=off"
+        name = "disk" if depth == 0 else f"parent{depth}"
+        parent = f",backing=parent{depth + 1}" if depth + 1 < len(chain) else ""
+        discard = "" if depth else ",discard=unmap"
+        words += ["-blockdev", f"driver=file,node-name={name}-file,filename={chain[depth]}{only_read}{discard}",
+                  "-blockdev", f"driver=qcow2,node-name={name},file={name}-file{only_read}{discard}{parent}"]
+    return [*words, "-device", "virtio-blk-pci,id=vda,drive=disk,serial=system,bus=pcie.0,addr=0x14,bootindex=1"]

@@ -1,0 +1,138 @@
+"""A guest's control socket: commands, events and file descriptors over QMP, and the same for its guest agent.
+
+Source: QEMU "QMP Reference Manual" and "Guest Agent Protocol Reference". A QEMU that dies ends every pending call with
+:class:`Gone`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
+
+from skysail.kit.errors import SkysailError
+
+
+class Gone(SkysailError):
+    """The process behind the socket is gone, or never answered."""
+
+
+class Refused(SkysailError):
+    """QEMU understood the command and refused it."""
+
+
+class Monitor:
+    """One connection to one QEMU. Open it with :meth:`connect`, close it with :meth:`close`."""
+
+    def __init__(self, client: QMPClient, listener: EventListener) -> None:
+        self._client = client
+        self._listener = listener
+
+    @classmethod
+    async def connect(cls, path: Path, seconds: float = 10.0) -> Monitor:
+        """Connect as soon as the socket is there; raises :class:`Gone` after ``seconds``."""
+        end = asyncio.get_running_loop().time() + seconds
+        while True:
+            client = QMPClient("skysail")
+            listener = EventListener()
+            client.register_listener(listener)
+            try:
+                await client.connect(str(path))
+                return cls(client, listener)
+            except (QMPError, OSError, EOFError) as failure:
+                if asyncio.get_running_loop().time() > end:
+                    raise Gone(f"no QEMU answers at {path.name}: {failure}") from failure
+            # The socket appears some 50 ms after the spawn; a connect costs little, so look often.
+            await asyncio.sleep(0.005)
+
+    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """Run one command and return its result; raises :class:`Refused` or :class:`Gone`."""
+        try:
+            return await self._client.execute(command, dict(arguments) if arguments is not None else None)
+        except ExecuteError as refused:
+            raise Refused(f"QEMU refused {command}: {refused}") from refused
+        except (QMPError, OSError, EOFError) as failure:
+            raise Gone(f"QEMU went away during {command}") from failure
+
+    async def pass_descriptor(self, name: str, descriptor: int) -> None:
+        """Give QEMU a copy of ``descriptor`` under ``name`` (SCM_RIGHTS, then ``getfd``)."""
+        try:
+            self._client.send_fd_scm(descriptor)
+        except (QMPError, OSError, EOFError) as failure:
+            raise Gone("QEMU went away while it was given a descriptor") from failure
+        await self.execute("getfd", {"fdname": name})
+
+    async def event(self) -> dict[str, Any]:
+        """The next event; raises :class:`Gone` when the connection ends."""
+        waiting = asyncio.create_task(self._listener.get())
+        ended = asyncio.create_task(self._ended())
+        try:
+            await asyncio.wait((waiting, ended), return_when=asyncio.FIRST_COMPLETED)
+            if waiting.done():
+                return dict(waiting.result())
+            raise Gone("QEMU went away")
+        finally:
+            waiting.cancel()
+            ended.cancel()
+
+    def forget_events(self) -> None:
+        """Drop the events that were not read: the next one is new."""
+        self._listener.clear()
+
+    async def _ended(self) -> None:
+        while self._client.runstate.name == "RUNNING":
+            await self._client.runstate_changed()
+
+    async def close(self) -> None:
+        """Leave the socket; the guest goes on."""
+        try:
+            await self._client.disconnect()
+        except (QMPError, OSError, EOFError):
+            return
+
+
+class Channel:
+    """A line-wise JSON conversation with a program inside the guest, over a virtio-serial port."""
+
+    def __init__(self, path: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._path = path
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def connect(cls, path: Path) -> Channel:
+        """Connect to the port's socket; raises :class:`Gone`."""
+        try:
+            return cls(path, *await asyncio.open_unix_connection(str(path), limit=1 << 20))
+        except OSError as failure:
+            raise Gone(f"nothing listens at {path.name}") from failure
+
+    async def ask(self, request: Mapping[str, Any], seconds: float) -> Any:
+        """One line there, one line back; raises :class:`Gone` after ``seconds``, :class:`Refused` on an error answer."""
+        try:
+            async with asyncio.timeout(seconds):
+                self._writer.write(json.dumps(request).encode() + b"\n")
+                await self._writer.drain()
+                line = await self._reader.readline()
+                answer = json.loads(line)
+        except (TimeoutError, OSError, ValueError) as silent:
+            raise Gone(f"no answer at {self._path.name}") from silent
+        if not isinstance(answer, dict) or "error" in answer:
+            raise Refused(f"the guest refused: {str(answer)[:500]}")
+        return answer.get("return", answer)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+async def ask(path: Path, request: Mapping[str, Any], seconds: float) -> Any:
+    """:meth:`Channel.ask` over a connection of its own."""
+    channel = await Channel.connect(path)
+    try:
+        return await channel.ask(request, seconds)
+    finally:
+        channel.close()
