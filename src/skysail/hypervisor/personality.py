@@ -57,8 +57,16 @@ def message(guest: Guest, identity: Identity, around: Surroundings) -> dict[str,
         "host_keys": {"private": identity.host_private, "public": identity.host_public},
         "ipv4": f"{guest.port.private_ipv4}/{around.prefix}", "gateway": around.gateway,
         "resolvers": list(around.resolvers), "epoch": time.time(), "seed_hex": os.urandom(64).hex(),
-        "user_data": person.user_data, "instance_id": guest.id,
+        "user_data": launch_script(person.user_data), "instance_id": guest.id, "disk_bytes": guest.volume.size_gib << 30,
     }
+
+
+def launch_script(user_data: str) -> str:
+    """What cloud-init is given: bare commands become a shell script, as on Lightsail; anything it knows stays as it is."""
+    marks = ("#!", "#cloud-", "#include", "#part-handler", "Content-Type:", "MIME-Version:", "From ", "## template:")
+    if not user_data.strip() or user_data.lstrip().startswith(marks):
+        return user_data
+    return "#!/bin/sh\n" + user_data
 
 
 def seed(guest: Guest, identity: Identity, around: Surroundings) -> dict[str, str]:
@@ -84,7 +92,7 @@ def seed(guest: Guest, identity: Identity, around: Surroundings) -> dict[str, st
     }
     return {
         "meta-data": json.dumps({"instance-id": guest.id, "local-hostname": person.hostname}),
-        "user-data": person.user_data or "#cloud-config\n{}\n",
+        "user-data": launch_script(person.user_data) or "#cloud-config\n{}\n",
         "vendor-data": "#cloud-config\n" + json.dumps(vendor), "network-config": json.dumps(network),
     }
 

@@ -15,7 +15,10 @@ from skysail.images.recipe import BASE, RECIPES, Recipe
 from skysail.images.sources import derive
 from skysail.kit.process import run
 
-_CLOUD = "datasource_list: [NoCloud]\nsystem_info: {default_user: {name: %s, lock_passwd: true, " \
+# What runs inside every image of ours: see guest/personalise.py.
+GUEST = Path(__file__).parent / "guest"
+# Two sources are named, so that cloud-init looks for a seed and stays off where there is none, as in a template.
+_CLOUD = "datasource_list: [NoCloud, ConfigDrive]\nsystem_info: {default_user: {name: %s, lock_passwd: true, " \
          "sudo: ['ALL=(ALL) NOPASSWD:ALL'], shell: /bin/bash}}\ndisable_root: true\nssh_pwauth: false\n"
 
 
@@ -36,6 +39,14 @@ def furnish(recipe: Recipe, tree: Path, root_uuid: str) -> None:
         "etc/cloud/cloud.cfg.d/95_skysail.cfg": _CLOUD % recipe.user,
         "etc/ssh/sshd_config.d/10-skysail.conf": "TrustedUserCAKeys /etc/ssh/skysail_user_ca.pub\n",
         "etc/ssh/skysail_user_ca.pub": "",
+        f"etc/sudoers.d/90-{recipe.user}": f"{recipe.user} ALL=(ALL) NOPASSWD:ALL\n",
+        # Loaded before a template is saved: a clone's network card finds its driver in memory.
+        "etc/modules-load.d/skysail.conf": "virtio_net\n",
+        "etc/resolv.conf": "",
+        "usr/lib/skysail/personalise.py": (GUEST / "personalise.py").read_text(),
+        "usr/lib/systemd/system/skysail-personalise.service": (GUEST / "skysail-personalise.service").read_text(),
+        "usr/lib/systemd/system/skysail-host-key.service": (GUEST / "skysail-host-key.service").read_text(),
+        "usr/lib/udev/rules.d/60-skysail.rules": (GUEST / "60-skysail.rules").read_text(),
         "boot/grub/grub.cfg": "serial --unit=0 --speed=115200\nterminal_output serial\n"
                               f"search --no-floppy --fs-uuid --set=root {root_uuid}\n"
                               f"linux /vmlinuz {line}\ninitrd /initrd.img\nboot\n",
@@ -43,10 +54,15 @@ def furnish(recipe: Recipe, tree: Path, root_uuid: str) -> None:
     for name, text in files.items():
         path = tree / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
         path.write_text(text)
     for key in (tree / "etc/ssh").glob("ssh_host_*"):
         key.unlink()
-    units = ("systemd-networkd.service", "ssh.service", "serial-getty@ttyS0.service", *recipe.units)
+    (tree / f"etc/sudoers.d/90-{recipe.user}").chmod(0o440)
+    if f"\n{recipe.user}:" not in (tree / "etc/passwd").read_text():
+        run(["useradd", f"--root={tree}", "--create-home", "--shell=/bin/bash", "--groups=sudo,adm", recipe.user])
+    units = ("systemd-networkd.service", "ssh.service", "serial-getty@ttyS0.service", "skysail-host-key.service",
+             *recipe.units)
     run(["systemctl", f"--root={tree}", "enable", *units])
     # A template boots without a network card, and waiting for one would hold its boot for ever.
     run(["systemctl", f"--root={tree}", "mask", "systemd-networkd-wait-online.service"])
