@@ -193,44 +193,48 @@ def rehearse(route):
 
 
 def grow():
-    """Let the root partition and its file system fill the disk; says whether there was anything to do.
+    """Let the root partition and its file system fill the disk; repeatable, also after a power cut in the middle.
 
     Source: UEFI 2.10, 5.3 (GPT); linux/blkpg.h; ext4 EXT4_IOC_RESIZE_FS.
     """
     device = os.stat("/").st_dev
     part = os.path.realpath("/sys/dev/block/%d:%d" % (os.major(device), os.minor(device)))
+    _grow_partition(part)
+    folder = os.open("/", os.O_RDONLY)
+    try:
+        fcntl.ioctl(folder, 0x40086610, struct.pack("<Q", _number(part + "/size") * SECTOR // 4096))
+    finally:
+        os.close(folder)
+
+
+def _grow_partition(part):
     disk = os.path.dirname(part)
     number, start, length = (_number(part + "/" + name) for name in ("partition", "start", "size"))
     sectors = _number(disk + "/size")
     descriptor = os.open("/dev/" + os.path.basename(disk), os.O_RDWR | os.O_SYNC)
     try:
+        boot = bytearray(os.pread(descriptor, SECTOR, 0))
         header = bytearray(os.pread(descriptor, 92, SECTOR))
         if header[:8] != b"EFI PART" or struct.unpack_from("<I", header, 80)[0] != 128:
-            return False
+            return
         table = bytearray(os.pread(descriptor, 128 * 128, 2 * SECTOR))
         last = (sectors - 34) // 2048 * 2048 - 1
-        at = (number - 1) * 128 + 40
         ends = [struct.unpack_from("<Q", table, one * 128 + 40)[0] for one in range(128) if one != number - 1]
         if last - start + 1 <= length or max(ends) > start:
-            return False
-        struct.pack_into("<Q", table, at, last)
-        struct.pack_into("<QQQQ", header, 24, 1, sectors - 1, 34, sectors - 34)
+            return
+        struct.pack_into("<Q", table, (number - 1) * 128 + 40, last)
+        struct.pack_into("<Q", header, 48, sectors - 34)
         first = _sealed(header, table, 1, sectors - 1, 2)
         spare = _sealed(header, table, sectors - 1, 1, sectors - 33)
+        struct.pack_into("<I", boot, 458, min(sectors - 1, 0xFFFFFFFF))
         # The copy at the end first: whenever this stops, one of the two tables is whole.
         os.pwrite(descriptor, bytes(table) + spare, (sectors - 33) * SECTOR)
-        os.pwrite(descriptor, first + bytes(table), SECTOR)
+        os.pwrite(descriptor, bytes(boot) + first + bytes(table), 0)
         said = struct.pack("<qqi64s64s4x", start * SECTOR, (last - start + 1) * SECTOR, number, b"", b"")
-        held = ctypes.create_string_buffer(said)
-        fcntl.ioctl(descriptor, 0x1269, struct.pack("<iii4xP", 3, 0, len(said), ctypes.addressof(held)))
+        held = ctypes.create_string_buffer(said, len(said))
+        fcntl.ioctl(descriptor, 0x1269, struct.pack("@iiiP", 3, 0, len(said), ctypes.addressof(held)))
     finally:
         os.close(descriptor)
-    folder = os.open("/", os.O_RDONLY)
-    try:
-        fcntl.ioctl(folder, 0x40086610, struct.pack("<Q", (last - start + 1) * SECTOR // 4096))
-    finally:
-        os.close(folder)
-    return True
 
 
 def _number(path):
@@ -260,12 +264,15 @@ def settle(told):
     if told["user_data"]:
         # As a boot would have done, had the seed been there; a reboot in the middle lets cloud-init carry on by itself.
         subprocess.run(["/usr/lib/cloud-init/ds-identify", "--force"], check=False)
-        for path in ("/run/cloud-init/disabled",):
-            if os.path.exists(path):
-                os.unlink(path)
+        if os.path.exists("/run/cloud-init/disabled"):
+            os.unlink("/run/cloud-init/disabled")
         write("/run/cloud-init/enabled", "")
         subprocess.run(["systemctl", "start", "--no-block", "cloud-init.target"], check=False)
-    subprocess.run(["systemctl", "restart", "--no-block", "systemd-journald.service"], check=False)
+    # The journal goes on under the new machine-id; what the template wrote is nobody's history.
+    subprocess.run(["systemctl", "restart", "systemd-journald.service"], check=False)
+    for name in os.listdir("/var/log/journal") if os.path.isdir("/var/log/journal") else ():
+        if name != told["machine_id"]:
+            shutil.rmtree("/var/log/journal/" + name)
     subprocess.run(["networkctl", "reload"], check=False)
 
 
