@@ -15,10 +15,11 @@ from starlette.routing import Route
 from skysail.agent.keeper import Keeper, StaleGeneration
 from skysail.contract import VERSION
 from skysail.contract.document import HostDocument
+from skysail.kit.errors import SkysailError
 
 
 def application(keeper: Keeper) -> Starlette:
-    """PUT /document, GET /report, /reports (a line of JSON per change), /inventory, /healthz."""
+    """PUT /document, GET /report, /reports (a line of JSON per change), /inventory, /healthz, POST /prepare."""
 
     async def put_document(request: Request) -> Response:
         try:
@@ -45,18 +46,26 @@ def application(keeper: Keeper) -> Starlette:
     async def inventory(_request: Request) -> Response:
         return Response(msgspec.json.encode(await keeper.inventory()), media_type="application/json")
 
+    async def prepare(request: Request) -> Response:
+        try:
+            await keeper.prepare(request.query_params["image"], int(request.query_params["vcpus"]))
+        except SkysailError as failed:
+            return PlainTextResponse(f"{failed.what}\n{failed.cure}", 500)
+        return Response(status_code=204)
+
     async def healthz(_request: Request) -> Response:
         return PlainTextResponse("ok")
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         await keeper.start()
-        follower = asyncio.create_task(keeper.follow())
+        tasks = [asyncio.create_task(keeper.follow()), asyncio.create_task(keeper.count_traffic())]
         try:
             yield
         finally:
-            follower.cancel()
+            for task in tasks:
+                task.cancel()
 
     return Starlette(lifespan=lifespan, routes=[
         Route("/document", put_document, methods=["PUT"]), Route("/report", report), Route("/reports", reports),
-        Route("/inventory", inventory), Route("/healthz", healthz)])
+        Route("/inventory", inventory), Route("/prepare", prepare, methods=["POST"]), Route("/healthz", healthz)])

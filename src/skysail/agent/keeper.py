@@ -6,6 +6,7 @@ A guest that is missing from the document is left as it is; only the role ``gone
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -13,14 +14,21 @@ from collections.abc import AsyncIterator, Callable
 import msgspec
 
 from skysail.agent.ledger import Ledger
-from skysail.contract.document import Guest, HostDocument
-from skysail.contract.report import GuestReport, HostReport, ImageReport
+from skysail.agent.traffic import Traffic
+from skysail.contract.document import Guest, HostDocument, Port
+from skysail.contract.report import GuestReport, GuestState, HostReport, ImageReport
 from skysail.hypervisor import Hypervisor
+from skysail.kit.errors import SkysailError
 from skysail.network import Fabric
 from skysail.storage import Pool
 
 log = logging.getLogger(__name__)
 BACK_OFF_SECONDS = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
+# A guest that ran this long before it died starts its back-off anew.
+STEADY_SECONDS = 600.0
+TRAFFIC_SECONDS = 30.0
+# A launch that fails once may have met a busy machine; after this many it is said to have failed.
+TRIES = 3
 
 
 class StaleGeneration(Exception):
@@ -31,24 +39,29 @@ class Keeper:
     """Holds one host. ``capacity`` carries what the machine has; its lists of guests and images are filled in here."""
 
     def __init__(self, capacity: HostReport, hypervisor: Hypervisor, pool: Pool, fabric: Fabric,
-                 images: Callable[[], list[ImageReport]], ledger: Ledger) -> None:
+                 images: Callable[[], list[ImageReport]], ledger: Ledger, traffic: Traffic) -> None:
         self._hypervisor = hypervisor
         self._pool = pool
         self._fabric = fabric
         self._images = images
         self._ledger = ledger
+        self._traffic = traffic
         self._report = msgspec.structs.replace(capacity, boot=str(uuid.uuid4()), sequence=0, generation=0)
         self._guests: dict[str, GuestReport] = {}
         self._wanted: dict[str, Guest] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._wake: dict[str, asyncio.Event] = {}
+        self._work: dict[str, asyncio.Task[GuestReport]] = {}
+        self._falls: dict[str, list[float]] = {}
+        self._departed: set[str] = set()
+        self._applied: list[Port] | None = None
         self._news = asyncio.Condition()
         self._network = asyncio.Lock()
 
     async def start(self) -> None:
         """Adopt what runs, then converge to the last document; call once, before anything else."""
         for report in await self._hypervisor.observe():
-            self._guests[report.id] = report
+            self._hold(report)
         document = self._ledger.read()
         if document is not None:
             await self._take(document)
@@ -70,6 +83,9 @@ class Keeper:
             self._wanted[guest.id] = guest
             if known != guest:
                 self._wake.setdefault(guest.id, asyncio.Event()).set()
+                if known is not None and (known.role != guest.role or (guest.force and not known.force)):
+                    # A launch or an orderly stop that nobody wants any more is not waited for.
+                    self._call_off(guest.id)
             if guest.id not in self._tasks or self._tasks[guest.id].done():
                 self._tasks[guest.id] = asyncio.create_task(self._keep(guest.id))
         named = {guest.id for guest in document.guests}
@@ -80,31 +96,80 @@ class Keeper:
                 self._guests.pop(identifier, None)
                 self._tasks.pop(identifier).cancel()
                 self._wake.pop(identifier, None)
+                self._departed.discard(identifier)
 
     async def follow(self) -> None:
         """Wake the task of each guest that changed by itself; runs until cancelled."""
-        async for identifier in self._hypervisor.changes():
-            if identifier in self._wake:
-                self._wake[identifier].set()
+        async for report in self._hypervisor.changes():
+            if report.id not in self._wake:
+                continue
+            if report.state == "crashed":
+                now = asyncio.get_running_loop().time()
+                recent = [fall for fall in self._falls.get(report.id, []) if fall > now - STEADY_SECONDS]
+                self._falls[report.id] = [*recent, now]
+            await self._say(report)
+            self._wake[report.id].set()
+
+    async def count_traffic(self) -> None:
+        """Look at the network's counters now and then; runs until cancelled."""
+        while True:
+            try:
+                if self._traffic.take(await self._fabric.observe()):
+                    for report in list(self._guests.values()):
+                        self._hold(report)
+                    await self._changed()
+            except (SkysailError, OSError) as failure:
+                log.warning("the network's counters could not be read: %s", failure)
+            await asyncio.sleep(TRAFFIC_SECONDS)
+
+    async def prepare(self, image: str, vcpus: int) -> None:
+        """Make ready what a launch of this image needs; raises SkysailError."""
+        await self._hypervisor.prepare(image, vcpus)
+
+    def _call_off(self, identifier: str) -> None:
+        work = self._work.get(identifier)
+        if work is not None:
+            work.cancel()
+
+    async def _rest(self, guest: Guest) -> None:
+        """Let a guest that keeps dying rest before its next start, unless its owner asks for something."""
+        falls = self._falls.get(guest.id, [])
+        if guest.role != "run" or len(falls) < 2:
+            return
+        pause = falls[-1] + BACK_OFF_SECONDS[min(len(falls), len(BACK_OFF_SECONDS)) - 1] - asyncio.get_running_loop().time()
+        if pause > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake[guest.id].wait(), pause)
 
     async def _keep(self, identifier: str) -> None:
         failures = 0
         while True:
             wake = self._wake.setdefault(identifier, asyncio.Event())
             wake.clear()
+            await self._rest(self._wanted[identifier])
+            wake.clear()
             guest = self._wanted[identifier]
+            self._work[identifier] = work = asyncio.create_task(self._converge(guest))
             try:
-                report = await self._converge(guest)
+                await asyncio.wait((work,))
+            except asyncio.CancelledError:
+                work.cancel()
+                raise
+            if work.cancelled():
+                continue
+            try:
+                report = work.result()
                 failures = 0
             except Exception as failure:
+                self._applied = None  # perhaps it was the network: look at it again
                 log.exception("guest %s did not converge", identifier)
                 held = self._guests.get(identifier)
                 # A guest that ran before is expected back; one that never did could not be made.
-                lived = held is not None and bool(held.host_keys)
-                report = GuestReport(id=identifier, state="crashed" if lived else "failed", starts=guest.starts,
-                                     reboots=held.reboots if held else 0, reason=str(failure)[:500],
-                                     host_keys=held.host_keys if held else ())
+                lived = held is not None and held.state not in ("preparing", "failed")
                 failures += 1
+                state: GuestState = "crashed" if lived else "failed" if failures >= TRIES else "preparing"
+                report = GuestReport(id=identifier, state=state, starts=guest.starts, reason=str(failure)[:500],
+                                     reboots=held.reboots if held else 0, host_keys=held.host_keys if held else ())
             await self._say(report)
             pause = BACK_OFF_SECONDS[min(failures, len(BACK_OFF_SECONDS)) - 1] if failures else None
             try:
@@ -118,17 +183,34 @@ class Keeper:
         report = await self._hypervisor.ensure(guest)
         if guest.role == "gone" and report.state == "gone":
             await self._pool.remove(guest.volume.id)
+            self._departed.add(guest.id)
             await self._apply_network()
+            self._traffic.forget((guest.port.id,))
+            self._falls.pop(guest.id, None)
         return report
 
     async def _apply_network(self) -> None:
         async with self._network:
-            await self._fabric.apply([guest.port for guest in self._wanted.values() if guest.role != "gone"])
+            # A guest that is going keeps its port until its process is gone: several launches and deletions share one
+            # pass of the whole network.
+            ports = [guest.port for guest in self._wanted.values() if guest.id not in self._departed]
+            if ports != self._applied:
+                self._applied = None
+                await self._fabric.apply(ports)
+                self._applied = ports
 
     async def _say(self, report: GuestReport) -> None:
-        if self._guests.get(report.id) != report:
-            self._guests[report.id] = report
+        if self._hold(report):
             await self._changed()
+
+    def _hold(self, report: GuestReport) -> bool:
+        """Keep the report, with its guest's bytes; says whether it is news."""
+        flow = self._traffic.total(report.id)
+        report = msgspec.structs.replace(report, rx_bytes=flow.rx_bytes, tx_bytes=flow.tx_bytes)
+        if self._guests.get(report.id) == report:
+            return False
+        self._guests[report.id] = report
+        return True
 
     async def _changed(self) -> None:
         async with self._news:

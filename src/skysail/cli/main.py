@@ -143,6 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except cyclopts.CycloptsError:
         return 2
+    finally:
+        show.finish()
     return status_code if isinstance(status_code, int) else 0
 
 

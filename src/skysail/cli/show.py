@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from skysail.kit.errors import SkysailError
@@ -19,6 +20,7 @@ _err = Console(stderr=True)
 
 def as_json(value: object) -> None:
     """Print ``value`` as one line of JSON; times become ISO 8601."""
+    finish()
     sys.stdout.write(msgspec.json.encode(value, enc_hook=str).decode() + "\n")
 
 
@@ -42,12 +44,48 @@ def findings(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def line(text: str) -> None:
     """Print one plain line."""
+    finish()
     _out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+class _Steps:
+    """The steps of one verb on standard error: the running one turns, the finished ones keep their time."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+
+    def begin(self, text: str) -> None:
+        if not _err.is_terminal:
+            _err.print(text, markup=False, highlight=False, soft_wrap=True)
+            return
+        if self._progress is None:
+            self._progress = Progress(SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}", markup=False),
+                                      TimeElapsedColumn(), console=_err)
+            self._progress.start()
+        else:
+            self._progress.update(self._task, total=1, completed=1)
+        self._task = self._progress.add_task(text, total=None)
+
+    def end(self, well: bool = True) -> None:
+        if self._progress is not None:
+            if well:
+                self._progress.update(self._task, total=1, completed=1)
+            self._progress.stop()
+            self._progress = None
+
+
+_steps = _Steps()
+
+
 def step(text: str) -> None:
-    """Say, on standard error, what happens now."""
-    _err.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Say, on standard error, what happens now; the step before it is done."""
+    _steps.begin(text)
+
+
+def finish(well: bool = True) -> None:
+    """The last step is over; with ``well`` it succeeded."""
+    _steps.end(well)
 
 
 def exports(values: Mapping[str, str]) -> None:
@@ -58,6 +96,7 @@ def exports(values: Mapping[str, str]) -> None:
 
 def failure(error: SkysailError) -> None:
     """Say what failed, and its cure."""
+    finish(well=False)
     _err.print(f"skysail: {error.what}", style="red", markup=False, highlight=False, soft_wrap=True)
     if error.cure:
-        step(f"cure: {error.cure}")
+        _err.print(f"cure: {error.cure}", markup=False, highlight=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from typing import Literal
 
 import msgspec
 
+from skysail.hypervisor.accelerator import probe
 from skysail.kit import process
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
@@ -75,6 +76,18 @@ def qemu_version(_config: Config) -> Finding:
                    cure="" if fits else "QEMU 10 or newer: run sudo ./skysail up (takes it from backports)")
 
 
+def accelerator(config: Config) -> Finding:
+    """Does KVM really run a guest? The verdict comes from starting one (kept until kernel or QEMU change)."""
+    try:
+        found = probe(config.accelerator_file)
+    except PermissionError:
+        return Finding(subject="accelerator", verdict="weak", saw="not looked at", where="a tiny guest", cure="run with sudo")
+    kvm = found.accelerator == "kvm"
+    return Finding(subject="accelerator", verdict="good" if kvm else "weak", where="a tiny 64-bit guest",
+                   saw="KVM runs guests" if kvm else f"guests are emulated (tcg), for KVM does not: {found.seen}",
+                   cure="" if kvm else "bare metal, or nested virtualisation by whoever runs this machine; slow until then")
+
+
 def namespaces(config: Config) -> Finding:
     """May network namespaces be made here? One is made and removed again."""
     probe = f"{config.namespace}-doctor-{os.getpid()}"
@@ -125,8 +138,11 @@ def cgroups(_config: Config) -> Finding:
         return Finding(subject="cgroups", verdict="weak" if lacking else "good", where=str(unified),
                        saw=f"version 2, controllers: {' '.join(sorted(has)) or 'none'}",
                        cure=f"enable the controllers {' '.join(lacking)} for this machine" if lacking else "")
-    return Finding(subject="cgroups", verdict="weak", saw="no version 2 hierarchy at the root", where="/sys/fs/cgroup",
-                   cure="boot with systemd.unified_cgroup_hierarchy=1")
+    old = [name for name in ("cpu", "memory", "pids") if Path("/sys/fs/cgroup", name, "tasks").exists()]
+    fits = {"cpu", "memory"} <= set(old)
+    return Finding(subject="cgroups", verdict="good" if fits else "weak", where="/sys/fs/cgroup",
+                   saw=f"version 1, controllers: {' '.join(old) or 'none'}",
+                   cure="" if fits else "boot with systemd.unified_cgroup_hierarchy=1")
 
 
 def clock(_config: Config) -> Finding:
@@ -140,6 +156,6 @@ def clock(_config: Config) -> Finding:
 
 
 LOOKS: tuple[tuple[str, Callable[[Config], Finding]], ...] = (
-    ("qemu", qemu_version), ("namespaces", namespaces), ("nftables", nftables),
+    ("qemu", qemu_version), ("accelerator", accelerator), ("namespaces", namespaces), ("nftables", nftables),
     ("disk", disk), ("memory", memory), ("cgroups", cgroups), ("time", clock),
 )

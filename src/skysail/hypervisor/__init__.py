@@ -20,8 +20,12 @@ class Hypervisor(Protocol):
         """Every guest that this host holds, adopted ones included; no effects."""
         ...
 
-    def changes(self) -> AsyncIterator[str]:
-        """Ids of guests that changed by themselves (died, halted, rebooted)."""
+    def changes(self) -> AsyncIterator[GuestReport]:
+        """Guests that changed by themselves (died, halted), as they stand now."""
+        ...
+
+    async def prepare(self, image: str, vcpus: int) -> None:
+        """Make ready what a launch of ``image`` (its digest) needs, so that the launch itself is quick."""
         ...
 
     async def check(self) -> list[str]:

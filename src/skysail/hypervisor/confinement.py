@@ -10,6 +10,8 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,8 +38,6 @@ def spawn(argv: Sequence[str], *, uid: int, log: Path, groups: Sequence[int] = (
 
 
 def _reap(process: subprocess.Popen[bytes]) -> None:
-    import threading
-
     threading.Thread(target=process.wait, name=f"reap-{process.pid}", daemon=True).start()
 
 
@@ -67,6 +67,31 @@ def kill(pid: int, started: int) -> None:
                 signal.pidfd_send_signal(handle, signal.SIGKILL)
     finally:
         os.close(handle)
+
+
+def sweep(uid: int) -> None:
+    """kill -9 whatever runs as ``uid``, waiting until it is gone (at most 5 s).
+
+    A user id belongs to one guest alone. It closes the gap between the start of a process and the moment its pid is
+    written down: an agent that died in between left a process that no record names, holding the guest's disk.
+    """
+    end = time.monotonic() + 5.0
+    while found := [pid for pid in _pids(uid) if started_at(pid) is not None]:
+        for pid in found:
+            kill(pid, started_at(pid) or 0)
+        if time.monotonic() > end:
+            raise SkysailError(f"processes {found} of user id {uid} do not die", "look for a stuck disk: dmesg")
+        time.sleep(0.005)
+
+
+def _pids(uid: int) -> list[int]:
+    found = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if entry.stat().st_uid == uid:
+                    found.append(int(entry.name))
+    return found
 
 
 def _folders(name: str) -> list[Path]:

@@ -10,8 +10,9 @@ import msgspec
 
 from skysail.contract.document import Guest
 from skysail.contract.report import GuestReport
-from skysail.hypervisor import personality, process
+from skysail.hypervisor import confinement, personality, process
 from skysail.hypervisor.guest import QemuGuest, Record, Workshop
+from skysail.hypervisor.qmp import Gone
 from skysail.kit.errors import ProcessFailed
 from skysail.kit.process import run_async
 
@@ -28,6 +29,8 @@ class Qemu:
         self._guests: dict[str, QemuGuest] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._seen: dict[str, str] = {}
+        # A template that an earlier agent was booting is worth nothing without that agent.
+        confinement.sweep(uid_base)
         for path in sorted(workshop.guests.glob("*/guest.json")):
             record = msgspec.json.decode(path.read_bytes(), type=Record)
             self._guests[record.id] = QemuGuest(workshop, record)
@@ -57,9 +60,16 @@ class Qemu:
         return made
 
     async def observe(self) -> list[GuestReport]:
-        return [guest.report(await guest.look()) for guest in self._guests.values()]
+        return [await self._observed(guest) for guest in list(self._guests.values())]
 
-    async def changes(self) -> AsyncIterator[str]:
+    async def _observed(self, guest: QemuGuest) -> GuestReport:
+        try:
+            return guest.report(await guest.look())
+        except Gone as silent:
+            # Its process lives but does not answer now: nobody's reason to restart a server.
+            return guest.report("running", silent.what)
+
+    async def changes(self) -> AsyncIterator[GuestReport]:
         """Guests that were running and are not any more. Looked for twice a second: it costs 0.4 ms a guest, and works
         the same for guests that another agent started."""
         while True:
@@ -69,11 +79,16 @@ class Qemu:
                 if self._seen.get(identifier) != "running" or lock.locked():
                     continue
                 async with lock:
-                    state = await guest.look()
-                if state != "running":
-                    log.info("guest %s is %s", identifier, state)
-                    self._seen[identifier] = state
-                    yield identifier
+                    report = await self._observed(guest)
+                if report.state != "running":
+                    log.info("guest %s is %s", identifier, report.state)
+                    self._seen[identifier] = report.state
+                    yield report
+
+    async def prepare(self, image: str, vcpus: int) -> None:
+        found = self._shop.find_image(image)
+        if found is not None and found.ours:
+            await self._shop.templates.ensure(found, vcpus)
 
     async def check(self) -> list[str]:
         try:

@@ -20,7 +20,7 @@ import msgspec
 
 from skysail.contract.document import Guest, Port, Volume
 from skysail.contract.report import GuestReport, GuestState
-from skysail.hypervisor import personality, process, qemu
+from skysail.hypervisor import confinement, personality, process, qemu
 from skysail.hypervisor.personality import Identity, Surroundings
 from skysail.hypervisor.process import Pid
 from skysail.hypervisor.qmp import Channel, Gone, Monitor, Refused, ask
@@ -120,8 +120,12 @@ class QemuGuest:
         try:
             seen = await process.status(await self.monitor())
         except Gone:
+            await self._leave()
+            if self.alive():
+                # Busy or hung is not dead: whoever asked tries again, and its disk stays its own.
+                raise
             await self._forget_process()
-            return "crashed"
+            return "crashed" if self.record.made else "preparing"
         if seen == "shutdown":
             return "halted"
         if seen in ("guest-panicked", "internal-error", "io-error"):
@@ -182,12 +186,16 @@ class QemuGuest:
         """End the process now, if there is one."""
         if self.record.process is not None:
             await process.end(self.record.process, self.record.id)
+        await asyncio.to_thread(confinement.sweep, self.record.uid)
         await self._forget_process()
 
-    async def _forget_process(self) -> None:
+    async def _leave(self) -> None:
         if self._monitor is not None:
             await self._monitor.close()
             self._monitor = None
+
+    async def _forget_process(self) -> None:
+        await self._leave()
         if self.record.process is not None:
             self.record.process = None
             self.save()
@@ -280,6 +288,10 @@ class QemuGuest:
         machine = self._machine(guest, (str(volume), *parents),
                                 seed=str(self._seed) if self._seed.exists() else "", memory_mib=guest.memory_mib)
         monitor = await self._spawn(machine)
+        # Also for a clone that died before it was grown: from here on it has all that its plan gives.
+        await monitor.execute("block_resize", {"node-name": "disk", "size": guest.volume.size_gib << 30})
+        self.record.grown = True
+        self.save()
         await self._plug(guest, monitor)
         await monitor.execute("cont")
         self._stages["running"] = time.monotonic() - began
@@ -296,6 +308,7 @@ class QemuGuest:
             memory_file=memory_file, pluggable=pluggable, incoming=incoming, seed=seed)
 
     async def _spawn(self, machine: qemu.Machine) -> Monitor:
+        await asyncio.to_thread(confinement.sweep, self.record.uid)
         process.prepare(self.folder / "run", self.record.uid)
         self.folder.chmod(0o711)
         pid, monitor = await process.start(machine, self.record.uid)

@@ -17,7 +17,7 @@ class SimHypervisor:
 
     def __init__(self) -> None:
         self._guests: dict[str, GuestReport] = {}
-        self._changes: asyncio.Queue[str] = asyncio.Queue()
+        self._changes: asyncio.Queue[GuestReport] = asyncio.Queue()
 
     async def ensure(self, guest: Guest) -> GuestReport:
         held = self._guests.get(guest.id)
@@ -38,9 +38,12 @@ class SimHypervisor:
     async def observe(self) -> list[GuestReport]:
         return list(self._guests.values())
 
-    async def changes(self) -> AsyncIterator[str]:
+    async def changes(self) -> AsyncIterator[GuestReport]:
         while True:
             yield await self._changes.get()
+
+    async def prepare(self, image: str, vcpus: int) -> None:
+        return
 
     async def check(self) -> list[str]:
         return []
@@ -48,12 +51,12 @@ class SimHypervisor:
     def halt(self, guest_id: str) -> None:
         """The guest powers itself off."""
         self._guests[guest_id] = msgspec.structs.replace(self._guests[guest_id], state="halted")
-        self._changes.put_nowait(guest_id)
+        self._changes.put_nowait(self._guests[guest_id])
 
     def crash(self, guest_id: str) -> None:
         """The guest's process dies."""
         self._guests[guest_id] = msgspec.structs.replace(self._guests[guest_id], state="crashed")
-        self._changes.put_nowait(guest_id)
+        self._changes.put_nowait(self._guests[guest_id])
 
 
 def _host_key() -> str:

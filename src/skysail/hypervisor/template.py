@@ -71,7 +71,7 @@ class Templates:
         self._accelerator = accelerator
         self._uid = uid
         self._progress = progress
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._builds: dict[str, asyncio.Task[None]] = {}
         self._version = ""
 
     async def ensure(self, image: Image, vcpus: int) -> Template:
@@ -80,10 +80,12 @@ class Templates:
             self._version = (await run_async([process.PROGRAM, "--version"])).decode().splitlines()[0]
         facts = (image.digest, vcpus, self._version, qemu.MACHINE, self._accelerator, qemu.TEMPLATE_MEMORY_MIB)
         key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-        async with self._locks.setdefault(key, asyncio.Lock()):
-            folder = self._folder / key
-            if not folder.exists():
-                await self._build(key, image, vcpus, folder)
+        folder = self._folder / key
+        if not folder.exists():
+            # A task of its own: one launch that is called off does not take the others' template with it.
+            if key not in self._builds or self._builds[key].done():
+                self._builds[key] = asyncio.create_task(self._build(key, image, vcpus, folder))
+            await asyncio.shield(self._builds[key])
         size = msgspec.json.decode((folder / "template.json").read_bytes())["disk_bytes"]
         return Template(key=key, disk=folder / "disk.qcow2", disk_bytes=size, memory=folder / "memory",
                         state=folder / "state")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import tempfile
 import time
@@ -20,6 +21,14 @@ GUEST = Path(__file__).parent / "guest"
 # Two sources are named, so that cloud-init looks for a seed and stays off where there is none, as in a template.
 _CLOUD = "datasource_list: [NoCloud, ConfigDrive]\nsystem_info: {default_user: {name: %s, lock_passwd: true, " \
          "sudo: ['ALL=(ALL) NOPASSWD:ALL'], shell: /bin/bash}}\ndisable_root: true\nssh_pwauth: false\nlocale: false\n"
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """The sha256 of all that an image of ``recipe`` is made from here: an image with another one is to be built anew."""
+    whole = hashlib.sha256(recipe.digest().encode() + repr(BASE).encode())
+    for path in (Path(__file__), *sorted(path for path in GUEST.iterdir() if path.is_file())):
+        whole.update(path.read_bytes())
+    return whole.hexdigest()
 
 
 def bootstrap(recipe: Recipe, tree: Path) -> None:
@@ -95,7 +104,7 @@ def build(recipe: Recipe, library: Library, progress: Callable[[str], None] = la
              str(work / "disk.raw"), str(out)])
         made = Manifest(digest=file_digest(out), blueprint=recipe.blueprint, name=recipe.name, group=recipe.group,
                         version=recipe.version, user=recipe.user, size_bytes=recipe.size_mib << 20, built=time.time(),
-                        recipe=recipe.digest(), packages=packages(tree))
+                        recipe=fingerprint(recipe), packages=packages(tree))
         library.add(out, made)
     return made
 

@@ -26,6 +26,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     public_pool: str = "203.0.113.0/24"
     images: str = ""
     templates: str = ""
+    resolvers: tuple[str, ...] = ()
+    controller_user: str = "skysail"
     guest_uid_base: int = 200_000
     guest_user: str = "admin"
     engines: str = "real"
@@ -53,6 +55,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def templates_dir(self) -> Path:
         return Path(self.templates) if self.templates else self.root / "templates"
+
+    @property
+    def accelerator_file(self) -> Path:
+        return self.root / "agent" / "accelerator.json"
 
     @property
     def guests_dir(self) -> Path:

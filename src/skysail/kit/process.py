@@ -30,4 +30,10 @@ def run(argv: Sequence[str], *, input: bytes | None = None, env: Mapping[str, st
 
 async def run_async(argv: Sequence[str], *, input: bytes | None = None, timeout: float | None = None) -> bytes:
     """:func:`run`, off the event loop."""
-    return await asyncio.to_thread(run, argv, input=input, timeout=timeout)
+    work = asyncio.ensure_future(asyncio.to_thread(run, argv, input=input, timeout=timeout))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        # The thread cannot be called off: wait for it, so that what it makes is there before its maker cleans up.
+        await asyncio.wait((work,))
+        raise

@@ -3,42 +3,98 @@
 from __future__ import annotations
 
 import contextlib
+import grp
+import ipaddress
 import logging
 import os
+import shutil
 import socket
+from pathlib import Path
 
 import uvicorn
 
 from skysail.agent.app import application
 from skysail.agent.keeper import Keeper
 from skysail.agent.ledger import Ledger
+from skysail.agent.traffic import Traffic
 from skysail.contract.report import HostReport, ImageReport
+from skysail.hypervisor.accelerator import probe
+from skysail.hypervisor.engine import Qemu
+from skysail.hypervisor.guest import Image, Workshop
+from skysail.hypervisor.personality import Surroundings
 from skysail.hypervisor.sim import SimHypervisor
+from skysail.hypervisor.template import Templates
+from skysail.images.library import Library
 from skysail.kit.config import Config, load
-from skysail.kit.errors import SkysailError
+from skysail.network.linux import LinuxFabric
+from skysail.network.plan import Layout
 from skysail.network.sim import SimFabric
+from skysail.storage.files import FilePool
 from skysail.storage.sim import SimPool
 
+HOST = "host-1"
 # A simulated host is as large as a small cluster, so that limits come from the controller and not from it.
-_SIM = HostReport(host="host-1", boot="", sequence=0, generation=0, vcpus=4, memory_mib=16 * 1024 * 1024,
+_SIM = HostReport(host=HOST, boot="", sequence=0, generation=0, vcpus=4, memory_mib=16 * 1024 * 1024,
                   disk_gib=1024 * 1024, accelerator="sim")
 _SIM_IMAGE = ImageReport(digest="0" * 64, blueprint="debian_12", name="Debian 12", user="admin", version="12",
                          size_gib=2, templated=True)
 
 
 def build(config: Config) -> Keeper:
-    """The keeper with the engines that the configuration names; raises SkysailError for ones that are not there."""
-    if config.engines != "sim":
-        raise SkysailError("this version holds simulated hosts only", 'set engines = "sim" in skysail.toml')
-    return Keeper(_SIM, SimHypervisor(), SimPool(), SimFabric(), lambda: [_SIM_IMAGE],
-                  Ledger(config.root / "agent" / "document.json"))
+    """The keeper with the engines that the configuration names; raises SkysailError when one does not work here."""
+    ledger, traffic = Ledger(config.root / "agent" / "document.json"), Traffic(config.root / "agent" / "traffic.json")
+    if config.engines == "sim":
+        return Keeper(_SIM, SimHypervisor(), SimPool(), SimFabric(), lambda: [_SIM_IMAGE], ledger, traffic)
+    library = Library(config.images_dir)
+    for folder in (config.images_dir, config.templates_dir, config.guests_dir, config.volumes_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    accelerator = probe(config.accelerator_file).accelerator
+    pool, fabric = FilePool(config.volumes_dir), LinuxFabric(Layout.of(config))
+    workshop = Workshop(
+        guests=config.guests_dir, accelerator=accelerator, find_image=lambda digest: _image(library, digest),
+        templates=Templates(config.templates_dir, accelerator, config.guest_uid_base), make_volume=pool.ensure,
+        drop_volume=pool.remove, open_port=fabric.open_port, around=surroundings(config))
+    return Keeper(capacity(config, accelerator), Qemu(workshop, config.guest_uid_base), pool, fabric,
+                  lambda: _reports(library), ledger, traffic)
 
 
-def main() -> None:
-    """Serve the host in ``$SKYSAIL_DATA`` until told to stop."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    config = load()
-    keeper = build(config)
+def capacity(config: Config, accelerator: str) -> HostReport:
+    """What this machine has."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    return HostReport(host=HOST, boot="", sequence=0, generation=0, vcpus=os.cpu_count() or 1, memory_mib=memory,
+                      disk_gib=shutil.disk_usage(config.root).total >> 30, accelerator=accelerator)
+
+
+def surroundings(config: Config) -> Surroundings:
+    """What guests are told of their network."""
+    private = ipaddress.IPv4Network(config.private_network)
+    return Surroundings(prefix=private.prefixlen, gateway=str(private[1]), resolvers=config.resolvers or resolvers())
+
+
+def resolvers(paths: tuple[str, ...] = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")) -> tuple[str, ...]:
+    """The machine's own IPv4 resolvers. One that listens on the machine's loopback cannot be reached by a guest, so the
+    ones behind it are looked for; none is an honest answer (set ``resolvers`` in skysail.toml)."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            words = [line.split() for line in Path(path).read_text().splitlines() if line.startswith("nameserver")]
+            found = [word[1] for word in words if len(word) > 1 and ":" not in word[1] and not word[1].startswith("127.")]
+            if found:
+                return tuple(found[:3])
+    return ()
+
+
+def _image(library: Library, digest: str) -> Image | None:
+    held = library.find(digest)
+    return None if held is None else Image(digest=digest, path=library.path(digest), ours=bool(held.recipe))
+
+
+def _reports(library: Library) -> list[ImageReport]:
+    return [ImageReport(digest=one.digest, blueprint=one.blueprint, name=one.name, user=one.user, version=one.version,
+                        size_gib=-(-one.size_bytes >> 30), templated=bool(one.recipe)) for one in library.list()]
+
+
+def listen(config: Config) -> socket.socket:
+    """The agent's socket, for root and the controller's group only."""
     path = config.agent_socket
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
@@ -48,9 +104,21 @@ def main() -> None:
     mask = os.umask(0o117)
     listener.bind(str(path))
     os.umask(mask)
+    with contextlib.suppress(KeyError, PermissionError):
+        os.chown(path, -1, grp.getgrnam(config.controller_user).gr_gid)
+    return listener
+
+
+def main() -> None:
+    """Serve the host in ``$SKYSAIL_DATA`` until told to stop."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    # A socket that is not there yet is looked for again: nothing to log.
+    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+    config = load()
+    keeper = build(config)
     server = uvicorn.Server(uvicorn.Config(application(keeper), log_level="warning", access_log=False,
                                            timeout_graceful_shutdown=1))
-    server.run(sockets=[listener])
+    server.run(sockets=[listen(config)])
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ def serial_log(config: Config, name: str) -> bytes:
             ids = [row[0] for row in found]
     finally:
         database.close()
-    logs = [path for guest in ids for path in sorted((config.guests_dir / guest).glob("*serial*"))
-            if not path.is_socket()]
+    logs = [path for guest in ids for path in (config.guests_dir / guest / "run").glob("serial.log")
+            if path.is_file() and not path.is_symlink()]
     if not logs:
         raise SkysailError(f"no instance named {name} has a serial log here", cure="see: sudo ./skysail list")
     return b"".join(path.read_bytes() for path in logs)

@@ -22,15 +22,19 @@ import httpx
 import msgspec
 
 import skysail
+from skysail.images.build import fingerprint
+from skysail.images.library import Library
+from skysail.images.recipe import RECIPES
 from skysail.kit import process
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
+from skysail.resources.catalog import BUNDLES
 from skysail.serve import processes
 
 Progress = Callable[[str], None]
 
-USER = "skysail"
 NAMES = ("agent", "controller")
+FIRST_BLUEPRINT, FIRST_BUNDLE = "debian_12", "nano_3_0"
 UNITS = Path("/etc/systemd/system")
 NEEDED_FREE_GIB = 6
 
@@ -45,13 +49,12 @@ def up(config: Config, progress: Progress) -> None:
     initialise_store(config, progress)
     ensure_image(config, progress)
     for name in NAMES:
-        if healthy(config, name) and _current(config, name, digest):
-            progress(f"{name}: runs already")
-            continue
-        progress(f"{name}: starting")
-        _start(config, name, digest)
-        wait_healthy(config, name)
-        progress(f"{name}: healthy")
+        if not (healthy(config, name) and _current(config, name, digest)):
+            progress(f"{name}: starting")
+            _start(config, name, digest)
+            wait_healthy(config, name)
+        if name == "agent":
+            ensure_template(config, progress)
 
 
 def down(config: Config, progress: Progress, guests: bool = False) -> None:
@@ -127,15 +130,15 @@ def require_disk(config: Config) -> None:
 def ensure_user(config: Config) -> None:
     """The unprivileged user that the controller runs as."""
     try:
-        pwd.getpwnam(USER)
+        pwd.getpwnam(config.controller_user)
     except KeyError:
         process.run(["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", config.data,
-                     "--shell", "/usr/sbin/nologin", USER])
+                     "--shell", "/usr/sbin/nologin", config.controller_user])
 
 
 def ensure_folders(config: Config) -> None:
     """The data folder's rooms, each with the owner and mode that it needs."""
-    user, group = pwd.getpwnam(USER).pw_uid, grp.getgrnam(USER).gr_gid
+    user, group = pwd.getpwnam(config.controller_user).pw_uid, grp.getgrnam(config.controller_user).gr_gid
     config.root.chmod(0o755)
     for path, owner, mode in ((config.root / "run", 0, 0o750), (config.root / "logs", 0, 0o750),
                               (config.root / "controller", user, 0o700), (config.images_dir, 0, 0o755),
@@ -151,7 +154,7 @@ def install_program(config: Config) -> str:
     source = Path(skysail.__file__).parent
     target = config.root / "program"
     whole = hashlib.sha256(msgspec.json.encode(config))
-    for path in sorted(source.rglob("*.py")):
+    for path in sorted(path for path in source.rglob("*") if path.is_file() and path.suffix != ".pyc"):
         whole.update(str(path.relative_to(source)).encode() + b"\0" + path.read_bytes())
     digest = whole.hexdigest()
     if source.is_relative_to(target):
@@ -173,19 +176,34 @@ def initialise_store(config: Config, progress: Progress) -> None:
 
     progress("store: checking")
     initialise(config)
-    account = pwd.getpwnam(USER)
+    account = pwd.getpwnam(config.controller_user)
     for path in (config.root / "credentials.json", *(config.root / "controller").rglob("*")):
         os.chown(path, account.pw_uid, account.pw_gid)
 
 
 def ensure_image(config: Config, progress: Progress) -> None:
-    """Build the default blueprint's image when the library holds none."""
+    """Build the default blueprint's image when the library holds none that this program would build."""
     from skysail.serve import blueprints
 
-    if config.engines != "real" or blueprints.held(config):
+    held = Library(config.images_dir).latest(FIRST_BLUEPRINT) if config.engines == "real" else None
+    if config.engines != "real" or (held is not None and held.recipe == fingerprint(RECIPES[FIRST_BLUEPRINT])):
         return
-    progress("images: building debian_12 from Debian packages (some minutes, once)")
-    blueprints.build(config, "debian_12", progress)
+    progress(f"images: building {FIRST_BLUEPRINT} from Debian packages (one to three minutes, once)")
+    blueprints.build(config, FIRST_BLUEPRINT, progress)
+
+
+def ensure_template(config: Config, progress: Progress) -> None:
+    """Let the agent make the template that a first launch clones. Raises :class:`SkysailError` with the agent's words."""
+    image = Library(config.images_dir).latest(FIRST_BLUEPRINT) if config.engines == "real" else None
+    if image is None or not image.recipe:
+        return
+    progress(f"template: {FIRST_BLUEPRINT} is booted once, every launch is a clone of it (a minute under emulation)")
+    vcpus = BUNDLES[FIRST_BUNDLE]["cpuCount"]
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(config.agent_socket)), timeout=600) as client:
+        answer = client.post("http://agent/prepare", params={"image": image.digest, "vcpus": vcpus})
+    if answer.status_code != 204:
+        what, _, cure = answer.text.partition("\n")
+        raise SkysailError(f"the template could not be made: {what}", cure=cure)
 
 
 def healthy(config: Config, name: str) -> bool:
@@ -209,23 +227,22 @@ def wait_healthy(config: Config, name: str, seconds: float = 60.0) -> None:
         log = processes.log_path(config, name)
         said = log.read_text(errors="replace")[-1500:] if log.exists() else ""
         raise SkysailError(f"{name} did not become healthy; it said:\n{said.strip()}", cure=f"read {log}")
-    if name == "agent":
-        os.chown(config.agent_socket, 0, grp.getgrnam(USER).gr_gid)
-        config.agent_socket.chmod(0o660)
 
 
-def command(name: str) -> list[str]:
+def command(config: Config, name: str) -> list[str]:
     """The argument list that runs ``name``: the agent as root, the controller without any privilege."""
     program = [sys.executable, "-m", f"skysail.serve.{name}"]
     if name == "agent":
         return program
-    return ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--init-groups", "--inh-caps=-all", "--bounding-set=-all",
+    user = config.controller_user
+    return ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--inh-caps=-all", "--bounding-set=-all",
             "--no-new-privs", "--", *program]
 
 
 def unit(config: Config, name: str) -> str:
     """The systemd unit of ``name``. Guests are never in the way of a restart: only the main process is ended."""
-    user = f"User={USER}\nGroup={USER}\nNoNewPrivileges=yes\nCapabilityBoundingSet=\n" if name == "controller" else ""
+    who = config.controller_user
+    user = f"User={who}\nGroup={who}\nNoNewPrivileges=yes\nCapabilityBoundingSet=\n" if name == "controller" else ""
     order = "After=skysail-agent.service" if name == "controller" else "After=network.target"
     settings = "".join(f'Environment="{key}={value}"\n' for key, value in _environment(config).items())
     log = processes.log_path(config, name)
@@ -238,7 +255,7 @@ def unit(config: Config, name: str) -> str:
 def _start(config: Config, name: str, digest: str) -> None:
     processes.stop(config, name)
     if not _systemd():
-        processes.start(config, name, command(name), env=_environment(config), digest=digest)
+        processes.start(config, name, command(config, name), env=_environment(config), digest=digest)
         return
     (UNITS / f"skysail-{name}.service").write_text(unit(config, name))
     process.run(["systemctl", "daemon-reload"])

@@ -35,7 +35,9 @@ class FilePool:
         return {path.stem: path for path in self._folder.glob("*.qcow2")}
 
     async def remove(self, volume_id: str) -> None:
-        self._path(volume_id).unlink(missing_ok=True)
+        path = self._path(volume_id)
+        path.with_suffix(".new").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
     async def check(self) -> list[str]:
         try:
