@@ -116,7 +116,8 @@ def main() -> None:
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
     config = load()
     keeper = build(config)
-    server = uvicorn.Server(uvicorn.Config(application(keeper), log_level="warning", access_log=False,
+    # qemu.qmp passes descriptors through the event loop's own socket, which uvloop hides.
+    server = uvicorn.Server(uvicorn.Config(application(keeper), log_level="warning", access_log=False, loop="asyncio",
                                            timeout_graceful_shutdown=1))
     server.run(sockets=[listen(config)])
 

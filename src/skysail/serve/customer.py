@@ -50,14 +50,18 @@ def instances(config: Config) -> list[dict[str, Any]]:
 
 def launch(config: Config, name: str, blueprint: str, bundle: str, wait_seconds: float = 120.0) -> dict[str, Any]:
     """Create one instance and wait until it runs; raises :class:`SkysailError` after ``wait_seconds``."""
-    call(config, "create_instances", instanceNames=[name], availabilityZone=f"{config.default_region}{config.zones[0]}",
-         blueprintId=blueprint, bundleId=bundle)
+    made = call(config, "create_instances", instanceNames=[name], blueprintId=blueprint, bundleId=bundle,
+                availabilityZone=f"{config.default_region}{config.zones[0]}")["operations"][0]
     deadline = time.monotonic() + wait_seconds
     while time.monotonic() < deadline:
-        instance: dict[str, Any] = call(config, "get_instance", instanceName=name)["instance"]
-        if instance["state"]["name"] == "running":
+        operation = call(config, "get_operation", operationId=made["id"])["operation"]
+        if operation["status"] == "Failed":
+            raise SkysailError(f"{name} could not be launched: {operation.get('errorDetails', 'no reason given')}",
+                               cure=f"see {up.agent_log(config)}")
+        if operation["status"] == "Succeeded":
+            instance: dict[str, Any] = call(config, "get_instance", instanceName=name)["instance"]
             return instance
-        time.sleep(0.2)
+        time.sleep(0.1)
     raise SkysailError(f"{name} does not run after {wait_seconds:.0f} s", cure=f"see: sudo ./skysail logs {name}")
 
 

@@ -89,6 +89,11 @@ def endpoint(config: Config) -> str:
     return f"http://{_reachable(config)}:{config.port}"
 
 
+def agent_log(config: Config) -> Path:
+    """Where this machine's agent says what it does."""
+    return processes.log_path(config, "agent")
+
+
 def credentials(config: Config) -> tuple[str, str]:
     """The admin account's access key id and secret. Raises :class:`SkysailError` when there are none to read."""
     path = config.root / "credentials.json"
