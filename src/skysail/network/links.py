@@ -17,12 +17,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from ipaddress import IPv4Interface, IPv4Network
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple, NFCTSocket
 
 from skysail.contract.document import Port
 from skysail.kit.errors import SkysailError
@@ -71,6 +73,12 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_tap(self) -> bool:
         return self.kind == "tun" and self.name.startswith(TAP_PREFIX)
+
+    @property
+    def owner(self) -> tuple[str, str, str, str]:
+        """Port id, MAC, private and public address that a finished tap was made for; empty texts before."""
+        words = self.alias.rsplit(" ", 3)
+        return (words[0], words[1], words[2], words[3]) if len(words) == 4 else ("", "", "", "")
 
 
 def inside(namespace: str, call: Callable[[], T]) -> T:
@@ -236,19 +244,18 @@ def ensure_taps(ipr: Any, ports: list[Port]) -> None:
     bridge = held[BRIDGE].index
     wanted = {tap_name(port.id): port for port in ports}
     left_over = [link for name, link in held.items() if link.is_tap and name not in wanted]
-    for link in left_over:
-        _forget(ipr, bridge, link)
     _delete(ipr, left_over)
+    _forget(ipr, bridge, left_over)
     for name, port in wanted.items():
-        alias = f"{port.id} {port.mac} {port.private_ipv4}"
+        alias = f"{port.id} {port.mac} {port.private_ipv4} {port.public_ipv4}"
         link_ = held.get(name)
         if link_ is not None and link_.alias == alias and link_.master == bridge and link_.up and link_.mtu == MTU:
             continue
         if link_ is None:
-            os.close(_attach(name, persist=True))
+            os.close(attach(name, persist=True))
             index = int(ipr.link_lookup(ifname=name)[0])
         else:
-            _forget(ipr, bridge, link_)
+            _forget(ipr, bridge, [link_])
             index = link_.index
         ipr.link("set", index=index, mtu=MTU, master=bridge, state="up")
         # What the gateway sends to a guest goes to its tap only, with no ARP and no flooding past other tenants' taps.
@@ -269,18 +276,39 @@ def _delete(ipr: Any, doomed: list[Link]) -> None:
         ipr.link("del", group=_DOOMED)
 
 
-def _forget(ipr: Any, bridge: int, link: Link) -> None:
-    """Drop the neighbour and forwarding entries of what the tap was made for."""
-    if not link.alias:
-        return
-    _, mac, address = link.alias.rsplit(" ", 2)
-    with contextlib.suppress(NetlinkError):
-        ipr.neigh("del", dst=address, ifindex=bridge)
-    with contextlib.suppress(NetlinkError):
-        ipr.fdb("del", ifindex=link.index, lladdr=mac, flags=_NTF_MASTER)
+def _forget(ipr: Any, bridge: int, former: list[Link]) -> None:
+    """Drop what the kernel remembers of the ports that these taps were made for."""
+    former = [link for link in former if link.owner[0]]  # a half-made one has carried nothing
+    for link in former:
+        _, mac, private, _ = link.owner
+        with contextlib.suppress(NetlinkError):
+            ipr.neigh("del", dst=private, ifindex=bridge)
+        with contextlib.suppress(NetlinkError):
+            ipr.fdb("del", ifindex=link.index, lladdr=mac, flags=_NTF_MASTER)
+    if former:
+        _forget_connections({link.owner[2] for link in former}, {link.owner[3] for link in former})
 
 
-def _attach(name: str, *, persist: bool) -> int:
+def _forget_connections(privates: set[str], publics: set[str]) -> None:
+    """Drop tracked connections from these private and to these public addresses, which are all that their guests had.
+
+    They would reach the next owner of an address, past that one's firewall. The rules in force make no new ones.
+    """
+    filters: list[Any] = [None]  # every connection is looked at ...
+    if len(privates) <= 8:  # ... unless asking for each address is less work
+        filters = [NFCTAttrTuple(saddr=address) for address in privates]
+        filters += [NFCTAttrTuple(daddr=address) for address in publics]
+    with NFCTSocket() as tracker:
+        for filter in filters:
+            for entry in list(tracker.dump(tuple_orig=filter)):
+                first = NFCTAttrTuple.from_netlink(socket.AF_INET, entry.get_attr("CTA_TUPLE_ORIG"))
+                # A kernel before 5.8 ignores the filter.
+                if first.saddr in privates or first.daddr in publics:
+                    with contextlib.suppress(NetlinkError):  # ended meanwhile
+                        tracker.entry("del", tuple_orig=first)
+
+
+def attach(name: str, *, persist: bool) -> int:
     """A descriptor attached to the tap; makes the tap where it is missing. Raises OSError, EBUSY while another has it."""
     descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -301,7 +329,7 @@ def open_tap(port: Port) -> int:
     while True:
         try:
             socket.if_nametoindex(name)  # or TUNSETIFF would make one, on no bridge
-            return _attach(name, persist=False)
+            return attach(name, persist=False)
         except OSError as failure:
             if failure.errno == errno.ENODEV:
                 raise SkysailError(f"port {port.id} has no tap {name}", "apply the port first") from failure
@@ -397,3 +425,26 @@ def remove_link(layout: Layout) -> None:
     link = find(layout.link)
     if link is not None and link.alias == f"skysail {layout.namespace}":
         remove(layout.link)
+
+
+def overlaps(layout: Layout) -> list[str]:
+    """Networks of this machine that the layout's own would hide, each with its cure."""
+    found: list[str] = []
+    with netlink() as ipr:
+        ours = ipr.link_lookup(ifname=layout.link)
+        for address in ipr.get_addr(family=socket.AF_INET):
+            there = IPv4Interface(f"{address.get_attr('IFA_ADDRESS')}/{address['prefixlen']}").network
+            found.extend(f"{key} {network} overlaps this machine's network {there}: choose another {key} in skysail.toml"
+                         for key in ("transit", "private_network", "public_pool")
+                         if address["index"] not in ours and IPv4Network(network := getattr(layout, key)).overlaps(there))
+    return found
+
+
+def foreign_drops(layout: Layout) -> list[str]:
+    """Other programs' rules here that drop what they do not know; ours cannot overrule them. Each with its cure."""
+    listed = msgspec.json.decode(run(["nft", "-j", "list", "chains"], timeout=20))["nftables"]
+    chains = [item["chain"] for item in listed if "chain" in item]
+    target = "DOCKER-USER" if any(chain["name"] == "DOCKER-USER" for chain in chains) else "FORWARD"
+    return [f"the chain {chain['family']} {chain['table']} {chain['name']} of another program drops guests' packets: run "
+            f"iptables -I {target} -i {layout.link} -j ACCEPT and iptables -I {target} -o {layout.link} -j ACCEPT"
+            for chain in chains if chain.get("hook") == "forward" and chain.get("policy") == "drop"]

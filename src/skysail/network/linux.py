@@ -80,9 +80,9 @@ class LinuxFabric:
         if not links.exists(self._layout.namespace):
             return {}
         # What the tap sends to the program that holds it is what the guest receives.
-        return {link.alias.rsplit(" ", 2)[0]: PortCounters(rx_bytes=link.tx_bytes, tx_bytes=link.rx_bytes)
+        return {link.owner[0]: PortCounters(rx_bytes=link.tx_bytes, tx_bytes=link.rx_bytes)
                 for link in links.inside(self._layout.namespace, links.every)
-                if link.is_tap and link.alias}
+                if link.is_tap and link.owner[0]}
 
     def _check(self) -> list[str]:
         if os.geteuid() != 0:
@@ -103,6 +103,8 @@ class LinuxFabric:
         except OSError as failure:
             problems.append(f"/dev/net/tun cannot be opened ({failure.strerror}): run modprobe tun, "
                             "or give this container the device")
+        if not problems:
+            problems += links.overlaps(self._layout) + links.foreign_drops(self._layout)
         return problems
 
     def _teardown(self) -> None:
