@@ -1,0 +1,450 @@
+"""Namespaces, bridge, veth and taps: what the kernel holds, changed through netlink and ioctl.
+
+Every function here works on the network namespace of the calling thread; :func:`inside` gives a call a thread of its own
+in another one. All are idempotent, also over what a killed process left half-made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from ipaddress import IPv4Interface, IPv4Network
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple, NFCTSocket
+
+from skysail.contract.document import Port
+from skysail.kit.errors import SkysailError
+from skysail.kit.process import run
+from skysail.network.plan import BRIDGE, MTU, TAP_PREFIX, UPLINK, Layout, tap_name
+
+T = TypeVar("T")
+NAMESPACES = Path("/run/netns")
+CLONE_NEWNET = 0x40000000
+# linux/if_tun.h
+TUNSETIFF, TUNSETPERSIST = 0x400454CA, 0x400454CB
+IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+IFF_UP = 1
+# linux/netfilter/nf_tables.h
+NFT_GETGEN, NFTA_GEN_ID = (10 << 8) | 16, 1
+BUSY_SECONDS = 5.0
+
+# Bridged frames stay out of the ip hooks (another program may have loaded br_netfilter); IPv6 is not offered yet; guests are
+# told no shortcuts past the gateway, which answers only for its own address and only where a source belongs.
+NAMESPACE_SETTINGS = {
+    "ipv4/ip_forward": "1",  # guests' packets pass from bridge to uplink and back
+    "ipv4/conf/all/rp_filter": "1", "ipv4/conf/default/rp_filter": "1",
+    "ipv4/conf/all/send_redirects": "0", "ipv4/conf/default/send_redirects": "0",
+    "ipv4/conf/all/accept_redirects": "0", "ipv4/conf/default/accept_redirects": "0",
+    "ipv4/conf/all/arp_ignore": "1", "ipv4/conf/default/arp_ignore": "1",
+    "ipv6/conf/all/disable_ipv6": "1", "ipv6/conf/default/disable_ipv6": "1",
+    "bridge/bridge-nf-call-iptables": "0", "bridge/bridge-nf-call-ip6tables": "0", "bridge/bridge-nf-call-arptables": "0",
+}
+
+
+class Link(msgspec.Struct, frozen=True, kw_only=True):
+    """A network device as the kernel shows it; ``alias`` is what we noted on it."""
+
+    name: str
+    index: int
+    kind: str
+    alias: str
+    up: bool
+    mtu: int
+    master: int
+    peer: int
+    mac: str
+    rx_bytes: int
+    tx_bytes: int
+
+    @property
+    def is_tap(self) -> bool:
+        return self.kind == "tun" and self.name.startswith(TAP_PREFIX)
+
+    @property
+    def owner(self) -> tuple[str, str, str, str]:
+        """Port id, MAC, private and public address that a finished tap was made for; empty texts before."""
+        words = self.alias.rsplit(" ", 3)
+        return (words[0], words[1], words[2], words[3]) if len(words) == 4 else ("", "", "", "")
+
+
+def inside(namespace: str, call: Callable[[], T]) -> T:
+    """What ``call`` answers (or raises) in the named namespace.
+
+    It runs in a thread that ends with it: a thread that lives on would carry the namespace into other work, and child
+    processes inherit it, which is how nft gets there.
+    """
+    outcome: Future[T] = Future()
+
+    def enter() -> None:
+        try:
+            descriptor = os.open(NAMESPACES / namespace, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if ctypes.CDLL(None, use_errno=True).setns(descriptor, CLONE_NEWNET) != 0:
+                    raise OSError(ctypes.get_errno(), f"setns {namespace}")
+            finally:
+                os.close(descriptor)
+            outcome.set_result(call())
+        except BaseException as failure:
+            outcome.set_exception(failure)
+
+    thread = threading.Thread(target=enter, name=f"in-{namespace}")
+    thread.start()
+    thread.join()
+    return outcome.result()
+
+
+def exists(namespace: str) -> bool:
+    """Is there a namespace of that name that can be entered? False for a name whose mount is missing."""
+    try:
+        inside(namespace, lambda: None)
+    except FileNotFoundError:
+        return False
+    except OSError as failure:
+        if failure.errno == errno.EINVAL:
+            return False
+        raise
+    return True
+
+
+def ensure_namespace(name: str) -> None:
+    """The namespace exists; a name left without its mount is made anew."""
+    if not exists(name):
+        (NAMESPACES / name).unlink(missing_ok=True)
+        run(["ip", "netns", "add", name], timeout=20)
+
+
+def remove_namespace(name: str) -> None:
+    """The name is gone; the namespace itself lives as long as a process holds one of its devices."""
+    if exists(name):
+        run(["ip", "netns", "delete", name], timeout=20)
+    (NAMESPACES / name).unlink(missing_ok=True)
+
+
+def write_setting(path: str, value: str) -> None:
+    """A kernel setting under /proc/sys/net; one that this kernel does not have is left out, a true one not rewritten."""
+    file = Path("/proc/sys/net") / path
+    with contextlib.suppress(FileNotFoundError):
+        if file.read_text().strip() != value:
+            file.write_text(value)
+
+
+def generation() -> int:
+    """The number that the kernel gives to a namespace's rules; every change to them, by anyone, makes another one."""
+    request = struct.pack("=IHHII", 20, NFT_GETGEN, 1, 1, 0) + struct.pack("=BBH", 0, 0, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 12) as netfilter:  # NETLINK_NETFILTER
+        netfilter.bind((0, 0))
+        netfilter.send(request)
+        answer = netfilter.recv(4096)
+    offset, end = 20, struct.unpack_from("=I", answer)[0]
+    while offset + 8 <= end:
+        length, kind = struct.unpack_from("=HH", answer, offset)
+        if kind == NFTA_GEN_ID:
+            return int(struct.unpack_from(">I", answer, offset + 4)[0])
+        offset += (length + 3) & ~3
+    raise SkysailError("the kernel did not tell the generation of its rules", "nftables needs a kernel of 4.9 or newer")
+
+
+def load(ruleset: str) -> None:
+    """Replace the tables that ``ruleset`` names, all or nothing; raises ProcessFailed with nft's words."""
+    run(["nft", "-f", "-"], input=ruleset.encode(), timeout=120)
+
+
+@contextlib.contextmanager
+def netlink() -> Iterator[Any]:
+    """A netlink socket in the thread's namespace; the kernel's refusals come out as SkysailError."""
+    try:
+        with IPRoute() as socket_:
+            yield socket_
+    except NetlinkError as refused:
+        cure = "run as root: sudo ./skysail up" if refused.code in (errno.EPERM, errno.EACCES) else ""
+        raise SkysailError(f"the kernel refused a change to the network: {refused}", cure) from refused
+
+
+def links(ipr: Any) -> dict[str, Link]:
+    """All devices by name."""
+    return {link.name: link for link in map(_link, ipr.get_links())}
+
+
+def get(ipr: Any, name: str) -> Link | None:
+    """One device; None when there is none of that name."""
+    try:
+        return next(map(_link, ipr.link("get", ifname=name)), None)
+    except NetlinkError as refused:
+        if refused.code == errno.ENODEV:
+            return None
+        raise
+
+
+def _must(ipr: Any, name: str) -> Link:
+    link = get(ipr, name)
+    if link is None:
+        raise SkysailError(f"the network device {name} vanished", "apply again")
+    return link
+
+
+def _link(message: Any) -> Link:
+    info, counted = message.get_attr("IFLA_LINKINFO"), message.get_attr("IFLA_STATS64") or {}
+    return Link(
+        name=message.get_attr("IFLA_IFNAME"), index=message["index"], alias=message.get_attr("IFLA_IFALIAS") or "",
+        kind=(info.get_attr("IFLA_INFO_KIND") if info else None) or "", up=bool(message["flags"] & IFF_UP),
+        mtu=message.get_attr("IFLA_MTU") or 0, master=message.get_attr("IFLA_MASTER") or 0,
+        peer=message.get_attr("IFLA_LINK") or 0, mac=message.get_attr("IFLA_ADDRESS") or "",
+        rx_bytes=counted.get("rx_bytes", 0), tx_bytes=counted.get("tx_bytes", 0))
+
+
+def ensure_bridge(ipr: Any, layout: Layout) -> Link:
+    """The bridge of the guests, with the gateway's address. No STP: it has no loops, and a guest must not speak it."""
+    held = get(ipr, BRIDGE)
+    if held is not None and held.kind != "bridge":
+        ipr.link("del", index=held.index)
+        held = None
+    if held is None:
+        # 0xfff8: link-local destinations go the ordinary way through the hooks instead of past them.
+        ipr.link("add", ifname=BRIDGE, kind="bridge", address=layout.gateway_mac, br_stp_state=0, br_forward_delay=0,
+                 br_mcast_snooping=0, br_group_fwd_mask=0xFFF8)
+        held = _must(ipr, BRIDGE)
+    if held.mac != layout.gateway_mac:
+        ipr.link("set", index=held.index, address=layout.gateway_mac)
+    ensure_address(ipr, held.index, str(layout.gateway), layout.private_prefix)
+    if not held.up:
+        ipr.link("set", index=held.index, state="up")
+    return held
+
+
+def ensure_address(ipr: Any, index: int, address: str, prefix: int) -> None:
+    """The device has exactly this IPv4 address."""
+    held = {(found.get_attr("IFA_LOCAL") or found.get_attr("IFA_ADDRESS"), found["prefixlen"])
+            for found in ipr.get_addr(family=socket.AF_INET, index=index)}
+    for other, length in held - {(address, prefix)}:
+        ipr.addr("del", index=index, address=other, prefixlen=length)
+    if (address, prefix) not in held:
+        ipr.addr("add", index=index, address=address, prefixlen=prefix, broadcast=None)
+
+
+def ensure_taps(ipr: Any, ports: list[Port]) -> None:
+    """One persistent tap per port on the bridge, no others. One that stays is not touched: a running QEMU holds it.
+
+    A tap's alias is written last and says for whom it was made; one without it is half-made and finished here.
+    """
+    held = links(ipr)
+    bridge = held[BRIDGE].index
+    wanted = {tap_name(port.id): port for port in ports}
+    left_over = [link for name, link in held.items() if link.is_tap and name not in wanted]
+    _delete(ipr, left_over)
+    _forget(ipr, bridge, left_over)
+    for name, port in wanted.items():
+        alias = f"{port.id} {port.mac} {port.private_ipv4} {port.public_ipv4}"
+        link_ = held.get(name)
+        if link_ is not None and link_.alias == alias and link_.master == bridge and link_.up and link_.mtu == MTU:
+            continue
+        if link_ is None:
+            os.close(attach(name, persist=True))
+            index = int(ipr.link_lookup(ifname=name)[0])
+        else:
+            _forget(ipr, bridge, [link_])
+            index = link_.index
+        ipr.link("set", index=index, mtu=MTU, master=bridge, state="up")
+        # What the gateway sends to a guest goes to its tap only, with no ARP and no flooding past other tenants' taps.
+        ipr.brport("set", index=index, unicast_flood=0)
+        ipr.fdb("replace", ifindex=index, lladdr=port.mac, state=_NUD_NOARP, flags=_NTF_MASTER)
+        ipr.neigh("replace", dst=port.private_ipv4, lladdr=port.mac, ifindex=bridge, state=_NUD_PERMANENT)
+        ipr.link("set", index=index, IFLA_IFALIAS=alias)
+
+
+_NUD_NOARP, _NUD_PERMANENT, _NTF_MASTER = 0x40, 0x80, 0x04
+_DOOMED = 0x736B  # a device group of ours: the kernel deletes a group in one go, and takes 17 ms for each alone
+
+
+def _delete(ipr: Any, doomed: list[Link]) -> None:
+    if doomed:
+        for link in doomed:
+            ipr.link("set", index=link.index, group=_DOOMED)
+        ipr.link("del", group=_DOOMED)
+
+
+def _forget(ipr: Any, bridge: int, former: list[Link]) -> None:
+    """Drop what the kernel remembers of the ports that these taps were made for."""
+    former = [link for link in former if link.owner[0]]  # a half-made one has carried nothing
+    for link in former:
+        _, mac, private, _ = link.owner
+        with contextlib.suppress(NetlinkError):
+            ipr.neigh("del", dst=private, ifindex=bridge)
+        with contextlib.suppress(NetlinkError):
+            ipr.fdb("del", ifindex=link.index, lladdr=mac, flags=_NTF_MASTER)
+    if former:
+        _forget_connections({link.owner[2] for link in former}, {link.owner[3] for link in former})
+
+
+def _forget_connections(privates: set[str], publics: set[str]) -> None:
+    """Drop tracked connections from these private and to these public addresses, which are all that their guests had.
+
+    They would reach the next owner of an address, past that one's firewall. The rules in force make no new ones.
+    """
+    filters: list[Any] = [None]  # every connection is looked at ...
+    if len(privates) <= 8:  # ... unless asking for each address is less work
+        filters = [NFCTAttrTuple(saddr=address) for address in privates]
+        filters += [NFCTAttrTuple(daddr=address) for address in publics]
+    with NFCTSocket() as tracker:
+        for filter in filters:
+            for entry in list(tracker.dump(tuple_orig=filter)):
+                first = NFCTAttrTuple.from_netlink(socket.AF_INET, entry.get_attr("CTA_TUPLE_ORIG"))
+                # A kernel before 5.8 ignores the filter.
+                if first.saddr in privates or first.daddr in publics:
+                    with contextlib.suppress(NetlinkError):  # ended meanwhile
+                        tracker.entry("del", tuple_orig=first)
+
+
+def attach(name: str, *, persist: bool) -> int:
+    """A descriptor attached to the tap; makes the tap where it is missing. Raises OSError, EBUSY while another has it."""
+    descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        fcntl.ioctl(descriptor, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
+        if persist:
+            fcntl.ioctl(descriptor, TUNSETPERSIST, 1)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def open_tap(port: Port) -> int:
+    """A descriptor of the port's tap. An older QEMU that is still dying holds it for a moment, so it is asked for again;
+    raises SkysailError when the tap is missing or stays taken."""
+    name = tap_name(port.id)
+    end = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            socket.if_nametoindex(name)  # or TUNSETIFF would make one, on no bridge
+            return attach(name, persist=False)
+        except OSError as failure:
+            if failure.errno == errno.ENODEV:
+                raise SkysailError(f"port {port.id} has no tap {name}", "apply the port first") from failure
+            if failure.errno != errno.EBUSY or time.monotonic() > end:
+                raise SkysailError(f"the tap {name} of port {port.id} cannot be opened: {failure.strerror}",
+                                   "a process still holds it: look for its QEMU") from failure
+        time.sleep(0.02)
+
+
+def ensure_link(ipr: Any, layout: Layout) -> None:
+    """The veth pair between machine (this side) and namespace; what stands in its way is removed only if it is ours.
+
+    Raises SkysailError when a device of that name, or a route to the pool, belongs to somebody else.
+    """
+    held = get(ipr, layout.link)
+    uplink = inside(layout.namespace, lambda: find(UPLINK))
+    paired = held is not None and uplink is not None and (held.peer, uplink.peer) == (uplink.index, held.index)
+    alias = f"skysail {layout.namespace}"
+    if held is not None and not paired:
+        if held.alias != alias:
+            raise SkysailError(f"the network device {layout.link} exists and is not Skysail's",
+                               "choose another `link` in skysail.toml, or remove the device")
+        ipr.link("del", index=held.index)  # its other end is in a namespace that lost its name
+    if not paired:
+        if uplink is not None:
+            inside(layout.namespace, lambda: remove(UPLINK))
+        ipr.link("add", ifname=layout.link, kind="veth",
+                 peer={"ifname": UPLINK, "net_ns_fd": layout.namespace})
+        held = _must(ipr, layout.link)
+    assert held is not None
+    if held.alias != alias:
+        ipr.link("set", index=held.index, IFLA_IFALIAS=alias)
+    write_setting(f"ipv6/conf/{layout.link}/disable_ipv6", "1")
+    write_setting(f"ipv4/conf/{layout.link}/rp_filter", "1")
+    write_setting(f"ipv4/conf/{layout.link}/send_redirects", "0")
+    write_setting(f"ipv4/conf/{layout.link}/accept_redirects", "0")
+    # The machine is the router between the pool and the rest of the world; the kernel knows this switch only as a whole.
+    write_setting("ipv4/ip_forward", "1")
+    ensure_address(ipr, held.index, str(layout.machine_address), layout.transit_prefix)
+    if not held.up:
+        ipr.link("set", index=held.index, state="up")
+
+
+def ensure_route(ipr: Any, layout: Layout) -> None:
+    """The machine sends the pool into the namespace."""
+    index = ipr.link_lookup(ifname=layout.link)[0]
+    address, prefix = layout.public_pool.split("/")
+    for route in ipr.get_routes(family=socket.AF_INET, table=254):
+        if route.get_attr("RTA_DST") == address and route["dst_len"] == int(prefix) and route.get_attr("RTA_OIF") != index:
+            raise SkysailError(f"this machine already has a route to {layout.public_pool}",
+                               "choose another `public_pool` in skysail.toml, or remove the route")
+    ipr.route("replace", dst=layout.public_pool, gateway=str(layout.namespace_address), oif=index)
+
+
+def ensure_uplink(ipr: Any, layout: Layout) -> None:
+    """The namespace's end of the pair. Addresses of the pool that nobody has end here instead of going round."""
+    lo, uplink = _must(ipr, "lo"), _must(ipr, UPLINK)
+    ensure_address(ipr, uplink.index, str(layout.namespace_address), layout.transit_prefix)
+    for link in (lo, uplink):
+        if not link.up:
+            ipr.link("set", index=link.index, state="up")
+    ipr.route("replace", dst="0.0.0.0/0", gateway=str(layout.machine_address), oif=uplink.index)
+    ipr.route("replace", dst=layout.public_pool, type="unreachable")
+
+
+def find(name: str) -> Link | None:
+    """The device of that name here, if there is one."""
+    with netlink() as ipr:
+        return get(ipr, name)
+
+
+def remove(name: str) -> None:
+    """The device of that name is gone."""
+    with netlink() as ipr:
+        for index in ipr.link_lookup(ifname=name):
+            ipr.link("del", index=index)
+
+
+def every() -> list[Link]:
+    """All devices here."""
+    with netlink() as ipr:
+        return list(links(ipr).values())
+
+
+def remove_taps() -> None:
+    """All taps are gone, held or not."""
+    with netlink() as ipr:
+        _delete(ipr, [link for link in links(ipr).values() if link.is_tap])
+
+
+def remove_link(layout: Layout) -> None:
+    """The pair is gone, if it is ours; the machine's route into it goes with it."""
+    link = find(layout.link)
+    if link is not None and link.alias == f"skysail {layout.namespace}":
+        remove(layout.link)
+
+
+def overlaps(layout: Layout) -> list[str]:
+    """Networks of this machine that the layout's own would hide, each with its cure."""
+    found: list[str] = []
+    with netlink() as ipr:
+        ours = ipr.link_lookup(ifname=layout.link)
+        for address in ipr.get_addr(family=socket.AF_INET):
+            there = IPv4Interface(f"{address.get_attr('IFA_ADDRESS')}/{address['prefixlen']}").network
+            found.extend(f"{key} {network} overlaps this machine's network {there}: choose another {key} in skysail.toml"
+                         for key in ("transit", "private_network", "public_pool")
+                         if address["index"] not in ours and IPv4Network(network := getattr(layout, key)).overlaps(there))
+    return found
+
+
+def foreign_drops(layout: Layout) -> list[str]:
+    """Other programs' rules here that drop what they do not know; ours cannot overrule them. Each with its cure."""
+    listed = msgspec.json.decode(run(["nft", "-j", "list", "chains"], timeout=20))["nftables"]
+    chains = [item["chain"] for item in listed if "chain" in item]
+    target = "DOCKER-USER" if any(chain["name"] == "DOCKER-USER" for chain in chains) else "FORWARD"
+    return [f"the chain {chain['family']} {chain['table']} {chain['name']} of another program drops guests' packets: run "
+            f"iptables -I {target} -i {layout.link} -j ACCEPT and iptables -I {target} -o {layout.link} -j ACCEPT"
+            for chain in chains if chain.get("hook") == "forward" and chain.get("policy") == "drop"]

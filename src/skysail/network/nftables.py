@@ -1,0 +1,235 @@
+"""The rulesets as text: a function of layout and ports alone, so that they can be read, compared and loaded in one go.
+
+Each text replaces the tables that it names within one transaction. What grows with the number of guests stands in maps and
+sets, so a packet's way does not get longer. Source: nft(8); the kernel's bridge and inet hooks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from ipaddress import AddressValueError, IPv4Address, IPv4Network, collapse_addresses
+
+from skysail.contract.document import FirewallRule, Port
+from skysail.kit.errors import SkysailError
+from skysail.network.plan import BRIDGE, UPLINK, Layout, tap_name
+
+TABLE = "skysail"
+MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
+ANYWHERE = (IPv4Network("0.0.0.0/0"),)
+ALL_PORTS = (0, 65535)
+
+
+def machine_table(layout: Layout) -> str:
+    """The name of the machine's own table for this namespace, as nft takes it."""
+    return re.sub(r"[^A-Za-z0-9_]", "_", layout.namespace)
+
+
+def data_plane(layout: Layout, ports: Sequence[Port]) -> str:
+    """The ruleset of the namespace: a bridge table (who may say what to whom) and an inet table (addresses, firewall).
+
+    Raises SkysailError for a port that cannot be written, or two that contradict each other.
+    """
+    ordered = sorted(ports, key=lambda port: port.id)
+    _check(ordered)
+    return "\n".join((*_fresh("bridge", TABLE), *_fresh("inet", TABLE), *_bridge(ordered), *_inet(layout, ordered), ""))
+
+
+def machine(layout: Layout) -> str:
+    """The machine's own table: guests pass through the machine to elsewhere, and reach nothing of it."""
+    link, pool, name = f'"{layout.link}"', layout.public_pool, machine_table(layout)
+    return "\n".join((*_fresh("inet", name), f"""\
+table inet {name} {{
+    # Before any DNAT of the machine's own: what it publishes on its addresses is not for guests.
+    chain prerouting {{
+        type filter hook prerouting priority mangle; policy accept;
+        iifname {link} fib daddr type != unicast ct state != {{ established, related }} drop
+    }}
+    # Guests answer the machine, but never speak first.
+    chain input {{
+        type filter hook input priority filter - 5; policy accept;
+        iifname {link} ct state {{ established, related }} accept
+        iifname {link} drop
+    }}
+    chain forward {{
+        type filter hook forward priority filter - 5; policy accept;
+        iifname != {link} oifname != {link} accept
+        iifname {link} oifname {link} drop
+        # A cloud's metadata holds the machine's own credentials.
+        iifname {link} ip daddr 169.254.0.0/16 drop
+        iifname {link} ip saddr {pool} accept
+        oifname {link} ip daddr {pool} accept
+        drop
+    }}
+    chain postrouting {{
+        type nat hook postrouting priority srcnat; policy accept;
+        oifname != {link} ip saddr {pool} masquerade
+    }}
+}}
+"""))
+
+
+def without(family: str, name: str) -> str:
+    """The text that removes a table, whether it is there or not."""
+    return "\n".join((*_fresh(family, name), ""))
+
+
+def _fresh(family: str, name: str) -> tuple[str, str]:
+    # Older nft has no `destroy`: adding first makes the deletion never fail.
+    return f"table {family} {name} {{}}", f"delete table {family} {name}"
+
+
+def _bridge(ports: Sequence[Port]) -> list[str]:
+    taps = [(f'"{tap_name(port.id)}"', port) for port in ports]
+    return [
+        f"table bridge {TABLE} {{",
+        *_elements("map tenants", "ifname : mark", (f"{tap} : {port.tenant}" for tap, port in taps)),
+        *_elements("set neighbours", "ifname . mark", (f"{tap} . {port.tenant}" for tap, port in taps)),
+        *_elements("set sources", "ifname . ether_addr . ipv4_addr",
+                   (f"{tap} . {port.mac} . {port.private_ipv4}" for tap, port in taps)),
+        # A probe for a duplicate address (RFC 5227) asks with the sender 0.0.0.0.
+        *_elements("set senders", "ifname . ether_addr . ether_addr . ipv4_addr",
+                   (f"{tap} . {port.mac} . {port.mac} . {address}"
+                    for tap, port in taps for address in (port.private_ipv4, "0.0.0.0"))),
+        f"""\
+    chain prerouting {{
+        type filter hook prerouting priority dstnat; policy drop;
+        ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 drop
+        ether type != {{ ip, arp }} drop
+        meta mark set iifname map @tenants
+        ether type ip iifname . ether saddr . ip saddr @sources accept
+        ether type arp arp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp operation {{ request, reply }} \
+iifname . ether saddr . arp saddr ether . arp saddr ip @senders accept
+    }}
+    # The kernel hands some link-local destinations straight to this hook, past prerouting.
+    chain input {{
+        type filter hook input priority filter; policy accept;
+        ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 drop
+    }}
+    # From tap to tap: within one tenant only. What {BRIDGE} itself sends does not come by here.
+    chain forward {{
+        type filter hook forward priority filter; policy drop;
+        oifname . meta mark @neighbours accept
+    }}
+}}"""]
+
+
+def _inet(layout: Layout, ports: Sequence[Port]) -> list[str]:
+    openings = {port.id: _openings(port.firewall) for port in ports}
+    # Guests with the same rules share a chain: a host of a thousand default firewalls has one.
+    chains = {_chain_name(lines): lines for lines in openings.values() if lines}
+    return [
+        f"table inet {TABLE} {{",
+        *_elements("map inward", "ipv4_addr : ipv4_addr", (f"{port.public_ipv4} : {port.private_ipv4}" for port in ports)),
+        *_elements("map outward", "ipv4_addr : ipv4_addr", (f"{port.private_ipv4} : {port.public_ipv4}" for port in ports)),
+        *(line for name, lines in sorted(chains.items()) for line in
+          (f"    chain {name} {{", *(f"        {line}" for line in lines), "    }")),
+        *_elements("map firewalls", "ipv4_addr : verdict", (
+            f"{port.private_ipv4} : jump {_chain_name(openings[port.id])}" for port in ports if openings[port.id])),
+        f"""\
+    # Nothing enters but by the bridge and the uplink: frames to link-local MACs can surface on a tap itself.
+    chain doors {{
+        type filter hook prerouting priority raw; policy drop;
+        iifname {{ "lo", "{BRIDGE}", "{UPLINK}" }} accept
+    }}
+    chain prerouting {{
+        type nat hook prerouting priority dstnat; policy accept;
+        dnat ip to ip daddr map @inward
+    }}
+    # The gateway answers pings and nothing else.
+    chain input {{
+        type filter hook input priority filter; policy drop;
+        iifname "lo" accept
+        ct state {{ established, related }} accept
+        iifname "{BRIDGE}" ip daddr {layout.gateway} icmp type echo-request accept
+        iifname "{UPLINK}" ip saddr {layout.machine_address} icmp type echo-request accept
+    }}
+    chain forward {{
+        type filter hook forward priority filter; policy drop;
+        ct state {{ established, related }} accept
+        iifname "{BRIDGE}" oifname "{UPLINK}" ct state new accept
+        oifname "{BRIDGE}" ct state new ct status dnat ip daddr vmap @firewalls
+    }}
+    # From guest to guest's public address too: the other side sees a public address and answers through the gateway.
+    chain postrouting {{
+        type nat hook postrouting priority srcnat; policy accept;
+        snat ip to ip saddr map @outward
+    }}
+}}"""]
+
+
+def _elements(head: str, type: str, elements: Iterable[str]) -> list[str]:
+    written = ",\n            ".join(elements)
+    body = [f"        elements = {{\n            {written}\n        }}"] if written else []
+    return [f"    {head} {{", f"        type {type}", *body, "    }"]
+
+
+def _chain_name(lines: Sequence[str]) -> str:
+    return "rules_" + hashlib.blake2b("\n".join(lines).encode(), digest_size=5).hexdigest()
+
+
+def _openings(rules: Iterable[FirewallRule]) -> tuple[str, ...]:
+    """What one guest's chain says. Rules of one protocol and source are one line; neither its addresses nor its ports
+    overlap within a line, as nft would refuse that, and lines may overlap freely."""
+    merged: defaultdict[tuple[str, tuple[IPv4Network, ...]], set[tuple[int, int]]] = defaultdict(set)
+    for rule in rules:
+        blocks = tuple(collapse_addresses(IPv4Network(text, strict=False) for text in rule.cidrs))
+        if blocks and rule.protocol != "icmpv6":
+            merged[rule.protocol, blocks].add((rule.from_port, rule.to_port))
+    lines: list[str] = []
+    for (protocol, blocks), spans in merged.items():
+        source = "" if blocks == ANYWHERE else f"ip saddr {_set(str(block) for block in blocks)} "
+        lines.extend(f"{source}{match}accept" for match in _matches(protocol, spans))
+    return tuple(sorted(lines))
+
+
+def _matches(protocol: str, spans: set[tuple[int, int]]) -> Iterable[str]:
+    if protocol == "all":
+        return ("",)
+    if protocol == "icmp":
+        return tuple(_icmp(type, code) for type, code in sorted(spans))
+    if protocol not in ("tcp", "udp"):
+        raise SkysailError(f"the firewall protocol {protocol!r} is not known", "use tcp, udp, icmp, icmpv6 or all")
+    ranges = _join(spans)
+    if ranges == [ALL_PORTS]:
+        return (f"meta l4proto {protocol} ",)
+    return (f"{protocol} dport {_set(str(low) if low == high else f'{low}-{high}' for low, high in ranges)} ",)
+
+
+def _icmp(type: int, code: int) -> str:
+    if type == -1:
+        return "ip protocol icmp "
+    return f"icmp type {type} " + (f"icmp code {code} " if code != -1 else "")
+
+
+def _join(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same numbers in ranges that neither overlap nor touch."""
+    joined: list[tuple[int, int]] = []
+    for low, high in sorted(spans):
+        if joined and low <= joined[-1][1] + 1:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], high))
+        else:
+            joined.append((low, high))
+    return joined
+
+
+def _set(elements: Iterable[str]) -> str:
+    written = list(elements)
+    return written[0] if len(written) == 1 else "{ " + ", ".join(written) + " }"
+
+
+def _check(ports: Sequence[Port]) -> None:
+    """Whatever gets into the text is of a known form; addresses belong to one port each."""
+    owners: dict[str, str] = {}
+    for port in ports:
+        try:
+            addresses = (str(IPv4Address(port.private_ipv4)), str(IPv4Address(port.public_ipv4)))
+        except AddressValueError as wrong:
+            raise SkysailError(f"port {port.id} has an address that is none: {wrong}") from wrong
+        if not MAC.fullmatch(port.mac) or not 0 < port.tenant < 2**32:
+            raise SkysailError(f"port {port.id} has MAC {port.mac!r} and tenant {port.tenant}, which cannot be")
+        for key in (*addresses, port.mac, tap_name(port.id)):
+            if owners.setdefault(key, port.id) != port.id:
+                raise SkysailError(f"ports {owners[key]} and {port.id} both have {key}")
