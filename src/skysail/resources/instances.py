@@ -146,7 +146,7 @@ class Instances:
 
     def _candidates(self, connection: Connection) -> list[placement.Candidate]:
         promised = dict(connection.execute(
-            select(guests.c.host_id, func.sum(guests.c.memory_mib)).group_by(guests.c.host_id)).tuples().all())
+            select(guests.c.host_id, func.sum(guests.c.memory_mib)).group_by(guests.c.host_id)).all())
         held: dict[str, set[str]] = {}
         for row in connection.execute(select(images.c.host_id, images.c.digest)):
             held.setdefault(row.host_id, set()).add(row.digest)
