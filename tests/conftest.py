@@ -95,6 +95,10 @@ class Cloud:
                     process.wait()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--hostile", type=int, default=300, help="how many hostile requests tests/test_hostile.py makes")
+
+
 @pytest.fixture
 def cloud() -> Iterator[Cloud]:
     """A running cloud whose host is simulated: the real agent with engines that hold no guests."""

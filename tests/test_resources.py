@@ -130,7 +130,8 @@ def test_pages_cover_every_row_once() -> None:
     assert paging.page(rows[:100], None, key=str)[1] is None
 
 
-@pytest.mark.parametrize("token", ["x", "\ud800", "!!!", "_w=="])
+@pytest.mark.parametrize("token", ["x", "\ud800", "!!!", "_w==", "W10=", "WzFd", "WyJhIiwiYiJd", "bnVsbA==",
+                                   "WyJcdWQ4MDAiXQ=="])
 def test_a_foreign_page_token_is_refused(token: str) -> None:
     with pytest.raises(ApiError) as caught:
         paging.page(["a1"], token, key=str)

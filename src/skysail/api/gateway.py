@@ -6,12 +6,13 @@ unexpected error is logged with the request's id and answers ServiceException wi
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import anyio
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
@@ -20,30 +21,35 @@ from starlette.routing import Route
 
 from skysail.api import protocol, signature
 from skysail.api.dispatch import Dispatcher
+from skysail.api.wire import MAX_BODY_BYTES, too_large
 from skysail.kit.clock import Clock
 from skysail.kit.errors import ApiError
 from skysail.resources.request import Request
 
 log = logging.getLogger(__name__)
-MAX_BODY_BYTES = 1024 * 1024
+# Each worker holds one connection to the store (see store/database.py: the pool has as many and a few more).
+WORKERS = 8
 
 
 def application(dispatcher: Dispatcher, find_secret: Callable[[str], tuple[str, str] | None], *, clock: Clock,
                 lifespan: Any = None) -> Starlette:
     """The API as an ASGI application: ``POST /`` is Lightsail, ``GET /healthz`` says that we live."""
+    workers = ThreadPoolExecutor(WORKERS, "request")
 
-    def answer(headers: dict[str, str], body: bytes) -> bytes:
+    def answer(headers: Mapping[str, str], query: bytes, body: bytes) -> bytes:
         operation = protocol.operation_model(headers.get("x-amz-target"))
-        caller = signature.verify(headers, body, now=clock.now(), find_secret=find_secret)
+        caller = signature.verify(headers, body, query=query, now=clock.now(), find_secret=find_secret)
         params = protocol.parse(operation, body)
         reply = dispatcher.run(Request(caller.account_id, caller.region, operation.name, params))
         return protocol.serialise(operation, reply)
 
     async def lightsail(http: HttpRequest) -> Response:
         identifier = str(uuid.uuid4())
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in http.scope["headers"]}
         try:
             body = await _read(http)
-            return _response(200, await anyio.to_thread.run_sync(answer, dict(http.headers), body), identifier)
+            return _response(200, await asyncio.get_running_loop().run_in_executor(
+                workers, answer, headers, http.scope["query_string"], body), identifier)
         except ClientDisconnect:
             return Response(status_code=400)
         except ApiError as failure:
@@ -56,8 +62,14 @@ def application(dispatcher: Dispatcher, find_secret: Callable[[str], tuple[str, 
     async def healthz(_http: HttpRequest) -> Response:
         return PlainTextResponse("ok")
 
+    async def elsewhere(http: HttpRequest, _refusal: Exception) -> Response:
+        failure = ApiError("UnknownOperationException", f"Nothing answers {http.method} {http.url.path[:80]!r}.",
+                           "The Lightsail API is POST / with the header X-Amz-Target.", status=404)
+        return _response(failure.status, protocol.error(failure), str(uuid.uuid4()))
+
     protocol.service_model()
-    return Starlette(routes=[Route("/", lightsail, methods=["POST"]), Route("/healthz", healthz)], lifespan=lifespan)
+    return Starlette(routes=[Route("/", lightsail, methods=["POST"]), Route("/healthz", healthz)], lifespan=lifespan,
+                     exception_handlers={404: elsewhere, 405: elsewhere})
 
 
 async def _read(http: HttpRequest) -> bytes:
@@ -65,8 +77,7 @@ async def _read(http: HttpRequest) -> bytes:
     async for chunk in http.stream():
         body += chunk
         if len(body) > MAX_BODY_BYTES:
-            raise ApiError("RequestEntityTooLargeException", f"The body is larger than {MAX_BODY_BYTES} bytes.",
-                           status=413)
+            raise too_large("body", MAX_BODY_BYTES, 413)
     return body
 
 

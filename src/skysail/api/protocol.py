@@ -20,6 +20,9 @@ from skysail.kit.errors import ApiError, invalid_input
 TARGET = "Lightsail_20161128."
 DOCS = "https://docs.aws.amazon.com/lightsail/2016-11-28/api-reference/CommonErrors.html"
 MAX_DEPTH = 16
+MAX_MESSAGE = 1000
+# The model's pattern of a ResourceName knows no dot, but the names that Lightsail takes may have one.
+_PATTERNS = {"ResourceName": r"[A-Za-z0-9_.\-]*"}
 
 
 @cache
@@ -30,9 +33,12 @@ def service_model() -> ServiceModel:
 
 def operation_model(target: str | None) -> OperationModel:
     """The operation that the X-Amz-Target header names; raises UnknownOperationException."""
-    action = (target or "").removeprefix(TARGET)
-    if not (target or "").startswith(TARGET) or action not in service_model().operation_names:
-        raise ApiError("UnknownOperationException", f"The operation {(target or '')[:80]!r} is not known.")
+    if not target:
+        raise ApiError("UnknownOperationException", "The header X-Amz-Target is missing.",
+                       f"It names the action: {TARGET}GetInstances")
+    action = target.removeprefix(TARGET)
+    if not target.startswith(TARGET) or action not in service_model().operation_names:
+        raise ApiError("UnknownOperationException", f"The operation {target[:80]!r} is not known.")
     return service_model().operation_model(action)
 
 
@@ -53,7 +59,7 @@ def parse(operation: OperationModel, body: bytes) -> dict[str, Any]:
     kept = _known(shape, params, 0)
     report = ParamValidator().validate(kept, shape)
     if report.has_errors():
-        raise invalid_input(str(report.generate_report())[:1000])
+        raise invalid_input(str(report.generate_report()))
     _check(shape, kept, operation.name)
     result: dict[str, Any] = kept
     return result
@@ -68,6 +74,8 @@ def _known(shape: Shape, value: Any, depth: int) -> Any:
                 if value.get(name) is not None}
     if shape.type_name == "list" and isinstance(value, list):
         return [_known(shape.member, item, depth + 1) for item in value]
+    if shape.type_name == "map" and isinstance(value, dict):
+        return {key: _known(shape.value, item, depth + 1) for key, item in value.items() if item is not None}
     return value
 
 
@@ -79,29 +87,32 @@ def _check(shape: Shape, value: Any, where: str) -> None:
     elif shape.type_name == "list":
         for item in value:
             _check(shape.member, item, where)
+    elif shape.type_name == "map":
+        for key, item in value.items():
+            _check(shape.key, key, where)
+            _check(shape.value, item, where)
     elif shape.type_name == "string":
         _check_text(shape, value, where)
-    elif shape.type_name in ("integer", "long") and not -(2**31) <= value <= shape.metadata.get("max", 2**31 - 1):
+    elif shape.type_name in ("integer", "long"):
+        if isinstance(value, bool):  # to Python a boolean is a number, to the model it is not
+            raise invalid_input(f"{where} is a number, not a boolean.")
         # SQLite and the model's 32-bit integers both end before a hostile client does.
-        raise invalid_input(f"{where} is out of range.")
+        if not -(2**31) <= value <= shape.metadata.get("max", 2**31 - 1):
+            raise invalid_input(f"{where} is out of range.")
 
 
 def _check_text(shape: Shape, value: str, where: str) -> None:
     if "\x00" in value or any(0xD800 <= ord(letter) <= 0xDFFF for letter in value):
         raise invalid_input(f"{where} has characters that are not allowed.")
+    # Before the pattern, which is the dearer look.
+    if "max" in shape.metadata and len(value) > shape.metadata["max"]:
+        raise invalid_input(f"{where} is longer than {shape.metadata['max']} characters.")
     choices = getattr(shape, "enum", None)
     if choices and value not in choices:
         raise invalid_input(f"{where} takes one of {', '.join(choices)}; not {value[:60]!r}.")
-    pattern = shape.metadata.get("pattern")
-    if pattern:
-        try:
-            matches = re.fullmatch(pattern, value)
-        except re.error:
-            return
-        if not matches:
-            raise invalid_input(f"{where} does not have the form {pattern}.")
-    if "max" in shape.metadata and len(value) > shape.metadata["max"]:
-        raise invalid_input(f"{where} is longer than {shape.metadata['max']} characters.")
+    pattern = _PATTERNS.get(shape.name) or shape.metadata.get("pattern")
+    if pattern and not re.fullmatch(pattern, value):
+        raise invalid_input(f"{where} does not have the form {pattern}.")
 
 
 def serialise(operation: OperationModel, reply: dict[str, Any]) -> bytes:
@@ -124,6 +135,7 @@ def _render(shape: Shape, value: Any) -> Any:
 
 
 def error(failure: ApiError) -> bytes:
-    """Lightsail's error envelope: ``__type`` and ``code`` are the same."""
-    return msgspec.json.encode({"__type": failure.code, "code": failure.code, "message": failure.what, "docs": DOCS,
+    """Lightsail's error envelope: ``__type`` and ``code`` are the same. What a client sent comes back in it only in part."""
+    message = failure.what if len(failure.what) <= MAX_MESSAGE else failure.what[:MAX_MESSAGE] + "…"
+    return msgspec.json.encode({"__type": failure.code, "code": failure.code, "message": message, "docs": DOCS,
                                 "tip": failure.tip})

@@ -32,13 +32,16 @@ class Caller:
     region: str
 
 
-def verify(headers: Mapping[str, str], body: bytes, *, now: float,
+def verify(headers: Mapping[str, str], body: bytes, *, query: bytes = b"", now: float,
            find_secret: Callable[[str], tuple[str, str] | None]) -> Caller:
     """The signer of a ``POST /``. ``headers`` have lower-case names; ``find_secret`` maps a key id to account and secret.
 
     Raises MissingAuthenticationTokenException, IncompleteSignatureException, UnrecognizedClientException or
     InvalidSignatureException.
     """
+    if query:
+        raise ApiError("IncompleteSignatureException", "A request to Lightsail has no query string.",
+                       "Sign the request in its Authorization header instead of presigning its address.")
     authorization = headers.get("authorization")
     if not authorization:
         raise ApiError("MissingAuthenticationTokenException", "The request is not signed.",

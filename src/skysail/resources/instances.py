@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -146,7 +146,7 @@ class Instances:
 
     def _candidates(self, connection: Connection) -> list[placement.Candidate]:
         promised = dict(connection.execute(
-            select(guests.c.host_id, func.sum(guests.c.memory_mib)).group_by(guests.c.host_id)).tuples().all())
+            select(guests.c.host_id, func.sum(guests.c.memory_mib)).group_by(guests.c.host_id)).all())
         held: dict[str, set[str]] = {}
         for row in connection.execute(select(images.c.host_id, images.c.digest)):
             held.setdefault(row.host_id, set()).add(row.digest)
@@ -159,17 +159,16 @@ class Instances:
         return {"instance": self._shapes(connection, [row])[0]}
 
     def list_(self, connection: Connection, request: Request) -> dict[str, Any]:
-        rows = connection.execute(select(instances).where(
-            instances.c.account_id == request.account_id, instances.c.region == request.region)
-            .order_by(instances.c.name)).mappings().all()
-        found, token = paging.page(rows, request.params.get("pageToken"), key=lambda row: row["name"])
+        query = select(instances).where(instances.c.account_id == request.account_id,
+                                        instances.c.region == request.region)
+        found, token = paging.read(connection, query, request.params.get("pageToken"), instances.c.name)
         return {"instances": self._shapes(connection, found), "nextPageToken": token}
 
     def state(self, connection: Connection, request: Request) -> dict[str, Any]:
         row = get_row(connection, request, request.params["instanceName"])
         return {"state": {"code": STATE_CODES[row["state"]], "name": row["state"]}}
 
-    def _shapes(self, connection: Connection, rows: list[RowMapping]) -> list[dict[str, Any]]:
+    def _shapes(self, connection: Connection, rows: Sequence[RowMapping]) -> list[dict[str, Any]]:
         identifiers = [row["id"] for row in rows]
         running = {guest["instance_id"]: guest for guest in connection.execute(
             select(guests).where(guests.c.instance_id.in_(identifiers))).mappings()}

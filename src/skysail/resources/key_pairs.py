@@ -26,7 +26,7 @@ from skysail.resources.request import Request
 from skysail.store.schema import key_pairs
 from skysail.store.vault import Vault
 
-DEFAULT_NAME = "LightsailDefaultKeyPair"
+DEFAULT_NAME = names.DEFAULT_KEY_PAIR
 
 
 def _fingerprint(digest: bytes) -> str:
@@ -105,8 +105,9 @@ class KeyPairs:
         name = request.params["keyPairName"]
         identifier = _insert(connection, request, name, public, fingerprint, self._clock.now())
         tags.put(connection, identifier, request.params.get("tags") or [])
-        return {"keyPair": self._shape(connection, _get(connection, request, name)), "publicKeyBase64": public,
-                "privateKeyBase64": private, "operation": self._record(connection, request, name, identifier)}
+        shape = self._shape(_get(connection, request, name), tags.of(connection, [identifier]))
+        return {"keyPair": shape, "publicKeyBase64": public, "privateKeyBase64": private,
+                "operation": self._record(connection, request, name, identifier)}
 
     def import_(self, connection: Connection, request: Request) -> dict[str, Any]:
         name = request.params["keyPairName"]
@@ -115,16 +116,17 @@ class KeyPairs:
         return {"operation": self._record(connection, request, name, identifier)}
 
     def get(self, connection: Connection, request: Request) -> dict[str, Any]:
-        return {"keyPair": self._shape(connection, _get(connection, request, request.params["keyPairName"]))}
+        row = _get(connection, request, request.params["keyPairName"])
+        return {"keyPair": self._shape(row, tags.of(connection, [row["id"]]))}
 
     def list(self, connection: Connection, request: Request) -> dict[str, Any]:
         query = select(key_pairs).where(key_pairs.c.account_id == request.account_id,
-                                        key_pairs.c.region == request.region).order_by(key_pairs.c.name)
+                                        key_pairs.c.region == request.region)
         if not request.params.get("includeDefaultKeyPair"):
             query = query.where(key_pairs.c.is_default.is_(False))
-        rows = connection.execute(query).mappings().all()
-        found, token = paging.page(rows, request.params.get("pageToken"), key=lambda row: str(row["name"]))
-        return {"keyPairs": [self._shape(connection, row) for row in found], "nextPageToken": token}
+        found, token = paging.read(connection, query, request.params.get("pageToken"), key_pairs.c.name)
+        tagged = tags.of(connection, [row["id"] for row in found])
+        return {"keyPairs": [self._shape(row, tagged) for row in found], "nextPageToken": token}
 
     def delete(self, connection: Connection, request: Request) -> dict[str, Any]:
         row = _get(connection, request, request.params["keyPairName"])
@@ -143,13 +145,13 @@ class KeyPairs:
         private = self._vault.open(row["private_sealed"], f"default-key:{request.account_id}:{request.region}")
         return {"publicKeyBase64": row["public_key"], "privateKeyBase64": private, "createdAt": row["created_at"]}
 
-    def _shape(self, connection: Connection, row: RowMapping) -> dict[str, Any]:
+    def _shape(self, row: RowMapping, tagged: tags.Tagged) -> dict[str, Any]:
         return {
             "name": row["name"], "createdAt": row["created_at"], "resourceType": "KeyPair",
             "arn": f"arn:aws:lightsail:{row['region']}:{row['account_id']}:KeyPair/{row['id']}",
             "supportCode": f"{row['account_id']}/{row['id']}", "fingerprint": row["fingerprint"],
             "location": {"availabilityZone": "all", "regionName": row["region"]},
-            "tags": tags.of(connection, [row["id"]]).get(row["id"], []),
+            "tags": tagged.get(row["id"], []),
         }
 
     def _record(self, connection: Connection, request: Request, name: str, identifier: str) -> dict[str, Any]:

@@ -18,12 +18,17 @@ from skysail.store.schema import names
 
 SYNTAX = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.\-]{0,253}[A-Za-z0-9])")
 
+# The region's default key pair has this name, also before it is made.
+DEFAULT_KEY_PAIR = "LightsailDefaultKeyPair"
+
 
 def claim(connection: Connection, request: Request, name: str, resource_type: str, resource_id: str) -> None:
     """Take ``name`` for a new resource; raises InvalidInputException when it is malformed or in use."""
     if not SYNTAX.fullmatch(name):
         raise invalid_input(f"The name {name[:60]!r} is not valid.", "A name has 2 to 255 letters, digits, '-', '_' or '.'"
                             " and starts and ends with a letter or digit.")
+    if name == DEFAULT_KEY_PAIR and resource_type != "KeyPair":
+        raise invalid_input(f"The name {DEFAULT_KEY_PAIR} is kept for the region's default key pair.")
     if find(connection, request, name) is not None:
         raise invalid_input(f"Some names are already in use: {name}")
     connection.execute(insert(names).values(account_id=request.account_id, region=request.region, name=name,
@@ -50,8 +55,6 @@ class Names:
         return {"GetActiveNames": self.list}
 
     def list(self, connection: Connection, request: Request) -> dict[str, Any]:
-        rows = connection.execute(select(names.c.name).where(
-            names.c.account_id == request.account_id, names.c.region == request.region)
-            .order_by(names.c.name)).scalars().all()
-        found, token = paging.page(rows, request.params.get("pageToken"), key=str)
-        return {"activeNames": found, "nextPageToken": token}
+        query = select(names.c.name).where(names.c.account_id == request.account_id, names.c.region == request.region)
+        found, token = paging.read(connection, query, request.params.get("pageToken"), names.c.name)
+        return {"activeNames": [row["name"] for row in found], "nextPageToken": token}

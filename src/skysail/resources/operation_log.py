@@ -43,10 +43,6 @@ class OperationLog:
             operations.c.account_id == request.account_id, operations.c.region == request.region)
         if resource is not None:
             query = query.where(operations.c.resource_name == resource)
-        rows = connection.execute(query).mappings().all()
-
-        def newest_first(row: Any) -> str:
-            return f"{1e12 - row['created_at']:020.6f}{row['id']}"
-
-        found, token = paging.page(sorted(rows, key=newest_first), request.params.get("pageToken"), key=newest_first)
+        found, token = paging.read(connection, query, request.params.get("pageToken"), operations.c.created_at,
+                                   operations.c.id, newest_first=True)
         return {"operations": [history.shape(row) for row in found], "nextPageToken": token}

@@ -18,6 +18,7 @@ from skysail.resources.request import Request
 from skysail.store.schema import tags
 
 MAX_TAGS = 50
+Tagged = dict[str, list[dict[str, Any]]]
 
 
 def put(connection: Connection, resource_id: str, wanted: Sequence[dict[str, Any]]) -> None:
@@ -37,9 +38,9 @@ def forget(connection: Connection, resource_id: str) -> None:
     connection.execute(delete(tags).where(tags.c.resource_id == resource_id))
 
 
-def of(connection: Connection, resource_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+def of(connection: Connection, resource_ids: Sequence[str]) -> Tagged:
     """The tags of each resource in API shape, sorted by key; a key-only tag has no value."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: Tagged = {}
     for row in connection.execute(select(tags).where(tags.c.resource_id.in_(resource_ids)).order_by(tags.c.key)):
         shape = {"key": row.key} if row.value is None else {"key": row.key, "value": row.value}
         found.setdefault(row.resource_id, []).append(shape)

@@ -21,6 +21,7 @@ from starlette.applications import Starlette
 
 from skysail.api.dispatch import Dispatcher
 from skysail.api.gateway import application
+from skysail.api.wire import Wire
 from skysail.hosts.client import AgentClient
 from skysail.hosts.watch import Watch
 from skysail.kit.clock import Clock, SystemClock
@@ -165,7 +166,7 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per document is noise
     initialise(config)
     uvicorn.run(build(config), host=config.listen, port=config.port, log_level="warning", access_log=False,
-                server_header=False, h11_max_incomplete_event_size=64 * 1024)
+                server_header=False, http=Wire, ws="none")
 
 
 if __name__ == "__main__":

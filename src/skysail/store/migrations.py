@@ -9,14 +9,20 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection
 
-from skysail.store.schema import metadata
+from skysail.store.schema import metadata, operations
 
 
 def _foundation(connection: Connection) -> None:
     metadata.create_all(connection)
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_foundation,)
+def _operations_by_page(connection: Connection) -> None:
+    connection.exec_driver_sql("DROP INDEX IF EXISTS ix_operations_listing")
+    for index in operations.indexes:
+        index.create(connection, checkfirst=True)
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_foundation, _operations_by_page)
 
 
 def upgrade(connection: Connection) -> int:

@@ -191,5 +191,7 @@ operations = Table(
     Column("done", Boolean, nullable=False, default=True),
     Column("arguments", JSON, nullable=False, default=dict),
     Index("ix_operations_open", "done"),
-    Index("ix_operations_listing", "account_id", "region", "created_at"),
+    # In the order of a page of GetOperations and of GetOperationsForResource: a page reads only its own rows.
+    Index("ix_operations_newest", "account_id", "region", "created_at", "id"),
+    Index("ix_operations_of_resource", "account_id", "region", "resource_name", "created_at", "id"),
 )
