@@ -127,8 +127,17 @@ def limit(name: str, pid: int, *, vcpus: int, memory_mib: int) -> None:
                            "see: sudo ./skysail doctor") from refused
 
 
-def release(name: str) -> None:
-    """Remove the guest's cgroup; one with a process still in it stays."""
+def release(name: str, seconds: float = 2.0) -> None:
+    """Remove the guest's cgroup; one with a process still in it stays.
+
+    The kernel holds a cgroup for a moment after its last process died, so it is tried again for ``seconds``.
+    """
+    end = time.monotonic() + seconds
     for folder in _folders(name):
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        while folder.exists():
+            try:
+                folder.rmdir()
+            except OSError:
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.01)

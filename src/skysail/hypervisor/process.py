@@ -85,7 +85,7 @@ async def end(pid: Pid, name: str, seconds: float = 10.0) -> None:
         if asyncio.get_running_loop().time() > stop:
             raise SkysailError(f"process {pid.pid} of guest {name} does not die", "look for a stuck disk: dmesg")
         await asyncio.sleep(0.01)
-    confinement.release(name)
+    await asyncio.to_thread(confinement.release, name)
 
 
 async def plug_network(monitor: Monitor, descriptor: int, mac: str) -> None:

@@ -20,7 +20,8 @@ from skysail.kit.process import run
 GUEST = Path(__file__).parent / "guest"
 # Two sources are named, so that cloud-init looks for a seed and stays off where there is none, as in a template.
 _CLOUD = "datasource_list: [NoCloud, ConfigDrive]\nsystem_info: {default_user: {name: %s, lock_passwd: true, " \
-         "sudo: ['ALL=(ALL) NOPASSWD:ALL'], shell: /bin/bash}}\ndisable_root: true\nssh_pwauth: false\nlocale: false\n"
+         "sudo: ['ALL=(ALL) NOPASSWD:ALL'], shell: /bin/bash}}\ndisable_root: true\nssh_pwauth: false\n" \
+         "cloud_config_modules: [ssh-import-id, set-passwords, apt-configure, ntp, timezone, runcmd]\n"
 
 
 def fingerprint(recipe: Recipe) -> str:
