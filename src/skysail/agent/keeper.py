@@ -123,7 +123,8 @@ class Keeper:
             await asyncio.sleep(TRAFFIC_SECONDS)
 
     async def prepare(self, image: str, vcpus: int) -> None:
-        """Make ready what a launch of this image needs; raises SkysailError."""
+        """Make ready what a launch of this image needs, and report the images that are here; raises SkysailError."""
+        await self._changed()
         await self._hypervisor.prepare(image, vcpus)
 
     def _call_off(self, identifier: str) -> None:

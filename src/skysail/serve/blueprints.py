@@ -13,6 +13,7 @@ from skysail.images.library import Library
 from skysail.images.recipe import RECIPES
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
+from skysail.serve import up as machine
 
 
 def held(config: Config) -> list[dict[str, Any]]:
@@ -25,7 +26,8 @@ def build(config: Config, blueprint: str, progress: Callable[[str], None]) -> No
     recipe = RECIPES.get(blueprint)
     if recipe is None:
         raise SkysailError(f"there is no recipe for {blueprint}", cure=f"one of: {', '.join(sorted(RECIPES))}")
-    build_image(recipe, Library(config.images_dir), progress)
+    made = build_image(recipe, Library(config.images_dir), progress)
+    _announce(config, made.digest, blueprint, progress)
 
 
 def bring_in(config: Config, file: Path, sha256: str, blueprint: str, user: str,
@@ -33,4 +35,11 @@ def bring_in(config: Config, file: Path, sha256: str, blueprint: str, user: str,
     """Make a blueprint of the cloud image ``file`` (SHA-256 ``sha256``); the ending of its name says its format."""
     image_format = "raw" if file.suffix in (".raw", ".img") else "qcow2"
     progress(f"importing {file} as {image_format}")
-    Library(config.images_dir).import_file(file, sha256, blueprint, blueprint, user, image_format)
+    made = Library(config.images_dir).import_file(file, sha256, blueprint, blueprint, user, image_format)
+    _announce(config, made.digest, blueprint, progress)
+
+
+def _announce(config: Config, digest: str, blueprint: str, progress: Callable[[str], None]) -> None:
+    """A running cloud offers the image at once; another one will when it comes up."""
+    if machine.healthy(config, "agent"):
+        machine.prepare(config, digest, f"making {blueprint} ready to launch", progress)

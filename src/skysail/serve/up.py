@@ -202,10 +202,18 @@ def ensure_template(config: Config, progress: Progress) -> None:
     image = Library(config.images_dir).latest(FIRST_BLUEPRINT) if config.engines == "real" else None
     if image is None or not image.recipe:
         return
-    progress(f"template: {FIRST_BLUEPRINT} is booted once, every launch is a clone of it (a minute under emulation)")
+    prepare(config, image.digest, f"template: {FIRST_BLUEPRINT} is booted once, every launch is a clone of it", progress)
+
+
+def prepare(config: Config, image: str, text: str, progress: Progress) -> None:
+    """Let the agent look at its images and make the template of ``image`` for the first bundle's size.
+
+    Raises :class:`SkysailError` with the agent's words.
+    """
+    progress(text)
     vcpus = BUNDLES[FIRST_BUNDLE]["cpuCount"]
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(config.agent_socket)), timeout=600) as client:
-        answer = client.post("http://agent/prepare", params={"image": image.digest, "vcpus": vcpus})
+        answer = client.post("http://agent/prepare", params={"image": image, "vcpus": vcpus})
     if answer.status_code != 204:
         what, _, cure = answer.text.partition("\n")
         raise SkysailError(f"the template could not be made: {what}", cure=cure)
