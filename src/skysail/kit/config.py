@@ -23,7 +23,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     link: str = "skysail0"
     transit: str = "100.115.92.0/30"
     private_network: str = "172.26.0.0/16"
-    public_pool: str = "203.0.113.0/24"
+    public_pool: str = "100.115.93.0/24"
     images: str = ""
     templates: str = ""
     resolvers: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ read it wherever the checkout lies, and so that an edited checkout does not chan
 
 from __future__ import annotations
 
+import asyncio
 import grp
 import hashlib
 import json
@@ -28,6 +29,8 @@ from skysail.images.recipe import RECIPES
 from skysail.kit import process
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
+from skysail.network.linux import LinuxFabric
+from skysail.network.plan import Layout
 from skysail.resources.catalog import BUNDLES
 from skysail.serve import processes
 
@@ -71,6 +74,9 @@ def down(config: Config, progress: Progress, guests: bool = False) -> None:
         for record in running:
             processes.end(record, 30.0)
         progress(f"guests: {len(running)} ended")
+        if config.engines == "real":
+            progress("network: taken down")
+            asyncio.run(LinuxFabric(Layout.of(config)).teardown())
 
 
 def status(config: Config) -> dict[str, Any]:
