@@ -1,7 +1,16 @@
-"""A cloud of one's own for tests: real controller and agent processes, a data folder, boto3 as the customer."""
+"""A cloud of one's own for tests: real controller and agent processes, a data folder, boto3 as the customer.
+
+``cloud`` has a simulated host. ``real_cloud`` (one for all tests of a run) and ``own_real_cloud`` (one for one test) run
+QEMU guests; each takes a *slot* of this machine: a namespace, addresses and user ids that no other cloud here uses. Their
+images and templates are kept in ``$SKYSAIL_TEST_CACHE`` (default /var/cache/skysail-tests) from run to run. A test that fails
+leaves its evidence in ``evidence/``: logs, serial logs, documents, rulesets, a copy of the database.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -20,7 +29,19 @@ import httpx
 import pytest
 from botocore.config import Config as BotoConfig
 
+from skysail.images.build import build, fingerprint
+from skysail.images.library import Library
+from skysail.images.recipe import RECIPES
 from skysail.kit.config import Config, load
+from skysail.network.linux import LinuxFabric
+from skysail.network.plan import Layout
+from skysail.serve import processes
+
+CACHE = Path(os.environ.get("SKYSAIL_TEST_CACHE", "/var/cache/skysail-tests"))
+EVIDENCE = Path(__file__).parent.parent / "evidence"
+SLOTS = 16
+# Not in the cache, of which there may be several: slots are the machine's.
+SLOT_LOCKS = Path("/run/lock/skysail-tests")
 
 
 def eventually(seen: Callable[[], Any], seconds: float = 30.0, what: str = "") -> Any:
@@ -38,11 +59,11 @@ def eventually(seen: Callable[[], Any], seconds: float = 30.0, what: str = "") -
 class Cloud:
     """Controller and agent as child processes over one data folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: str = 'engines = "sim"\n') -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        (folder / "skysail.toml").write_text(f'port = {self.port}\nengines = "sim"\nzones = ["a", "b"]\n')
+        (folder / "skysail.toml").write_text(f'port = {self.port}\nzones = ["a", "b"]\n{settings}')
         (folder / "run").mkdir()
         self.folder = folder
         self.config: Config = load(str(folder))
@@ -95,8 +116,132 @@ class Cloud:
                     process.wait()
 
 
+class RealCloud(Cloud):
+    """A cloud whose guests are QEMU processes. :meth:`remove` ends them and takes their network down."""
+
+    def __init__(self, folder: Path, slot: int) -> None:
+        super().__init__(folder, real_settings(slot))
+
+    def launch(self, *names: str, blueprint: str = "debian_12", bundle: str = "nano_3_0",
+               **more: Any) -> list[dict[str, Any]]:
+        """Create instances, wait until all run, and return them in the order of ``names``."""
+        client = self.client()
+        eventually(lambda: blueprint in {found["blueprintId"] for found in client.get_blueprints()["blueprints"]}, 30,
+                   f"{blueprint} is ready")
+        operations = client.create_instances(
+            instanceNames=list(names), availabilityZone="us-east-1a", blueprintId=blueprint, bundleId=bundle,
+            **more)["operations"]
+        for operation in operations:
+            self.settled(operation["id"], 300)
+        return [client.get_instance(instanceName=name)["instance"] for name in names]
+
+    def settled(self, operation: str, seconds: float = 120) -> None:
+        """The operation ends well."""
+        def ended() -> dict[str, Any] | None:
+            found: dict[str, Any] = self.client().get_operation(operationId=operation)["operation"]
+            return found if found["isTerminal"] else None
+        found = eventually(ended, seconds, f"operation {operation} ends")
+        assert found["status"] == "Succeeded", found
+
+    def ssh(self, name: str, command: str, seconds: float = 120) -> str:
+        """What ``command`` prints in the guest, logged in to by certificate; the login is tried for ``seconds``."""
+        def tried() -> str | None:
+            done = subprocess.run([sys.executable, "-m", "skysail.cli.main", "ssh", name, "--", command],
+                                  env={**os.environ, "SKYSAIL_DATA": str(self.folder)}, capture_output=True, text=True,
+                                  timeout=seconds)
+            # 255 is ssh's own failure; anything else is the command's.
+            if done.returncode == 255:
+                return None
+            assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+            return done.stdout or "\n"
+        answer: str = eventually(tried, seconds, f"a login to {name}")
+        return answer
+
+    def remove(self) -> None:
+        self.stop()
+        for record in processes.guests(self.config):
+            processes.end(record, 0.1)
+        asyncio.run(LinuxFabric(Layout.of(self.config)).teardown())
+
+
+def real_settings(slot: int) -> str:
+    """The configuration of a cloud of real guests in ``slot``, beside others on this machine."""
+    return (f'engines = "real"\nnamespace = "skytest{slot}"\nlink = "skytest{slot}"\n'
+            f'transit = "100.115.90.{4 * slot}/30"\npublic_pool = "100.115.{100 + slot}.0/24"\n'
+            f'guest_uid_base = {2_000_000 + 100_000 * slot}\nimages = "{CACHE}/images"\ntemplates = "{CACHE}/templates"\n')
+
+
+@contextlib.contextmanager
+def taken_slot() -> Iterator[int]:
+    """A slot of this machine, for as long as the context lasts: two test runs at once never share one."""
+    SLOT_LOCKS.mkdir(parents=True, exist_ok=True)
+    for slot in range(SLOTS):
+        with (SLOT_LOCKS / f"{slot}").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield slot
+            return
+    raise AssertionError(f"all {SLOTS} slots for test clouds are taken")
+
+
+def ensure_image(blueprint: str) -> str:
+    """The digest of the blueprint's image in the tests' library, built if this tree would build another one."""
+    library = Library(CACHE / "images")
+    library.directory.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        held = library.latest(blueprint)
+        if held is None or held.recipe != fingerprint(RECIPES[blueprint]):
+            return build(RECIPES[blueprint], library).digest
+        return held.digest
+
+
+@contextlib.contextmanager
+def running_real_cloud() -> Iterator[RealCloud]:
+    """Agent and controller over real engines, removed with everything that they made."""
+    if os.geteuid() != 0:
+        pytest.skip("real guests need root")
+    ensure_image("debian_12")
+    folder = Path(tempfile.mkdtemp(prefix="sky"))
+    folder.chmod(0o755)
+    with taken_slot() as slot:
+        made = RealCloud(folder, slot)
+        try:
+            made.start("agent")
+            made.start("controller")
+            yield made
+        finally:
+            made.remove()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--hostile", type=int, default=300, help="how many hostile requests tests/test_hostile.py makes")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    outcome: Any = yield
+    if outcome.get_result().failed:
+        for used in getattr(item, "funcargs", {}).values():
+            if isinstance(used, Cloud):
+                keep_evidence(used, EVIDENCE / item.name.replace("/", "_"))
+
+
+def keep_evidence(cloud: Cloud, target: Path) -> None:
+    """What a failed test leaves: everything of the cloud's folder that is text or rows, and the rules in force."""
+    shutil.rmtree(target, ignore_errors=True)
+    for path in cloud.folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.suffix in (".log", ".json", ".sqlite", ".sqlite-wal", ".toml"):
+            kept = target / path.relative_to(cloud.folder)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, kept)
+    for name, argv in {"rules": ["nft", "list", "ruleset"], "links": ["ip", "-d", "address"]}.items():
+        for where, inside in {"machine": [], "namespace": ["ip", "netns", "exec", cloud.config.namespace]}.items():
+            done = subprocess.run([*inside, *argv], capture_output=True, check=False)
+            (target / f"{name}-{where}.txt").write_bytes(done.stdout + done.stderr)
 
 
 @pytest.fixture
@@ -111,3 +256,17 @@ def cloud() -> Iterator[Cloud]:
     finally:
         made.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def real_cloud() -> Iterator[RealCloud]:
+    """The run's shared cloud of real guests; a test deletes what it launched."""
+    with running_real_cloud() as made:
+        yield made
+
+
+@pytest.fixture
+def own_real_cloud() -> Iterator[RealCloud]:
+    """A cloud of real guests for one test, which may break it."""
+    with running_real_cloud() as made:
+        yield made

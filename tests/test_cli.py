@@ -104,8 +104,8 @@ def test_the_program_is_copied_whole_and_only_when_it_changed(config: Config) ->
 
 
 def test_the_controller_runs_without_privileges_in_both_ways_to_start_it(config: Config) -> None:
-    assert "--no-new-privs" in up.command("controller")
-    assert "--bounding-set=-all" in up.command("controller")
+    assert "--no-new-privs" in up.command(config, "controller")
+    assert "--bounding-set=-all" in up.command(config, "controller")
     assert "User=skysail" in up.unit(config, "controller")
     assert "KillMode=process" in up.unit(config, "agent")
 

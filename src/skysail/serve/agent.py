@@ -89,8 +89,10 @@ def _image(library: Library, digest: str) -> Image | None:
 
 
 def _reports(library: Library) -> list[ImageReport]:
+    """The newest image of each blueprint: older ones stay for the guests that were made of them, and launch no more."""
+    newest = {one.blueprint: one for one in library.list()}
     return [ImageReport(digest=one.digest, blueprint=one.blueprint, name=one.name, user=one.user, version=one.version,
-                        size_gib=-(-one.size_bytes >> 30), templated=bool(one.recipe)) for one in library.list()]
+                        size_gib=-(-one.size_bytes >> 30), templated=bool(one.recipe)) for one in newest.values()]
 
 
 def listen(config: Config) -> socket.socket:
