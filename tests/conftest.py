@@ -244,8 +244,8 @@ def keep_evidence(cloud: Cloud, target: Path) -> None:
             (target / f"{name}-{where}.txt").write_bytes(done.stdout + done.stderr)
 
 
-@pytest.fixture
-def cloud() -> Iterator[Cloud]:
+@contextlib.contextmanager
+def running_cloud() -> Iterator[Cloud]:
     """A running cloud whose host is simulated: the real agent with engines that hold no guests."""
     folder = Path(tempfile.mkdtemp(prefix="sky"))
     made = Cloud(folder)
@@ -256,6 +256,13 @@ def cloud() -> Iterator[Cloud]:
     finally:
         made.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def cloud() -> Iterator[Cloud]:
+    """:func:`running_cloud`, one test's own."""
+    with running_cloud() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

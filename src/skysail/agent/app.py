@@ -19,7 +19,7 @@ from skysail.kit.errors import SkysailError
 
 
 def application(keeper: Keeper) -> Starlette:
-    """PUT /document, GET /report, /reports (a line of JSON per change), /inventory, /healthz, POST /prepare."""
+    """PUT and GET /document, GET /report, /reports (a line of JSON per change), /inventory, /healthz, POST /prepare."""
 
     async def put_document(request: Request) -> Response:
         try:
@@ -33,6 +33,9 @@ def application(keeper: Keeper) -> Starlette:
         except StaleGeneration as stale:
             return PlainTextResponse(str(stale), 409)
         return Response(status_code=204)
+
+    async def document(_request: Request) -> Response:
+        return Response(msgspec.json.encode(await asyncio.to_thread(keeper.document)), media_type="application/json")
 
     async def report(_request: Request) -> Response:
         return Response(msgspec.json.encode(keeper.report()), media_type="application/json")
@@ -67,5 +70,6 @@ def application(keeper: Keeper) -> Starlette:
                 task.cancel()
 
     return Starlette(lifespan=lifespan, routes=[
-        Route("/document", put_document, methods=["PUT"]), Route("/report", report), Route("/reports", reports),
+        Route("/document", put_document, methods=["PUT"]), Route("/document", document), Route("/report", report),
+        Route("/reports", reports),
         Route("/inventory", inventory), Route("/prepare", prepare, methods=["POST"]), Route("/healthz", healthz)])

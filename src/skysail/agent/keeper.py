@@ -16,7 +16,7 @@ import msgspec
 from skysail.agent.ledger import Ledger
 from skysail.agent.traffic import Traffic
 from skysail.contract.document import Guest, HostDocument, Port
-from skysail.contract.report import GuestReport, GuestState, HostReport, ImageReport
+from skysail.contract.report import GuestReport, GuestState, HostReport, ImageReport, Inventory
 from skysail.hypervisor import Hypervisor
 from skysail.kit.errors import SkysailError
 from skysail.network import Fabric
@@ -238,7 +238,15 @@ class Keeper:
             seen = self._report.sequence
             yield self._report
 
-    async def inventory(self) -> dict[str, list[str]]:
-        """What the machine really holds."""
-        return {"guests": sorted(report.id for report in await self._hypervisor.observe()),
-                "volumes": sorted(await self._pool.observe()), "ports": sorted(await self._fabric.observe())}
+    async def inventory(self) -> Inventory:
+        """What the machine really holds; no effects."""
+        seen = await self._hypervisor.observe()
+        return Inventory(
+            guests=tuple(sorted(report.id for report in seen)),
+            running=tuple(sorted(report.id for report in seen if report.state == "running")),
+            volumes=tuple(sorted(await self._pool.observe())), ports=tuple(sorted(await self._fabric.observe())),
+            strays=tuple(await self._hypervisor.strays()))
+
+    def document(self) -> HostDocument | None:
+        """The document that this host holds to; None before the first one."""
+        return self._ledger.read()

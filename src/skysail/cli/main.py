@@ -57,6 +57,21 @@ def doctor(*, json: Json = False) -> int:
 
 
 @app.command
+def verify(*, json: Json = False) -> int:
+    """Check the cloud's rows against each other and against the machine; exit status 1 when anything differs."""
+    from skysail.inspect import verify as inspection
+
+    found = inspection.verify(configuration.load())
+    if json:
+        show.as_json([{name: getattr(one, name) for name in one.__struct_fields__} for one in found])
+    else:
+        for one in found:
+            show.line(f"{one.subject}: {one.saw}; wanted: {one.wanted}")
+        show.line(f"{len(found)} differences" if found else "rows and machine agree")
+    return 1 if found else 0
+
+
+@app.command
 def launch(name: str, *, blueprint: str = "debian_12", bundle: str = "nano_3_0", json: Json = False) -> None:
     """Create an instance and wait until it runs."""
     instance = customer.launch(configuration.load(), name, blueprint, bundle)

@@ -55,3 +55,14 @@ class HostReport(msgspec.Struct, frozen=True, kw_only=True):
     guests: tuple[GuestReport, ...] = ()
     images: tuple[ImageReport, ...] = ()
     version: int = VERSION
+
+
+class Inventory(msgspec.Struct, frozen=True, kw_only=True):
+    """What a host really holds at this moment, by id: guests, those of them that have a process, volumes, ports.
+    ``strays`` says in words what is there of guests that the host does not hold."""
+
+    guests: tuple[str, ...] = ()
+    running: tuple[str, ...] = ()
+    volumes: tuple[str, ...] = ()
+    ports: tuple[str, ...] = ()
+    strays: tuple[str, ...] = ()

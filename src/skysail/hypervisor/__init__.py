@@ -20,6 +20,10 @@ class Hypervisor(Protocol):
         """Every guest that this host holds, adopted ones included; no effects."""
         ...
 
+    async def strays(self) -> list[str]:
+        """What is here of guests that this engine does not hold (processes, folders), each in words; no effects."""
+        ...
+
     def changes(self) -> AsyncIterator[GuestReport]:
         """Guests that changed by themselves (died, halted), as they stand now."""
         ...

@@ -94,6 +94,19 @@ def _pids(uid: int) -> list[int]:
     return found
 
 
+def processes_in(folder: Path) -> list[int]:
+    """Processes that run QEMU with an argument below ``folder``."""
+    mark, found = f"{folder}/".encode(), []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                path = Path(entry.path)
+                program = (path / "exe").readlink().name
+                if program.startswith("qemu-system-") and mark in (path / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+    return found
+
+
 def _folders(name: str) -> list[Path]:
     """The guest's cgroup in each hierarchy of this machine."""
     if (CGROUPS / "cgroup.controllers").exists():

@@ -69,6 +69,13 @@ class Qemu:
             # Its process lives but does not answer now: nobody's reason to restart a server.
             return guest.report("running", silent.what)
 
+    async def strays(self) -> list[str]:
+        """Folders without a record, and processes that work in our folders and no record names."""
+        folder = self._shop.guests
+        named = {guest.record.process.pid for guest in self._guests.values() if guest.record.process is not None}
+        found = [f"the folder {path.name} of no guest" for path in sorted(folder.iterdir()) if path.name not in self._guests]
+        return found + [f"process {pid} of no guest" for pid in confinement.processes_in(folder) if pid not in named]
+
     async def changes(self) -> AsyncIterator[GuestReport]:
         """Guests that were running and are not any more. Looked for twice a second: it costs 0.4 ms a guest, and works
         the same for guests that another agent started."""

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import asyncssh
 import msgspec
 
-from skysail.contract.document import Guest
+from skysail.contract.document import Guest, Volume
 from skysail.contract.report import GuestReport
+
+MakeVolume = Callable[[Volume, Path, int, int], Awaitable[Path]]
 
 
 class SimHypervisor:
-    """Guests are entries of a table; :meth:`halt` and :meth:`crash` do what a guest does by itself."""
+    """Guests are entries of a table; :meth:`halt` and :meth:`crash` do what a guest does by itself. ``make_volume`` gives
+    each guest that runs its disk, as the real engine does."""
 
-    def __init__(self) -> None:
+    def __init__(self, make_volume: MakeVolume | None = None) -> None:
+        self._make_volume = make_volume
         self._guests: dict[str, GuestReport] = {}
         self._changes: asyncio.Queue[GuestReport] = asyncio.Queue()
 
@@ -30,6 +35,8 @@ class SimHypervisor:
         elif held is not None and held.state == "halted" and held.starts >= guest.starts:
             return held
         else:
+            if self._make_volume is not None:
+                await self._make_volume(guest.volume, Path("/nonexistent"), guest.volume.size_gib << 30, 0)
             report = GuestReport(id=guest.id, state="running", starts=guest.starts, reboots=guest.reboots,
                                  host_keys=held.host_keys if held and held.host_keys else (_host_key(),))
         self._guests[guest.id] = report
@@ -37,6 +44,9 @@ class SimHypervisor:
 
     async def observe(self) -> list[GuestReport]:
         return list(self._guests.values())
+
+    async def strays(self) -> list[str]:
+        return []
 
     async def changes(self) -> AsyncIterator[GuestReport]:
         while True:

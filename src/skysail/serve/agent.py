@@ -44,7 +44,8 @@ def build(config: Config) -> Keeper:
     """The keeper with the engines that the configuration names; raises SkysailError when one does not work here."""
     ledger, traffic = Ledger(config.root / "agent" / "document.json"), Traffic(config.root / "agent" / "traffic.json")
     if config.engines == "sim":
-        return Keeper(_SIM, SimHypervisor(), SimPool(), SimFabric(), lambda: [_SIM_IMAGE], ledger, traffic)
+        volumes = SimPool()
+        return Keeper(_SIM, SimHypervisor(volumes.ensure), volumes, SimFabric(), lambda: [_SIM_IMAGE], ledger, traffic)
     library = Library(config.images_dir)
     for folder in (config.images_dir, config.templates_dir, config.guests_dir, config.volumes_dir):
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from skysail.hypervisor.confinement import processes_in
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
 
@@ -113,20 +114,8 @@ def end(record: Record, grace_seconds: float) -> None:
 
 def guests(config: Config) -> list[Record]:
     """QEMU processes of this cloud: program QEMU, and an argument names its guests folder."""
-    mark = f"{config.guests_dir}/".encode()
-    found: list[Record] = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            arguments = (entry / "cmdline").read_bytes().split(b"\0")
-            program = (entry / "exe").readlink().name
-        except OSError:
-            continue
-        started = start_time(int(entry.name))
-        if started is not None and program.startswith("qemu-system-") and any(mark in word for word in arguments):
-            found.append(Record(pid=int(entry.name), started=started))
-    return found
+    found = ((pid, start_time(pid)) for pid in processes_in(config.guests_dir))
+    return [Record(pid=pid, started=started) for pid, started in found if started is not None]
 
 
 def wait_until(ready: Callable[[], bool], seconds: float, pause_seconds: float = 0.1) -> bool:

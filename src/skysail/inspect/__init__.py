@@ -1,0 +1,1 @@
+"""Looks at a cloud without changing it: rows, and what its hosts really hold."""

@@ -1,0 +1,225 @@
+"""Verify: the rows against each other, and against what their hosts really hold. Names every difference; changes nothing.
+
+What is in motion is not a difference: a look that finds any is repeated, and only what stays is told.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import httpx
+import msgspec
+from cryptography.exceptions import InvalidTag
+from sqlalchemy import Connection, RowMapping, select
+
+from skysail.contract.document import HostDocument
+from skysail.contract.report import Inventory
+from skysail.hosts import desired
+from skysail.images.library import Library, file_digest
+from skysail.kit.config import Config
+from skysail.kit.errors import SkysailError
+from skysail.resources import catalog
+from skysail.store import migrations
+from skysail.store.database import Database
+from skysail.store.schema import (
+    access_keys,
+    accounts,
+    authorities,
+    guests,
+    hosts,
+    instances,
+    key_pairs,
+    names,
+    operations,
+    ports,
+    tags,
+)
+from skysail.store.vault import Vault
+
+# Longer than the slowest cold boot under emulation: an operation that is still open then is stuck.
+STUCK_SECONDS = 900.0
+LOOKS = 4
+PAUSE_SECONDS = 1.5
+
+
+class Difference(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that is not as it should be: what it is about, what was seen, what should be."""
+
+    subject: str
+    saw: str
+    wanted: str
+
+
+def verify(config: Config, pause_seconds: float = PAUSE_SECONDS) -> list[Difference]:
+    """Every difference of the cloud in ``config.data`` that lasts over looks ``pause_seconds`` apart; empty when all is well.
+
+    Raises :class:`SkysailError` when there is no cloud there, or its database cannot be read.
+    """
+    if not config.database.exists():
+        raise SkysailError(f"there is no cloud in {config.data}", "run: sudo ./skysail up")
+    database = Database(config.database)
+    try:
+        found = _look(database, config)
+        for _ in range(LOOKS - 1):
+            if not found:
+                break
+            time.sleep(pause_seconds)
+            again = set(_look(database, config))
+            found = [difference for difference in found if difference in again]
+        return found
+    finally:
+        database.close()
+
+
+def _look(database: Database, config: Config) -> list[Difference]:
+    with database.transaction(write=False) as connection:
+        found = [*_database(connection), *_names(connection), *_instances(connection), *_owners(connection),
+                 *_work(connection, time.time()), *_secrets(connection, Vault.at(config.master_key))]
+        for host in connection.execute(select(hosts)).mappings().all():
+            found += _host(connection, host, config)
+    return found + list(_images(config))
+
+
+def _database(connection: Connection) -> Iterator[Difference]:
+    """The file itself: SQLite's own checks, and the schema's version."""
+    for row in connection.exec_driver_sql("PRAGMA integrity_check"):
+        if row[0] != "ok":
+            yield Difference(subject="database", saw=str(row[0]), wanted="a sound file")
+    for row in connection.exec_driver_sql("PRAGMA foreign_key_check"):
+        yield Difference(subject=f"database, table {row[0]}", wanted="no dangling references",
+                         saw=f"row {row[1]} points at a row of {row[2]} that is not there")
+    version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+    if version != len(migrations.MIGRATIONS):
+        yield Difference(subject="database", saw=f"schema version {version}",
+                         wanted=f"version {len(migrations.MIGRATIONS)} of this program")
+
+
+def _names(connection: Connection) -> Iterator[Difference]:
+    """Each named resource holds its name, and each name is held by a resource."""
+    held = {(row.account_id, row.region, row.name): row.resource_id for row in connection.execute(select(names))}
+    real: dict[tuple[str, str, str], str] = {}
+    for kind, table in (("Instance", instances), ("KeyPair", key_pairs)):
+        for row in connection.execute(select(table.c.account_id, table.c.region, table.c.name, table.c.id)):
+            key = (row.account_id, row.region, row.name)
+            real[key] = row.id
+            if held.get(key) != row.id:
+                yield Difference(subject=f"{kind} {row.name}", saw="its name is not registered", wanted="a row in names")
+    for key in held.keys() - real.keys():
+        yield Difference(subject=f"name {key[2]}", saw="taken, but nothing has it", wanted="a free name")
+
+
+def _instances(connection: Connection) -> Iterator[Difference]:
+    """Each instance has one guest, of its bundle's size, in the role that its state says."""
+    running = Counter(row.instance_id for row in connection.execute(select(guests.c.instance_id)))
+    busy = set(connection.execute(select(operations.c.resource_id).where(operations.c.done.is_(False))).scalars())
+    known = set()
+    for row in connection.execute(
+            select(instances, guests.c.role, guests.c.vcpus, guests.c.memory_mib, guests.c.disk_gib, guests.c.observed_state)
+            .outerjoin(guests, guests.c.instance_id == instances.c.id)).mappings():
+        known.add(row["id"])
+        subject = f"instance {row['name']}"
+        if running[row["id"]] != 1:
+            yield Difference(subject=subject, saw=f"{running[row['id']]} guests", wanted="one guest")
+            continue
+        bundle = catalog.BUNDLES.get(row["bundle_id"])
+        if bundle is None:
+            yield Difference(subject=subject, saw=f"bundle {row['bundle_id']}", wanted="a bundle of the catalogue")
+        elif (row["vcpus"], row["memory_mib"]) != (bundle["cpuCount"], round(bundle["ramSizeInGb"] * 1024)):
+            yield Difference(subject=subject, saw=f"{row['vcpus']} processors, {row['memory_mib']} MiB",
+                             wanted=f"what {row['bundle_id']} has")
+        if row["id"] in busy:
+            continue
+        role = {"running": "run", "pending": "run", "rebooting": "run", "stopped": "stop"}.get(row["state"])
+        if row["role"] != role:
+            yield Difference(subject=subject, saw=f"{row['state']}, its guest's role is {row['role']}",
+                             wanted="state and role that agree")
+        if row["state"] == "running" and row["observed_state"] != "running":
+            yield Difference(subject=subject, saw=f"running, its host says {row['observed_state'] or 'nothing'}",
+                             wanted="the state that the host observes")
+    for row in connection.execute(select(guests.c.id, guests.c.role, guests.c.instance_id)).mappings():
+        if row["instance_id"] not in known and row["role"] != "gone":
+            yield Difference(subject=f"guest {row['id']}", saw="no instance owns it", wanted="an instance, or the role gone")
+
+
+def _owners(connection: Connection) -> Iterator[Difference]:
+    """What belongs to a resource goes with it."""
+    known = set(connection.execute(select(instances.c.id)).scalars()) | set(
+        connection.execute(select(key_pairs.c.id)).scalars())
+    for table, column in ((tags, tags.c.resource_id), (ports, ports.c.instance_id)):
+        for owner in set(connection.execute(select(column)).scalars()) - known:
+            yield Difference(subject=f"{table.name} of {owner}", saw="their resource is gone", wanted="none")
+
+
+def _work(connection: Connection, now: float) -> Iterator[Difference]:
+    """No operation stays open for ever, and none is open without a workflow to carry it on."""
+    for row in connection.execute(select(operations).where(operations.c.done.is_(False))).mappings():
+        subject = f"operation {row['id']} ({row['type']} {row['resource_name']})"
+        if not row["workflow"]:
+            yield Difference(subject=subject, saw="open, and nothing carries it on", wanted="a workflow")
+        elif now - row["created_at"] > STUCK_SECONDS:
+            yield Difference(subject=subject, saw=f"open for {now - row['created_at']:.0f} s", wanted="an end")
+
+
+def _secrets(connection: Connection, vault: Vault) -> Iterator[Difference]:
+    """Each sealed secret opens with the cloud's master key."""
+    sealed = [(f"access key {row.id}", row.secret_sealed, f"access-key:{row.id}")
+              for row in connection.execute(select(access_keys))]
+    sealed += [(f"authority of {row.region}", row.private_sealed, f"authority:{row.region}")
+               for row in connection.execute(select(authorities))]
+    sealed += [(f"key pair {row.name}", row.private_sealed, f"default-key:{row.account_id}:{row.region}")
+               for row in connection.execute(select(key_pairs).where(key_pairs.c.private_sealed.is_not(None)))]
+    for subject, secret, purpose in sealed:
+        try:
+            vault.open(secret, purpose)
+        except InvalidTag:
+            yield Difference(subject=subject, saw="does not open with this cloud's master key", wanted="a secret sealed here")
+    if not connection.execute(select(accounts.c.id)).first():
+        yield Difference(subject="accounts", saw="none", wanted="at least the admin's")
+
+
+def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[Difference]:
+    """The rows of one host against the machine."""
+    subject = f"host {host['id']}"
+    document = desired.compile(connection, host["id"])
+    try:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(config.agent_socket)), base_url="http://agent",
+                          timeout=30) as agent:
+            there = msgspec.json.decode(agent.get("/inventory").raise_for_status().content, type=Inventory)
+            held = msgspec.json.decode(agent.get("/document").raise_for_status().content, type=HostDocument | None)
+    except (httpx.HTTPError, OSError) as silent:
+        yield Difference(subject=subject, saw=f"its agent does not answer ({silent})", wanted="an agent that runs")
+        return
+    if held is None or held.generation != document.generation:
+        yield Difference(subject=subject, saw=f"its agent holds generation {held.generation if held else 'none'}",
+                         wanted=f"generation {document.generation}")
+    elif held != document:
+        yield Difference(subject=subject, saw=f"its agent's generation {held.generation} is another document",
+                         wanted="the document that the rows say")
+    wanted = {guest.id: guest for guest in document.guests if guest.role != "gone"}
+    leaving = {guest.id for guest in document.guests if guest.role == "gone"}
+    called = {guest.id: f"guest {guest.id} of {guest.instance}" for guest in document.guests}
+    for kind, found in (("guest", there.guests), ("volume", there.volumes), ("port", there.ports)):
+        for identifier in sorted(wanted.keys() - set(found)):
+            yield Difference(subject=called[identifier], saw=f"its host has no {kind} of it", wanted=f"a {kind}")
+        for identifier in sorted(set(found) - wanted.keys() - leaving):
+            yield Difference(subject=f"{kind} {identifier}", saw=f"there on {host['id']}, but no row knows it", wanted="none")
+    for identifier, guest in sorted(wanted.items()):
+        if (guest.role == "run") != (identifier in there.running):
+            yield Difference(subject=called[identifier],
+                             saw=f"its process {'runs' if identifier in there.running else 'does not run'}",
+                             wanted=f"the role {guest.role}")
+    for stray in there.strays:
+        yield Difference(subject=subject, saw=stray, wanted="only what the rows know")
+
+
+def _images(config: Config) -> Iterator[Difference]:
+    """Each image is still the file that its name says."""
+    if config.engines != "real":
+        return
+    library = Library(config.images_dir)
+    for image in library.list():
+        if file_digest(library.path(image.digest)) != image.digest:
+            yield Difference(subject=f"image {image.blueprint} {image.digest[:12]}", saw="its content has changed",
+                             wanted="the content that its digest names")

@@ -1,0 +1,108 @@
+"""``skysail verify``: clean after a whole life, and it names each difference that is planted."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from conftest import Cloud, RealCloud, eventually, running_cloud
+from skysail.inspect.verify import Difference, verify
+
+
+def told(found: list[Difference]) -> str:
+    return "\n".join(f"{one.subject}: {one.saw}; wanted: {one.wanted}" for one in found)
+
+
+def change(cloud: Cloud, statement: str) -> None:
+    """Edit a row behind the controller's back, references unchecked."""
+    with contextlib.closing(sqlite3.connect(cloud.config.database, isolation_level=None)) as connection:
+        assert connection.execute(statement).rowcount != 0, statement
+
+
+@pytest.fixture(scope="module")
+def lived() -> Iterator[Cloud]:
+    """A cloud with two instances and a deleted one, whose controller is stopped: nothing is repaired meanwhile."""
+    with running_cloud() as cloud:
+        client = cloud.client()
+        eventually(lambda: client.get_blueprints()["blueprints"], 20)
+        client.create_instances(instanceNames=["one", "two", "gone"], availabilityZone="us-east-1a",
+                                blueprintId="debian_12", bundleId="nano_3_0", tags=[{"key": "stage", "value": "test"}])
+        eventually(lambda: {found["state"]["name"] for found in client.get_instances()["instances"]} == {"running"})
+        client.download_default_key_pair()
+        client.untag_resource(resourceName="one", tagKeys=["none"])
+        client.stop_instance(instanceName="two")
+        client.delete_instance(instanceName="gone")
+        eventually(lambda: client.get_instance_state(instanceName="two")["state"]["name"] == "stopped")
+        eventually(lambda: verify(cloud.config, 0.1) == [])
+        cloud.kill("controller")
+        yield cloud
+
+
+@pytest.fixture
+def store(lived: Cloud) -> Iterator[Cloud]:
+    """The same, its database put back afterwards."""
+    change(lived, "pragma wal_checkpoint(truncate)")
+    before = lived.config.database.read_bytes()
+    yield lived
+    for tail in ("-wal", "-shm"):
+        lived.config.database.with_name(lived.config.database.name + tail).unlink(missing_ok=True)
+    lived.config.database.write_bytes(before)
+
+
+PLANTED = {
+    "name forgotten": ("delete from names where name = 'one'", "Instance one: its name is not registered"),
+    "name kept": ("update names set name = 'ghost' where name = 'one'", "name ghost: taken, but nothing has it"),
+    "size": ("update guests set memory_mib = 9999 where instance_name = 'one'", "instance one: 2 processors, 9999 MiB"),
+    "role": ("update guests set role = 'stop' where instance_name = 'one'", "its guest's role is stop"),
+    "process": ("update guests set role = 'run' where instance_name = 'two'", "its process does not run"),
+    "state": ("update guests set observed_state = 'crashed' where instance_name = 'one'", "its host says crashed"),
+    "document": ("update guests set private_ipv4 = '172.26.9.9' where instance_name = 'one'", "is another document"),
+    "generation": ("update hosts set generation = generation + 1", "its agent holds generation"),
+    "guest unknown": ("delete from guests where instance_name = 'one'", "there on host-1, but no row knows it"),
+    "guest twice": ("update guests set instance_id = (select id from instances where name = 'one')", "2 guests"),
+    "instance lost": ("delete from instances where name = 'one'", "no instance owns it"),
+    "tags left": ("update tags set resource_id = 'nobody' where rowid = (select min(rowid) from tags)", "tags of nobody"),
+    "reference": ("update access_keys set account_id = 'nobody'", "points at a row of accounts"),
+    "work without end": ("update operations set done = 0 where workflow = ''", "nothing carries it on"),
+    "stuck work": ("update operations set done = 0, created_at = 1 where type = 'CreateInstance'", "open for"),
+    "secret": ("update access_keys set secret_sealed = x'00112233445566778899aabbccddeeff0011'", "does not open"),
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_difference_is_named(store: Cloud, planted: str) -> None:
+    statement, words = PLANTED[planted]
+    change(store, statement)
+    found = verify(store.config, 0.05)
+    assert words in told(found), told(found)
+
+
+def test_another_programs_schema_is_named(store: Cloud) -> None:
+    change(store, "pragma user_version = 1")
+    assert "schema version 1" in told(verify(store.config, 0.05))
+
+
+def test_an_agent_that_is_away_is_named(cloud: Cloud) -> None:
+    cloud.kill("agent")
+    assert "its agent does not answer" in told(verify(cloud.config, 0.05))
+
+
+@pytest.mark.real
+def test_what_a_machine_lost_or_kept_is_named(own_real_cloud: RealCloud) -> None:
+    cloud = own_real_cloud
+    cloud.launch("one")
+    assert verify(cloud.config) == []
+    cloud.kill("controller")
+    (guest,) = [path.name for path in cloud.config.guests_dir.iterdir()]
+
+    def planted(act: Callable[[], object], words: str) -> None:
+        act()
+        found = verify(cloud.config)
+        assert words in told(found), told(found)
+
+    planted(lambda: (cloud.config.guests_dir / "g-stray").mkdir(), "the folder g-stray of no guest")
+    planted(lambda: (cloud.config.volumes_dir / "g-left.qcow2").touch(), "volume g-left: there on host-1, but no row")
+    planted(lambda: (cloud.config.volumes_dir / f"{guest}.qcow2").rename(cloud.config.root / "away"), "no volume of it")
