@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from skysail.images.recipe import RECIPES
 from skysail.kit.config import Config, load
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import Layout
-from skysail.serve import processes
+from skysail.serve import endpoint, processes
 
 CACHE = Path(os.environ.get("SKYSAIL_TEST_CACHE", "/var/cache/skysail-tests"))
 EVIDENCE = Path(__file__).parent.parent / "evidence"
@@ -59,7 +60,7 @@ def eventually(seen: Callable[[], Any], seconds: float = 30.0, what: str = "") -
 class Cloud:
     """Controller and agent as child processes over one data folder."""
 
-    def __init__(self, folder: Path, settings: str = 'engines = "sim"\n') -> None:
+    def __init__(self, folder: Path, settings: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -79,13 +80,18 @@ class Cloud:
 
     def _healthy(self, name: str) -> bool:
         assert self.processes[name].poll() is None, f"{name} ended: {self.log(name)}"
-        transport = None if name == "controller" else httpx.HTTPTransport(uds=str(self.config.agent_socket))
-        base = f"http://127.0.0.1:{self.port}" if name == "controller" else "http://agent"
         try:
-            with httpx.Client(transport=transport, base_url=base) as http:
-                return http.get("/healthz").status_code == 200
-        except httpx.HTTPError:
+            if name == "controller":
+                return httpx.get(f"{endpoint.url(self.config)}/healthz", verify=self.trust or True).status_code == 200
+            with httpx.Client(transport=httpx.HTTPTransport(uds=str(self.config.agent_socket))) as http:
+                return http.get("http://agent/healthz").status_code == 200
+        except (httpx.HTTPError, FileNotFoundError):  # its certificates are made at its first start
             return False
+
+    @property
+    def trust(self) -> ssl.SSLContext | None:
+        """What verifies the endpoint, when it speaks TLS."""
+        return ssl.create_default_context(cafile=self.config.certificates / "authority.pem") if self.config.secure else None
 
     def kill(self, name: str) -> None:
         """kill -9."""
@@ -100,9 +106,10 @@ class Cloud:
         """boto3's unmodified Lightsail client, as the admin unless told otherwise."""
         credentials = json.loads((self.folder / "credentials.json").read_text())
         return boto3.client(
-            "lightsail", region_name="us-east-1", endpoint_url=f"http://127.0.0.1:{self.port}",
+            "lightsail", region_name="us-east-1", endpoint_url=endpoint.url(self.config),
             aws_access_key_id=key or credentials["access_key_id"],
             aws_secret_access_key=secret or credentials["secret_access_key"],
+            verify=str(self.config.certificates / "authority.pem") if self.config.secure else None,
             config=BotoConfig(retries={"total_max_attempts": 1}))
 
     def stop(self) -> None:
@@ -245,10 +252,10 @@ def keep_evidence(cloud: Cloud, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def running_cloud() -> Iterator[Cloud]:
+def running_cloud(settings: str = "") -> Iterator[Cloud]:
     """A running cloud whose host is simulated: the real agent with engines that hold no guests."""
     folder = Path(tempfile.mkdtemp(prefix="sky"))
-    made = Cloud(folder)
+    made = Cloud(folder, f'engines = "sim"\n{settings}')
     made.start("agent")
     made.start("controller")
     try:

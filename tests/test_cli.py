@@ -16,7 +16,7 @@ from skysail import doctor
 from skysail.cli.main import main
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
-from skysail.serve import processes, up
+from skysail.serve import endpoint, processes, up
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
 STUBBORN = [sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); "
@@ -90,7 +90,7 @@ def test_an_unknown_verb_is_refused(config: Config) -> None:
 def test_broken_credentials_are_named(config: Config) -> None:
     Path(config.data, "credentials.json").write_text("{}")
     with pytest.raises(SkysailError, match="holds no access key"):
-        up.credentials(config)
+        endpoint.credentials(config)
 
 
 def test_the_program_is_copied_whole_and_only_when_it_changed(config: Config) -> None:

@@ -177,5 +177,6 @@ class Wire(HttpToolsProtocol):
             self.transport.close()
             return
         self.flow.resume_reading()
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # TLS knows no half-closed connection
+            self.transport.write_eof()
         self._timer = self.loop.call_later(LINGER_SECONDS, self._late)

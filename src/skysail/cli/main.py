@@ -13,7 +13,7 @@ from skysail import doctor as doctors
 from skysail.cli import show
 from skysail.kit import config as configuration
 from skysail.kit.errors import SkysailError
-from skysail.serve import blueprints, customer, tour
+from skysail.serve import blueprints, customer, endpoint, tour
 from skysail.serve import up as machine
 
 app = cyclopts.App(name="skysail", help="A VPS cloud that you own: the Lightsail API over real QEMU guests.")
@@ -42,8 +42,7 @@ def down(*, guests: bool = False) -> None:
 def status(*, json: Json = False) -> int:
     """How the cloud stands; exit status 1 when it does not run."""
     answer = machine.status(configuration.load())
-    show.as_json(answer) if json else show.table(
-        [{"what": key, "is": value} for key, value in answer.items()], ["what", "is"])
+    show.as_json(answer) if json else show.status(answer)
     return 0 if answer["running"] else 1
 
 
@@ -101,7 +100,7 @@ def logs(name: str) -> None:
 @app.command
 def env(*, json: Json = False) -> None:
     """Shell exports that point any AWS client at this cloud."""
-    values = machine.environment(configuration.load())
+    values = endpoint.environment(configuration.load())
     show.as_json(values) if json else show.exports(values)
 
 
@@ -156,8 +155,13 @@ def main(arguments: list[str] | None = None) -> int:
     except SkysailError as failed:
         show.failure(failed)
         return 1
+    except PermissionError as refused:
+        show.failure(SkysailError(f"{refused.filename} cannot be used by you: {refused.strerror}", "run with sudo"))
+        return 1
     except cyclopts.CycloptsError:
         return 2
+    except KeyboardInterrupt:
+        return 130
     finally:
         show.finish()
     return status_code if isinstance(status_code, int) else 0

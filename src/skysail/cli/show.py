@@ -34,6 +34,15 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     _out.print(drawn)
 
 
+def status(answer: Mapping[str, Any]) -> None:
+    """Print how the cloud stands, a line for each part."""
+    for key, value in answer.items():
+        if isinstance(value, Mapping):
+            told = "healthy" if value["healthy"] else "not healthy" if value["pid"] else "not running"
+            value = told + (f" (process {value['pid']})" if value["pid"] else "")
+        line(f"{key:<12} {'yes' if value is True else 'no' if value is False else value}")
+
+
 def findings(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print what the doctor found: verdict, subject, what was seen and where; the cure below it."""
     for row in rows:

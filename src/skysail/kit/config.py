@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from pathlib import Path
 
 import msgspec
 
+from skysail.kit.errors import SkysailError
+
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an operator can choose. Every path derives from ``data``.
 
-    ``regions`` maps a region name to the letters of its zones; ``default_region`` is the one that clients are pointed at.
+    ``default_region`` is the region that clients are pointed at, ``zones`` the letters of its zones. ``tls`` is on by itself
+    where the API listens beyond this machine, for its answers carry private keys; ``tls_names`` are further host names and
+    addresses that the endpoint's certificate is good for.
     """
 
     data: str = "/var/lib/skysail"
     listen: str = "127.0.0.1"
     port: int = 8700
+    tls: bool | None = None
+    tls_names: tuple[str, ...] = ()
     default_region: str = "us-east-1"
     zones: tuple[str, ...] = ("a",)
     namespace: str = "skysail"
@@ -35,6 +42,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def root(self) -> Path:
         return Path(self.data)
+
+    @property
+    def secure(self) -> bool:
+        """Whether the API speaks TLS."""
+        return self.tls if self.tls is not None else not (self.listen == "localhost" or _is_loopback(self.listen))
+
+    @property
+    def certificates(self) -> Path:
+        return self.root / "controller" / "tls"
 
     @property
     def database(self) -> Path:
@@ -69,12 +85,24 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.root / "volumes"
 
 
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
 def load(data: str | None = None) -> Config:
-    """Read the configuration of the cloud in ``data`` (else ``$SKYSAIL_DATA``, else /var/lib/skysail)."""
+    """Read the configuration of the cloud in ``data`` (else ``$SKYSAIL_DATA``, else /var/lib/skysail).
+
+    Raises :class:`SkysailError` when ``skysail.toml`` is not TOML, or says what no field takes.
+    """
     root = data or os.environ.get("SKYSAIL_DATA") or Config().data
     path = Path(root) / "skysail.toml"
     if not path.exists():
         return Config(data=root)
-    values: dict[str, object] = msgspec.toml.decode(path.read_bytes())
-    values["data"] = root
-    return msgspec.convert(values, Config)
+    try:
+        values: dict[str, object] = msgspec.toml.decode(path.read_bytes())
+        return msgspec.convert(values | {"data": root}, Config)
+    except msgspec.MsgspecError as wrong:
+        raise SkysailError(f"{path} cannot be used: {wrong}", "its names and types: src/skysail/kit/config.py") from wrong

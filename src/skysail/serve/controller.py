@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from starlette.applications import Starlette
 
 from skysail.api.dispatch import Dispatcher
 from skysail.api.gateway import application
+from skysail.api.tls import Certificates
 from skysail.api.wire import Wire
 from skysail.hosts.client import AgentClient
 from skysail.hosts.watch import Watch
@@ -52,6 +54,8 @@ def initialise(config: Config, clock: Clock | None = None) -> dict[str, str]:
     clock = clock or SystemClock()
     config.database.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     vault = Vault.at(config.master_key)
+    if config.secure:
+        Certificates(config.certificates).ensure(served_names(config), clock.now())
     database = Database(config.database)
     database.migrate()
     credentials = config.root / "credentials.json"
@@ -70,6 +74,13 @@ def initialise(config: Config, clock: Clock | None = None) -> dict[str, str]:
         database.close()
     found: dict[str, str] = json.loads(credentials.read_text())
     return found
+
+
+def served_names(config: Config) -> list[str]:
+    """The names and addresses that clients may know the endpoint by."""
+    everywhere = config.listen in ("0.0.0.0", "::")
+    own = [socket.gethostname()] if everywhere else [config.listen]
+    return list(dict.fromkeys((*config.tls_names, *own, "localhost", "127.0.0.1", "::1")))
 
 
 def _write_private(path: str, content: dict[str, str]) -> None:
@@ -165,8 +176,9 @@ def main() -> None:
     config = load()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per document is noise
     initialise(config)
+    certificate, key = Certificates(config.certificates).server if config.secure else (None, None)
     uvicorn.run(build(config), host=config.listen, port=config.port, log_level="warning", access_log=False,
-                server_header=False, http=Wire, ws="none")
+                server_header=False, http=Wire, ws="none", ssl_certfile=certificate, ssl_keyfile=key)
 
 
 if __name__ == "__main__":

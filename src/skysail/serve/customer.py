@@ -15,15 +15,16 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
-from skysail.serve import up
+from skysail.serve import endpoint, up
 
 
 def call(config: Config, action: str, **parameters: Any) -> dict[str, Any]:
     """Call ``action`` (in snake_case) with the admin key. Raises :class:`SkysailError` with the API's words."""
-    key, secret = up.credentials(config)
+    trusted = endpoint.authority(config)
+    key, secret = endpoint.credentials(config)
     client = botocore.session.Session().create_client(
-        "lightsail", region_name=config.default_region, endpoint_url=up.endpoint(config), aws_access_key_id=key,
-        aws_secret_access_key=secret,
+        "lightsail", region_name=config.default_region, endpoint_url=endpoint.url(config), aws_access_key_id=key,
+        aws_secret_access_key=secret, verify=str(trusted) if trusted else None,
         config=ClientConfig(retries={"max_attempts": 0}, proxies={}, connect_timeout=5, read_timeout=60))
     try:
         answer: dict[str, Any] = getattr(client, action)(**parameters)

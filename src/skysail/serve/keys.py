@@ -10,7 +10,7 @@ from sqlalchemy import select, update
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
 from skysail.resources import accounts
-from skysail.serve import up
+from skysail.serve import endpoint
 from skysail.store.database import Database
 from skysail.store.schema import access_keys
 from skysail.store.vault import Vault
@@ -43,7 +43,7 @@ def create(config: Config) -> dict[str, str]:
 
 def revoke(config: Config, key: str) -> None:
     """Refuse ``key`` from now on. Raises :class:`SkysailError` when there is no such key that is still good."""
-    if key == up.credentials(config)[0]:
+    if key == endpoint.credentials(config)[0]:
         raise SkysailError("this is the key that this command line signs with", cure="revoke another one")
     database = Database(config.database)
     try:
@@ -58,7 +58,7 @@ def revoke(config: Config, key: str) -> None:
 
 
 def _account(connection: Any, config: Config) -> str:
-    own = up.credentials(config)[0]
+    own = endpoint.credentials(config)[0]
     account: str | None = connection.execute(
         select(access_keys.c.account_id).where(access_keys.c.id == own)).scalar_one_or_none()
     if account is None:

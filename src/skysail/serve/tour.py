@@ -6,7 +6,7 @@ from typing import Any
 
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
-from skysail.serve import customer, processes
+from skysail.serve import customer, endpoint, processes
 from skysail.serve import up as machine
 
 FIRST = "first"
@@ -28,9 +28,9 @@ def up(config: Config, progress: machine.Progress, first_instance: bool = True) 
 def directions(config: Config) -> list[str]:
     """Ready-to-paste commands for a person who has just started the cloud."""
     return [
-        f"endpoint     {machine.endpoint(config)}",
+        f"endpoint     {endpoint.url(config)}",
         f"credentials  {config.root / 'credentials.json'}",
         "aws CLI      eval \"$(sudo ./skysail env)\" && aws lightsail get-instances",
-        f"boto3        boto3.client('lightsail', endpoint_url='{machine.endpoint(config)}')",
+        f"boto3        boto3.client('lightsail', endpoint_url='{endpoint.url(config)}')",
         f"ssh          sudo ./skysail ssh {FIRST}",
     ]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import grp
 import hashlib
-import json
 import os
 import pwd
 import shutil
+import ssl
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ from skysail.kit.errors import SkysailError
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import Layout
 from skysail.resources.catalog import BUNDLES
-from skysail.serve import processes
+from skysail.serve import endpoint, processes
 
 Progress = Callable[[str], None]
 
@@ -81,7 +81,7 @@ def down(config: Config, progress: Progress, guests: bool = False) -> None:
 
 def status(config: Config) -> dict[str, Any]:
     """How the cloud stands: its processes, its health, its guests' number, its endpoint."""
-    answer: dict[str, Any] = {"data": config.data, "endpoint": endpoint(config), 
+    answer: dict[str, Any] = {"data": config.data, "endpoint": endpoint.url(config),
                               "guests": len(processes.guests(config))}
     for name in NAMES:
         record = processes.find(config, name)
@@ -90,37 +90,9 @@ def status(config: Config) -> dict[str, Any]:
     return answer
 
 
-def endpoint(config: Config) -> str:
-    """Where the API answers, as a client on this machine reaches it."""
-    return f"http://{_reachable(config)}:{config.port}"
-
-
 def agent_log(config: Config) -> Path:
     """Where this machine's agent says what it does."""
     return processes.log_path(config, "agent")
-
-
-def credentials(config: Config) -> tuple[str, str]:
-    """The admin account's access key id and secret. Raises :class:`SkysailError` when there are none to read."""
-    path = config.root / "credentials.json"
-    try:
-        values: dict[str, str] = json.loads(path.read_text())
-    except FileNotFoundError as missing:
-        raise SkysailError(f"{path} does not exist", cure="run: sudo ./skysail up") from missing
-    except PermissionError as refused:
-        raise SkysailError(f"{path} is readable by root only", cure="run with sudo") from refused
-    plain = {key.replace("_", "").lower().removeprefix("aws"): value for key, value in values.items()}
-    try:
-        return plain["accesskeyid"], plain["secretaccesskey"]
-    except KeyError as absent:
-        raise SkysailError(f"{path} holds no access key", cure="move it away and run: sudo ./skysail up") from absent
-
-
-def environment(config: Config) -> dict[str, str]:
-    """What points any AWS client at this cloud."""
-    key, secret = credentials(config)
-    return {"AWS_ENDPOINT_URL_LIGHTSAIL": endpoint(config), "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret,
-            "AWS_DEFAULT_REGION": config.default_region}
 
 
 def require_root() -> None:
@@ -182,11 +154,15 @@ def install_program(config: Config) -> str:
 
 
 def initialise_store(config: Config, progress: Progress) -> None:
-    """The controller's database, keys and admin account, then handed to the controller's user."""
+    """The controller's database, keys, certificates and admin account, then handed to the controller's user."""
     from skysail.serve.controller import initialise
 
     progress("store: checking")
     initialise(config)
+    trusted = endpoint.authority(config)
+    if trusted is not None:
+        shutil.copyfile(config.certificates / "authority.pem", trusted)
+        trusted.chmod(0o644)
     account = pwd.getpwnam(config.controller_user)
     for path in (config.root / "credentials.json", *(config.root / "controller").rglob("*")):
         os.chown(path, account.pw_uid, account.pw_gid)
@@ -229,7 +205,10 @@ def healthy(config: Config, name: str) -> bool:
     """Does ``name`` answer its health question?"""
     try:
         if name == "controller":
-            return httpx.get(f"{endpoint(config)}/healthz", timeout=2, trust_env=False).status_code == 200
+            trusted = endpoint.authority(config)
+            context = ssl.create_default_context(cafile=trusted) if trusted else True
+            return httpx.get(f"{endpoint.url(config)}/healthz", timeout=2, trust_env=False,
+                             verify=context).status_code == 200
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(config.agent_socket)), timeout=2) as client:
             return client.get("http://agent/healthz").status_code == 200
     except (httpx.HTTPError, OSError):
@@ -298,7 +277,3 @@ def _environment(config: Config) -> dict[str, str]:
 
 def _systemd() -> bool:
     return Path("/run/systemd/system").is_dir()
-
-
-def _reachable(config: Config) -> str:
-    return "127.0.0.1" if config.listen in ("0.0.0.0", "::") else config.listen
