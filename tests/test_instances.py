@@ -6,7 +6,7 @@ import asyncssh
 import pytest
 from botocore.exceptions import ClientError
 
-from conftest import Cloud, eventually
+from conftest import Cloud, eventually, running_cloud
 
 
 def launch(client, *names: str, **more):
@@ -113,3 +113,26 @@ def test_kill_9_loses_no_operation(cloud: Cloud, victim: str) -> None:
         eventually(lambda operation=operation: client.get_operation(operationId=operation["id"])["operation"]["status"]
                    == "Succeeded", what="the operation ends")
     assert {found["state"]["name"] for found in client.get_instances()["instances"]} == {"running"}
+
+
+@pytest.mark.parametrize("habit", ["kept", "changes"])
+def test_a_public_address_is_kept_unless_the_operator_wants_lightsails_habit(habit: str) -> None:
+    with running_cloud(f'public_address = "{habit}"\n') as cloud:
+        client = cloud.client()
+        launch(client, "home")
+        eventually(lambda: state(client, "home") == "running")
+        before = client.get_instance(instanceName="home")["instance"]["publicIpAddress"]
+        client.stop_instance(instanceName="home")
+        eventually(lambda: state(client, "home") == "stopped")
+        client.start_instance(instanceName="home")
+        eventually(lambda: state(client, "home") == "running")
+        after = client.get_instance(instanceName="home")["instance"]["publicIpAddress"]
+        assert (after == before) is (habit == "kept")
+
+
+def test_a_pool_without_addresses_is_said_so() -> None:
+    with running_cloud('public_pool = "100.115.120.0/28"\n') as cloud:
+        client = cloud.client()
+        launch(client, *(f"host-{number}" for number in range(5)))
+        assert "no address left" in error(lambda: launch(client, "one-more"), "InvalidInputException")
+        assert len(client.get_instances()["instances"]) == 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -16,7 +17,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     ``default_region`` is the region that clients are pointed at, ``zones`` the letters of its zones. ``tls`` is on by itself
     where the API listens beyond this machine, for its answers carry private keys; ``tls_names`` are further host names and
-    addresses that the endpoint's certificate is good for.
+    addresses that the endpoint's certificate is good for. ``public_address`` says whether an instance keeps its public
+    IPv4 address over stop and start, or gets another one at each start, as on Lightsail.
     """
 
     data: str = "/var/lib/skysail"
@@ -31,13 +33,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     transit: str = "100.115.92.0/30"
     private_network: str = "172.26.0.0/16"
     public_pool: str = "100.115.93.0/24"
+    public_address: Literal["kept", "changes"] = "kept"
     images: str = ""
     templates: str = ""
     resolvers: tuple[str, ...] = ()
     controller_user: str = "skysail"
     guest_uid_base: int = 200_000
     guest_user: str = "admin"
-    engines: str = "real"
+    engines: Literal["real", "sim"] = "real"
 
     @property
     def root(self) -> Path:

@@ -1,6 +1,7 @@
 """The catalogue: bundles (plans) and blueprints (what an instance starts as).
 
-Source: Lightsail's published Linux plans; the ``*_1_0`` generation is listed as inactive, as Lightsail does.
+Source: Lightsail's published Linux plans; the generations before ``*_3_0`` are listed as inactive, as Lightsail does, and can
+still be launched.
 """
 
 from __future__ import annotations
@@ -15,31 +16,36 @@ from skysail.resources import paging
 from skysail.resources.request import Request
 from skysail.store.schema import images
 
-# size: name, monthly price in USD (1_0, 3_0), memory GB, vCPUs (1_0, 3_0), disk GB (1_0, 3_0), transfer GB, power
-_SIZES = (
-    ("nano", (3.5, 5.0), 0.5, (1, 2), (20, 20), 1024, 300),
-    ("micro", (5.0, 7.0), 1.0, (1, 2), (30, 40), 2048, 500),
-    ("small", (10.0, 12.0), 2.0, (1, 2), (40, 60), 3072, 1000),
-    ("medium", (20.0, 24.0), 4.0, (1, 2), (60, 80), 4096, 2000),
-    ("large", (40.0, 44.0), 8.0, (2, 2), (80, 160), 5120, 3000),
-    ("xlarge", (80.0, 84.0), 16.0, (4, 4), (160, 320), 6144, 4000),
-    ("2xlarge", (160.0, 164.0), 32.0, (8, 8), (320, 640), 7168, 5000),
+# generation, offered to new instances, and its plans: size, monthly price in USD, memory GB, vCPUs, disk GB, transfer GB
+_PLANS: tuple[tuple[str, bool, tuple[tuple[str, float, float, int, int, int], ...]], ...] = (
+    ("3_0", True, (
+        ("nano", 5.0, 0.5, 2, 20, 1024), ("micro", 7.0, 1.0, 2, 40, 2048), ("small", 12.0, 2.0, 2, 60, 3072),
+        ("medium", 24.0, 4.0, 2, 80, 4096), ("large", 44.0, 8.0, 2, 160, 5120), ("xlarge", 84.0, 16.0, 4, 320, 6144),
+        ("2xlarge", 164.0, 32.0, 8, 640, 7168), ("4xlarge", 384.0, 64.0, 16, 1280, 8192))),
+    ("2_0", False, (
+        ("nano", 3.5, 0.5, 1, 20, 1024), ("micro", 5.0, 1.0, 1, 40, 2048), ("small", 10.0, 2.0, 1, 60, 3072),
+        ("medium", 20.0, 4.0, 2, 80, 4096), ("large", 40.0, 8.0, 2, 160, 5120), ("xlarge", 80.0, 16.0, 4, 320, 6144),
+        ("2xlarge", 160.0, 32.0, 8, 640, 7168))),
+    ("1_0", False, (
+        ("nano", 5.0, 0.5, 1, 20, 1024), ("micro", 10.0, 1.0, 1, 30, 2048), ("small", 20.0, 2.0, 1, 40, 3072),
+        ("medium", 40.0, 4.0, 2, 60, 4096), ("large", 80.0, 8.0, 2, 80, 5120))),
 )
+_POWER = {"nano": 300, "micro": 500, "small": 1000, "medium": 2000, "large": 3000, "xlarge": 4000, "2xlarge": 5000,
+          "4xlarge": 6000}
 
 
-def _bundle(size: tuple[Any, ...], generation: int) -> dict[str, Any]:
-    name, prices, memory, cpus, disks, transfer, power = size
+def _bundle(generation: str, active: bool, plan: tuple[str, float, float, int, int, int]) -> dict[str, Any]:
+    size, price, memory, cpus, disk, transfer = plan
     return {
-        "bundleId": f"{name}_{generation}_0", "name": name.capitalize(), "instanceType": name,
-        "price": prices[generation // 2],
-        "ramSizeInGb": memory, "cpuCount": cpus[generation // 2], "diskSizeInGb": disks[generation // 2],
-        "transferPerMonthInGb": transfer, "power": power, "isActive": generation == 3,
-        "supportedPlatforms": ["LINUX_UNIX"], "publicIpv4AddressCount": 1, "supportedAppCategories": [],
+        "bundleId": f"{size}_{generation}", "name": size.capitalize(), "instanceType": size, "price": price,
+        "ramSizeInGb": memory, "cpuCount": cpus, "diskSizeInGb": disk, "transferPerMonthInGb": transfer,
+        "power": _POWER[size], "isActive": active, "supportedPlatforms": ["LINUX_UNIX"], "publicIpv4AddressCount": 1,
+        "supportedAppCategories": [],
     }
 
 
-BUNDLES = {bundle["bundleId"]: bundle for generation in (3, 1) for size in _SIZES
-           for bundle in (_bundle(size, generation),)}
+BUNDLES = {bundle["bundleId"]: bundle for generation, active, plans in _PLANS for plan in plans
+           for bundle in (_bundle(generation, active, plan),)}
 
 # Blueprints with a recipe of ours: name, group, whether it carries an application.
 RECIPES = {"debian_12": ("Debian 12", "debian", False), "debian_13": ("Debian 13", "debian", False),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, RowMapping, func, insert, select, update
+from sqlalchemy import Column, Connection, RowMapping, func, insert, select, update
 
 from skysail.contract.document import Personality
 from skysail.hosts import desired, placement
@@ -113,13 +113,11 @@ class Instances:
         try:
             host = placement.choose(self._candidates(connection), zone=zone, image=image["digest"],
                                     vcpus=bundle["cpuCount"], memory_mib=memory_mib)
-            private = placement.choose_address(
-                self._config.private_network, connection.execute(select(guests.c.private_ipv4)).scalars().all(), skip=9)
-            public = placement.choose_address(
-                self._config.public_pool, connection.execute(select(guests.c.public_ipv4)).scalars().all(), skip=9)
         except placement.NoHost as full:
             raise invalid_input(f"The bundle {bundle['bundleId']} does not fit this cloud now: {full}.",
                                 "Choose a smaller bundle, or delete instances.") from full
+        private = self._free_address(connection, guests.c.private_ipv4, self._config.private_network)
+        public = self._free_address(connection, guests.c.public_ipv4, self._config.public_pool)
         now = self._clock.now()
         connection.execute(insert(instances).values(
             id=identifier, account_id=request.account_id, region=request.region, zone=zone, name=name,
@@ -143,6 +141,14 @@ class Instances:
         return history.record(connection, request, now=now, type="CreateInstance", resource_name=name,
                               resource_type="Instance", resource_id=identifier, zone=zone, status="Started",
                               workflow="create", arguments={"guest": guest, "starts": 1})
+
+    def _free_address(self, connection: Connection, column: Column[Any], network: str) -> str:
+        """An address of ``network`` that no guest has in ``column``."""
+        try:
+            return placement.choose_address(network, connection.execute(select(column)).scalars().all(), skip=9)
+        except placement.NoHost as full:
+            raise invalid_input(f"This cloud has no address left: {full}.",
+                                "Delete instances, or give the cloud a larger network in skysail.toml.") from full
 
     def _candidates(self, connection: Connection) -> list[placement.Candidate]:
         promised = dict(connection.execute(
@@ -215,8 +221,11 @@ class Instances:
         if row["state"] != "stopped":
             raise invalid_input(f"The instance {row['name']} is {row['state']}; only a stopped one can be started.")
         guest = get_guest(connection, row)
+        values: dict[str, Any] = {"role": "run", "starts": guest["starts"] + 1, "force": False}
+        if self._config.public_address == "changes":
+            values["public_ipv4"] = self._free_address(connection, guests.c.public_ipv4, self._config.public_pool)
         return self._change(connection, request, row, guest, "StartInstance", "start", "pending", status="Started",
-                            values={"role": "run", "starts": guest["starts"] + 1, "force": False})
+                            values=values)
 
     def stop(self, connection: Connection, request: Request) -> dict[str, Any]:
         row = get_row(connection, request, request.params["instanceName"])
