@@ -39,7 +39,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     resolvers: tuple[str, ...] = ()
     controller_user: str = "skysail"
     guest_uid_base: int = 200_000
-    guest_user: str = "admin"
     engines: Literal["real", "sim"] = "real"
 
     @property
