@@ -118,6 +118,6 @@ def test_the_doctor_names_where_it_looked_and_a_cure_for_all_that_is_not_good(co
 
 
 @pytest.mark.real
-def test_the_doctor_sees_namespaces_and_nftables(config: Config) -> None:
+def test_the_doctor_sees_namespaces_and_network(config: Config) -> None:
     assert doctor.namespaces(config).verdict == "good"
-    assert doctor.nftables(config).verdict == "good"
+    assert doctor.network(config).verdict == "good"

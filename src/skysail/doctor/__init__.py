@@ -5,6 +5,7 @@ Each look is a function that returns one :class:`Finding`; one that breaks is it
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from skysail.hypervisor.accelerator import probe
 from skysail.kit import process
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
+from skysail.network.linux import LinuxFabric
+from skysail.network.plan import Layout
 
 Verdict = Literal["good", "weak", "bad"]
 
@@ -31,24 +34,6 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     saw: str
     where: str
     cure: str = ""
-
-
-RULES = b"""
-table inet skysail_doctor {
-    map verdicts { type ifname : verdict; }
-    chain forward {
-        type filter hook forward priority 0;
-        iifname vmap @verdicts
-        ct state established accept
-    }
-}
-table ip skysail_doctor {
-    chain out {
-        type nat hook postrouting priority 100;
-        masquerade
-    }
-}
-"""
 
 
 def examine(config: Config) -> list[Finding]:
@@ -100,14 +85,15 @@ def namespaces(config: Config) -> Finding:
                    where="ip netns add")
 
 
-def nftables(_config: Config) -> Finding:
-    """Does the kernel take the kinds of rules that guests' firewalls need? Checked without loading them."""
+def network(config: Config) -> Finding:
+    """Does the kernel take the guests' rules and devices, and is nothing of this machine in their way? Nothing is loaded."""
+    where = "nft --check, /dev/net/tun, addresses, rules of others"
     if os.geteuid() != 0:
-        return Finding(subject="nftables", verdict="weak", saw="not looked at", where="nft --check",
-                       cure="run with sudo")
-    process.run(["nft", "--check", "--file", "-"], input=RULES, timeout=20)
-    return Finding(subject="nftables", verdict="good", saw="verdict maps, connection tracking and NAT are accepted",
-                   where="nft --check")
+        return Finding(subject="network", verdict="weak", saw="not looked at", where=where, cure="run with sudo")
+    problems = asyncio.run(LinuxFabric(Layout.of(config)).check())
+    return Finding(subject="network", verdict="bad" if problems else "good", where=where,
+                   saw="; ".join(problems) or "rules and devices are accepted, no network of this machine is hidden",
+                   cure="as said" if problems else "")
 
 
 def disk(config: Config) -> Finding:
@@ -156,6 +142,6 @@ def clock(_config: Config) -> Finding:
 
 
 LOOKS: tuple[tuple[str, Callable[[Config], Finding]], ...] = (
-    ("qemu", qemu_version), ("accelerator", accelerator), ("namespaces", namespaces), ("nftables", nftables),
+    ("qemu", qemu_version), ("accelerator", accelerator), ("namespaces", namespaces), ("network", network),
     ("disk", disk), ("memory", memory), ("cgroups", cgroups), ("time", clock),
 )

@@ -27,10 +27,13 @@ def up(config: Config, progress: machine.Progress, first_instance: bool = True) 
 
 def directions(config: Config) -> list[str]:
     """Ready-to-paste commands for a person who has just started the cloud."""
+    zone = f"{config.default_region}{config.zones[0]}"
     return [
-        f"endpoint     {endpoint.url(config)}",
+        f"endpoint     {endpoint.url(config)} (region {config.default_region})",
         f"credentials  {config.root / 'credentials.json'}",
-        "aws CLI      eval \"$(sudo ./skysail env)\" && aws lightsail get-instances",
-        f"boto3        boto3.client('lightsail', endpoint_url='{endpoint.url(config)}')",
         f"ssh          sudo ./skysail ssh {FIRST}",
+        'aws CLI      eval "$(sudo ./skysail env)"',
+        f"             aws lightsail create-instances --instance-names web --availability-zone {zone} \\",
+        "                 --blueprint-id debian_12 --bundle-id nano_3_0",
+        "boto3        boto3.client('lightsail').get_instances()   # in the same shell",
     ]
