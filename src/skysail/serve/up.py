@@ -84,8 +84,7 @@ def status(config: Config) -> dict[str, Any]:
     answer: dict[str, Any] = {"data": config.data, "endpoint": endpoint.url(config),
                               "guests": len(processes.guests(config))}
     for name in NAMES:
-        record = processes.find(config, name)
-        answer[name] = {"pid": record.pid if record else None, "healthy": healthy(config, name)}
+        answer[name] = {"pid": _pid(config, name), "healthy": healthy(config, name)}
     answer["running"] = all(answer[name]["healthy"] for name in NAMES)
     return answer
 
@@ -215,8 +214,11 @@ def healthy(config: Config, name: str) -> bool:
         return False
 
 
-def wait_healthy(config: Config, name: str, seconds: float = 60.0) -> None:
-    """Wait until ``name`` is healthy. Raises :class:`SkysailError` with the end of its log when it ends or hangs."""
+def wait_healthy(config: Config, name: str, seconds: float = 180.0) -> None:
+    """Wait until ``name`` is healthy; a slow machine takes a minute to load the service model.
+
+    Raises :class:`SkysailError` with the end of its log when it ends or hangs.
+    """
     def settled() -> bool:
         return healthy(config, name) or (not _systemd() and processes.find(config, name) is None)
 
@@ -268,6 +270,14 @@ def _current(config: Config, name: str, digest: str) -> bool:
         return stamp.exists() and stamp.read_text() == digest
     record = processes.find(config, name)
     return record is not None and record.digest == digest
+
+
+def _pid(config: Config, name: str) -> int | None:
+    if _systemd():
+        said = process.run(["systemctl", "show", "--property=MainPID", "--value", f"skysail-{name}.service"]).strip()
+        return int(said) or None
+    record = processes.find(config, name)
+    return record.pid if record else None
 
 
 def _environment(config: Config) -> dict[str, str]:
