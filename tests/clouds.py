@@ -93,13 +93,17 @@ class Cloud:
         path = self.folder / f"{name}.log"
         return path.read_text()[-3000:] if path.exists() else ""
 
+    def credentials(self) -> tuple[str, str]:
+        """The admin's access key id and secret."""
+        held = json.loads((self.folder / "credentials.json").read_text())
+        return held["access_key_id"], held["secret_access_key"]
+
     def client(self, key: str | None = None, secret: str | None = None) -> Any:
         """boto3's unmodified Lightsail client, as the admin unless told otherwise."""
-        credentials = json.loads((self.folder / "credentials.json").read_text())
+        admin = self.credentials()
         return boto3.client(
             "lightsail", region_name="us-east-1", endpoint_url=f"http://127.0.0.1:{self.port}",
-            aws_access_key_id=key or credentials["access_key_id"],
-            aws_secret_access_key=secret or credentials["secret_access_key"],
+            aws_access_key_id=key or admin[0], aws_secret_access_key=secret or admin[1],
             config=BotoConfig(retries={"total_max_attempts": 1}))
 
     def stop(self) -> None:
