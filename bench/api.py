@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlencode
@@ -43,6 +44,7 @@ SETTINGS = 'engines = "sim"\npublic_pool = "100.116.0.0/16"\n'
 JSON = "application/x-amz-json-1.1"
 FORM = "application/x-www-form-urlencoded"
 REGION = "us-east-1"
+PATIENCE_SECONDS = 120
 
 
 class Peer(NamedTuple):
@@ -98,35 +100,41 @@ def listing(peer: Peer, connection: http.client.HTTPConnection) -> tuple[list[fl
             return seconds, answers
 
 
-def client(peer: Peer, start: Any, seconds: float, results: Any) -> None:
-    """One client process: listings one after the other, begun within ``seconds`` after ``start``."""
-    connection = http.client.HTTPConnection("127.0.0.1", peer.port, timeout=300)
+class Start:
+    """The moment at which all client processes begin; each is handed it when it is made."""
+
+    barrier: Any = None
+
+    @classmethod
+    def share(cls, barrier: Any) -> None:
+        cls.barrier = barrier
+
+
+def client(peer: Peer, seconds: float) -> tuple[int, list[float], float]:
+    """One client process: listings one after the other, begun within ``seconds``; their number, the seconds of each
+    request, and those of all."""
+    connection = http.client.HTTPConnection("127.0.0.1", peer.port, timeout=PATIENCE_SECONDS)
     listing(peer, connection)  # the connection is made, what can be warm is
-    start.wait()
+    Start.barrier.wait(PATIENCE_SECONDS)
     began = time.perf_counter()
     taken: list[float] = []
     listings = 0
     while time.perf_counter() < began + seconds:
         taken += listing(peer, connection)[0]
         listings += 1
-    results.put((listings, taken, time.perf_counter() - began))
+    return listings, taken, time.perf_counter() - began
 
 
 def measure(peer: Peer, instances: int, clients: int, seconds: float) -> dict[str, Any]:
     """The peer's figures under ``clients`` processes; every process finishes its last listing, and its time counts."""
     shown: set[str] = set()
-    for answer in listing(peer, http.client.HTTPConnection("127.0.0.1", peer.port, timeout=300))[1]:
+    for answer in listing(peer, http.client.HTTPConnection("127.0.0.1", peer.port, timeout=PATIENCE_SECONDS))[1]:
         shown |= peer.names(answer)
     if len(shown) != instances:
         raise SkysailError(f"{peer.name} lists {len(shown)} instances, not {instances}")
-    fork = multiprocessing.get_context("spawn")
-    start, results = fork.Barrier(clients), fork.Queue()
-    workers = [fork.Process(target=client, args=(peer, start, seconds, results), daemon=True) for _ in range(clients)]
-    for worker in workers:
-        worker.start()
-    answers = [results.get(timeout=seconds + 600) for _ in workers]
-    for worker in workers:
-        worker.join()
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(clients, fresh, Start.share, (fresh.Barrier(clients),)) as pool:
+        answers = list(pool.map(client, [peer] * clients, [seconds] * clients))
     rate = sum(listings / span for listings, _, span in answers)
     requests = sorted(one for _, taken, _ in answers for one in taken)
     return {
@@ -173,7 +181,7 @@ def moto(instances: int) -> Iterator[Peer]:
                              "InstanceType": "t3.nano", "MinCount": instances, "MaxCount": instances})
             made = AWSRequest("POST", f"http://127.0.0.1:{port}/", {"Content-Type": FORM}, run)
             SigV4Auth(Credentials(peer.key, peer.secret), "ec2", REGION).add_auth(made)
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SECONDS)
             connection.request("POST", "/", run, dict(made.headers))
             answer = connection.getresponse()
             if answer.status != 200:

@@ -29,6 +29,9 @@ from skysail.store.vault import Vault
 
 MAX_NAMES = 20
 MAX_USER_DATA_BYTES = 16 * 1024
+# What an instance shows of its guest.
+_SHOWN = (guests.c.instance_id, guests.c.private_ipv4, guests.c.public_ipv4, guests.c.vcpus, guests.c.memory_mib,
+          guests.c.disk_gib)
 DEFAULT_PORTS = (("tcp", 22, 22), ("tcp", 80, 80))
 
 
@@ -173,7 +176,7 @@ class Instances:
     def _shapes(self, connection: Connection, rows: Sequence[RowMapping]) -> list[dict[str, Any]]:
         identifiers = [row["id"] for row in rows]
         running = {guest["instance_id"]: guest for guest in connection.execute(
-            select(guests).where(guests.c.instance_id.in_(identifiers))).mappings()}
+            select(*_SHOWN).where(guests.c.instance_id.in_(identifiers))).mappings()}
         tagged = tags.of(connection, identifiers)
         opened: dict[str, list[RowMapping]] = {}
         for port in connection.execute(select(ports).where(ports.c.instance_id.in_(identifiers))

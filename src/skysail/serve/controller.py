@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -165,7 +166,11 @@ def main() -> None:
     config = load()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per document is noise
     initialise(config)
-    uvicorn.run(build(config), host=config.listen, port=config.port, log_level="warning", access_log=False,
+    made = build(config)
+    # What is here now stays, the service model above all: the collector need not stop a request to look through it again.
+    gc.collect()
+    gc.freeze()
+    uvicorn.run(made, host=config.listen, port=config.port, log_level="warning", access_log=False,
                 server_header=False, http=Wire, ws="none")
 
 
