@@ -6,7 +6,7 @@ import asyncssh
 import pytest
 from botocore.exceptions import ClientError
 
-from conftest import Cloud, eventually, running_cloud
+from clouds import Cloud, eventually, running_cloud
 
 
 def launch(client, *names: str, **more):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from conftest import RealCloud
+from clouds import RealCloud
 
 pytestmark = pytest.mark.real
 

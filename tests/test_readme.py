@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import RealCloud, ensure_image, keep_evidence, taken_slot
+from clouds import RealCloud, ensure_image, taken_slot
+from conftest import keep_evidence
 from skysail.serve import processes
 
 pytestmark = pytest.mark.real

@@ -11,7 +11,7 @@ import pytest
 from botocore.exceptions import SSLError
 from cryptography import x509
 
-from conftest import running_cloud
+from clouds import running_cloud
 from skysail.api.tls import RENEW_DAYS, SERVER_DAYS, Certificates
 from skysail.kit.config import Config
 from skysail.serve import endpoint

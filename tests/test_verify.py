@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from conftest import Cloud, RealCloud, eventually, running_cloud
+from clouds import Cloud, RealCloud, eventually, running_cloud
 from skysail.inspect.verify import Difference, verify
 
 
@@ -67,7 +67,7 @@ PLANTED = {
     "tags left": ("update tags set resource_id = 'nobody' where rowid = (select min(rowid) from tags)", "tags of nobody"),
     "reference": ("update access_keys set account_id = 'nobody'", "points at a row of accounts"),
     "work without end": ("update operations set done = 0 where workflow = ''", "nothing carries it on"),
-    "stuck work": ("update operations set done = 0, created_at = 1 where type = 'CreateInstance'", "open for"),
+    "stuck work": ("update operations set done = 0, created_at = 1 where type = 'CreateInstance'", "open since 1970"),
     "secret": ("update access_keys set secret_sealed = x'00112233445566778899aabbccddeeff0011'", "does not open"),
 }
 

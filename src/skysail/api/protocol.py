@@ -7,6 +7,7 @@ JSON numbers. Source: Smithy, "AWS JSON 1.1 protocol".
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -118,20 +119,35 @@ def _check_text(shape: Shape, value: str, where: str) -> None:
 def serialise(operation: OperationModel, reply: dict[str, Any]) -> bytes:
     """The reply by the model: members it knows, nulls left out, timestamps as numbers."""
     shape = operation.output_shape
-    return msgspec.json.encode(_render(shape, reply) if shape is not None else {})
+    render = _renderer(shape.name) if shape is not None else None
+    return msgspec.json.encode(render(reply) if render is not None else {})
 
 
-def _render(shape: Shape, value: Any) -> Any:
-    kind = shape.type_name
-    if kind == "structure":
-        members = shape.members
-        return {name: _render(members[name], item) for name, item in value.items()
-                if item is not None and name in members}
-    if kind == "list":
-        return [_render(shape.member, item) for item in value]
-    if kind == "timestamp":
-        return round(float(value), 3)
-    return value
+@cache
+def _renderer(name: str) -> Callable[[Any], Any] | None:
+    """What readies a value of the model's shape ``name`` for JSON, None where it is ready as it is.
+
+    Compiled once per shape: to walk the model anew for each of a page's thousands of values takes as long as reading them
+    from the store.
+    """
+    shape = service_model().shape_for(name)
+    if shape.type_name == "structure":
+        members = {member: of.name for member, of in shape.members.items()}
+
+        def structure(value: dict[str, Any]) -> dict[str, Any]:
+            made = {}
+            for member, item in value.items():
+                if item is not None and member in members:
+                    render = _renderer(members[member])  # not before: a structure may hold others of its own kind
+                    made[member] = item if render is None else render(item)
+            return made
+
+        return structure
+    if shape.type_name == "list" and (each := _renderer(shape.member.name)) is not None:
+        return lambda value: [each(item) for item in value]
+    if shape.type_name == "timestamp":
+        return lambda value: round(float(value), 3)
+    return None
 
 
 def error(failure: ApiError) -> bytes:

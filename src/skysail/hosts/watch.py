@@ -20,6 +20,9 @@ from skysail.store.schema import guests, hosts, images
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 0.5
+# What a report may change of a guest's row.
+_OBSERVED = (guests.c.id, guests.c.observed_state, guests.c.observed_starts, guests.c.observed_reboots, guests.c.reason,
+             guests.c.rx_bytes, guests.c.tx_bytes, guests.c.host_keys)
 
 
 class Watch:
@@ -101,7 +104,7 @@ def write_report(connection: Connection, host_id: str, report: HostReport, now: 
     connection.execute(update(hosts).where(hosts.c.id == host_id).values(
         observed_generation=report.generation, vcpus=report.vcpus, memory_mib=report.memory_mib,
         disk_gib=report.disk_gib, accelerator=report.accelerator, seen_at=now))
-    known = {row.id: row for row in connection.execute(select(guests).where(guests.c.host_id == host_id))}
+    known = {row["id"]: row for row in connection.execute(select(*_OBSERVED).where(guests.c.host_id == host_id)).mappings()}
     for guest in report.guests:
         row = known.get(guest.id)
         if row is None:
@@ -109,9 +112,11 @@ def write_report(connection: Connection, host_id: str, report: HostReport, now: 
         values: dict[str, object] = {
             "observed_state": guest.state, "observed_starts": guest.starts, "observed_reboots": guest.reboots,
             "reason": guest.reason, "rx_bytes": guest.rx_bytes, "tx_bytes": guest.tx_bytes}
-        if guest.host_keys and list(guest.host_keys) != row.host_keys:
+        if guest.host_keys and list(guest.host_keys) != row["host_keys"]:
             values |= {"host_keys": list(guest.host_keys), "witnessed_at": now}
-        connection.execute(update(guests).where(guests.c.id == guest.id).values(**values))
+        # A report names every guest of its host, most of them as they were.
+        if any(row[name] != value for name, value in values.items()):
+            connection.execute(update(guests).where(guests.c.id == guest.id).values(**values))
     held = {row.digest for row in connection.execute(select(images.c.digest).where(images.c.host_id == host_id))}
     reported = {image.digest: image for image in report.images}
     for digest in held - reported.keys():

@@ -159,7 +159,11 @@ def _work(connection: Connection, now: float) -> Iterator[Difference]:
         if not row["workflow"]:
             yield Difference(subject=subject, saw="open, and nothing carries it on", wanted="a workflow")
         elif now - row["created_at"] > STUCK_SECONDS:
-            yield Difference(subject=subject, saw=f"open for {now - row['created_at']:.0f} s", wanted="an end")
+            yield Difference(subject=subject, saw=f"open since {_moment(row['created_at'])}", wanted="an end")
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
 def _secrets(connection: Connection, vault: Vault) -> Iterator[Difference]:

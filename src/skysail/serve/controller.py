@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -176,8 +177,12 @@ def main() -> None:
     config = load()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per document is noise
     initialise(config)
+    made = build(config)
+    # What is here now stays, the service model above all: the collector need not stop a request to look through it again.
+    gc.collect()
+    gc.freeze()
     certificate, key = Certificates(config.certificates).server if config.secure else (None, None)
-    uvicorn.run(build(config), host=config.listen, port=config.port, log_level="warning", access_log=False,
+    uvicorn.run(made, host=config.listen, port=config.port, log_level="warning", access_log=False,
                 server_header=False, http=Wire, ws="none", ssl_certfile=certificate, ssl_keyfile=key)
 
 

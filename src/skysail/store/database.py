@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from sqlalchemy import Connection, create_engine, event
 
 from skysail.store import migrations
@@ -20,7 +21,8 @@ class Database:
     """One controller's store."""
 
     def __init__(self, path: Path) -> None:
-        self._engine = create_engine(f"sqlite:///{path}", pool_size=8, connect_args={"timeout": 30})
+        self._engine = create_engine(f"sqlite:///{path}", pool_size=8, connect_args={"timeout": 30},
+                                     json_deserializer=msgspec.json.decode)
 
         @event.listens_for(self._engine, "connect")
         def _configure(connection: Any, _record: Any) -> None:
