@@ -31,9 +31,9 @@ import cyclopts
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
-from clouds import Cloud, eventually, running_cloud
 from cyclopts import Parameter
 
+from clouds import Cloud, eventually, running_cloud
 from skysail.cli import show
 from skysail.kit.errors import SkysailError
 from skysail.resources.instances import MAX_NAMES
