@@ -1,9 +1,9 @@
 """Memory per idle clone, what of it is its own and what it shares, against the same guest started cold.
 
-Read from the kernel's account of each QEMU process (proc(5), smaps). *Private* is what the process wrote, and what the machine gets
-back when it ends: dirty private pages and swap. *Shared* is the rest of what is resident: pages of the template's
-memory file and of QEMU's own program, which the page cache holds once for all. The cold guest is one of the clones after
-StopInstance and StartInstance: it boots from its disk, in memory of its own.
+Read from the kernel's account of each QEMU process (proc(5), smaps). *Private* is what the process wrote, and what the
+machine gets back when it ends: dirty private pages and swap. *Shared* is the rest of what is resident: pages of the
+template's memory file and of QEMU's own program, which the page cache holds once for all. The cold guest is one of the
+clones after StopInstance and StartInstance: it boots from its disk, in memory of its own.
 """
 
 from __future__ import annotations
