@@ -67,7 +67,7 @@ class Plain:
             "user-data": "#cloud-config\n" + jsons.dumps({"ssh_authorized_keys": [public]})}, folder / "seed.iso")
 
     def boot(self) -> Stages:
-        """Start it; the seconds until sshd answers, and until a login succeeded."""
+        """Start it; the seconds until sshd answers, until a login succeeded, and of the processors until then."""
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             self._port = found.getsockname()[1]
@@ -87,7 +87,7 @@ class Plain:
             if time.monotonic() > began + BOOT_SECONDS:
                 raise SkysailError("no login to the plain guest", f"its serial log: {self._folder / 'serial.log'}")
             time.sleep(0.1)
-        return {"sshd answers": answered, "login": time.monotonic() - began}
+        return {"sshd answers": answered, "login": time.monotonic() - began, "QEMU's CPU": cpu_seconds(self._process.pid)}
 
     def _await_banner(self, end: float) -> None:
         """Until sshd says its name. QEMU takes the connection long before the guest does, so that a new one is opened
@@ -101,10 +101,10 @@ class Plain:
                     with contextlib.suppress(OSError):
                         if one.recv(4) == b"SSH-":
                             return
-                    waiting.pop(one).hex()
+                    del waiting[one]
                     one.close()
                 for one in [one for one, until in waiting.items() if until < time.monotonic()]:
-                    waiting.pop(one)
+                    del waiting[one]
                     one.close()
             raise SkysailError("the plain guest's sshd does not answer", f"its serial log: {self._folder / 'serial.log'}")
         finally:
