@@ -70,17 +70,22 @@ def ssh(config: Config, name: str, command: list[str]) -> int:
     """Log in to instance ``name`` with a certificate made for this login; returns ssh's exit status."""
     access = call(config, "get_instance_access_details", instanceName=name, protocol="ssh")["accessDetails"]
     with tempfile.TemporaryDirectory(prefix="skysail-ssh-") as folder:
-        identity, hosts = Path(folder) / "identity", Path(folder) / "known_hosts"
-        _private(identity, access["privateKey"])
-        _private(Path(folder) / "identity-cert.pub", access["certKey"])
-        address = access["ipAddress"]
-        lines = [f"{address} {key['algorithm']} {key['publicKey']}" for key in access.get("hostKeys", [])]
-        _private(hosts, "\n".join(lines))
-        return subprocess.call([
-            "ssh", "-F", "none", "-i", str(identity), "-o", f"CertificateFile={identity}-cert.pub",
+        return subprocess.call(login(access, Path(folder), command))
+
+
+def login(access: dict[str, Any], folder: Path, command: list[str]) -> list[str]:
+    """The argument list that runs ``command`` with these access details; their secrets are written into ``folder``, which is
+    empty and the caller's own."""
+    identity, hosts = folder / "identity", folder / "known_hosts"
+    _private(identity, access["privateKey"])
+    _private(folder / "identity-cert.pub", access["certKey"])
+    address = access["ipAddress"]
+    lines = [f"{address} {key['algorithm']} {key['publicKey']}" for key in access.get("hostKeys", [])]
+    _private(hosts, "\n".join(lines))
+    return ["ssh", "-F", "none", "-i", str(identity), "-o", f"CertificateFile={identity}-cert.pub",
             "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none", "-o", f"UserKnownHostsFile={hosts}",
             "-o", f"StrictHostKeyChecking={'yes' if lines else 'accept-new'}", "-o", "LogLevel=ERROR",
-            f"{access['username']}@{address}", *command])
+            f"{access['username']}@{address}", *command]
 
 
 def serial_log(config: Config, name: str) -> bytes:

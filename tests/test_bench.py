@@ -1,0 +1,58 @@
+"""Every benchmark runs by the launcher's verb, small, and ends with the JSON that it promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# The launcher remakes an environment that is not as its lock says: none but its own is given into its hands.
+pytestmark = pytest.mark.skipif("SKYSAIL_VENV" not in os.environ, reason="run by ./skysail test")
+
+
+def bench(*words: str) -> dict[str, Any]:
+    """The JSON in the last line of ``./skysail bench`` with these words."""
+    done = subprocess.run([ROOT / "skysail", "bench", *words, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert figures["bench"] == words[0]
+    assert figures["ratio"] > 0
+    return figures
+
+
+def test_an_unknown_benchmark_is_refused_with_the_names_of_those_there_are() -> None:
+    done = subprocess.run([ROOT / "skysail", "bench", "../skysail"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "api density launch" in done.stderr
+
+
+def test_api() -> None:
+    figures = bench("api", "--instances", "25", "--clients", "2", "--seconds", "1", "--rounds", "1")
+    for peer in ("skysail", "moto"):
+        assert figures[peer]["instances_per_request"] == 25
+        assert 0 < figures[peer]["request_median_ms"] <= figures[peer]["request_p99_ms"]
+        assert figures[peer]["requests_per_second"] > 0
+
+
+@pytest.mark.real
+def test_launch() -> None:
+    figures = bench("launch", "--launches", "1", "--boots", "1", "--together", "2")
+    assert figures["ratio"] == figures["plain_seconds"] / figures["launch_seconds"]
+    assert figures["ratio_without_cloud_init"] == figures["plain_without_cloud_init_seconds"] / figures["launch_seconds"]
+    assert list(figures["stages"]["host"].values()) == sorted(figures["stages"]["host"].values())
+    assert 0 < figures["agent_answer_seconds"] < figures["alone"]["seconds"]
+    assert figures["together"]["instances"] == 2
+    assert figures["together"]["bound_by"]
+    assert all(seconds > 0 for seconds in figures["together"]["cpu_seconds_per_launch"].values())
+
+
+@pytest.mark.real
+def test_density() -> None:
+    figures = bench("density", "--clones", "2", "--idle", "1")
+    assert 0 < figures["private_mib"] < figures["cold"]["private"]
+    assert figures["shared_mib"] > 0
