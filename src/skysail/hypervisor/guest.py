@@ -367,13 +367,14 @@ class QemuGuest:
         image = self._image(guest.volume.image)
         if self.record.leaving:
             await self._await_agent(monitor)
-        present = await self._present_boot()
+        answers = await self._answers()
+        present = await self._present_boot() if answers else ""
         if not (self.record.leaving and present and present != self.record.leaving):
             if present:
                 self.save(leaving=present)
             monitor.forget_events()
             asked = False
-            if present or await self._answers():
+            if answers:
                 # An answer to guest-shutdown never comes: the agent goes down with its guest.
                 with contextlib.suppress(Gone, Refused):
                     await ask(self._agent, {"execute": "guest-shutdown", "arguments": {"mode": "reboot"}}, 1.0)
