@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from botocore.exceptions import BotoCoreError, ClientError
 
 from conftest import Cloud, RealCloud, eventually, taken_slot
 from skysail.hypervisor import confinement
+from skysail.hypervisor.guest import Record
 from skysail.images.library import Library
 from skysail.network import links
 from skysail.serve import processes
@@ -114,6 +116,13 @@ def qemus(cloud: Cloud) -> list[tuple[int, str]]:
     return found
 
 
+def handed_over(cloud: Cloud) -> dict[str, int]:
+    """Pid by guest of those that run and are, by their record on the disk, somebody's server already."""
+    records = {path.parent.name: msgspec.json.decode(path.read_bytes(), type=Record)
+               for path in cloud.config.guests_dir.glob("*/guest.json")} if cloud.config.guests_dir.exists() else {}
+    return {owner: pid for pid, owner in qemus(cloud) if owner in records and records[owner].made}
+
+
 def guest_of(cloud: Cloud, name: str) -> str:
     (row,) = rows(cloud, "SELECT id FROM guests WHERE instance_name = ? AND role != 'gone'", name)
     return str(row["id"])
@@ -159,6 +168,7 @@ class Doom:
         self.victim = victim
         self.deaths: list[str] = []
         self.walked: set[str] = set()
+        self.survivors: dict[str, int] = {}
         self.start()
 
     def start(self) -> None:
@@ -177,6 +187,7 @@ class Doom:
     def during(self, number: int, act: Callable[[], Any], seconds: float = 120) -> str | None:
         """The victim dies before its step ``number`` while ``act`` is carried out, comes back, and all ends well. Says before
         which step it died; None when it had outlived the work."""
+        self.survivors = {}
         before = len(rows(self.cloud, "SELECT id FROM operations"))
         self.arm(number)
         try:
@@ -188,6 +199,7 @@ class Doom:
         if self.dead():
             died = (self.cloud.folder / "steps").read_text().splitlines()[-1]
             self.deaths.append(died)
+            self.survivors = handed_over(self.cloud)
             self.start()
             if len(rows(self.cloud, "SELECT id FROM operations")) == before:
                 act()  # the controller died before the request was written down: its owner asks again

@@ -1,0 +1,127 @@
+"""Guests outlive the agent; what they do by themselves is told apart; a reboot of the machine brings back what ran."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+
+import pytest
+
+from conftest import RealCloud, eventually
+from skysail.network.linux import LinuxFabric
+from skysail.network.plan import Layout
+from skysail.serve import processes
+from test_crashes import Doom, create, guest_of, leaks, pid_of, qemus, ready, rows, whole
+
+pytestmark = pytest.mark.real
+
+
+def boot(cloud: RealCloud, name: str) -> str:
+    return cloud.ssh(name, "cat /proc/sys/kernel/random/boot_id").strip()
+
+
+def state(cloud: RealCloud, name: str) -> str:
+    found: str = cloud.client().get_instance_state(instanceName=name)["state"]["name"]
+    return found
+
+
+def addresses(cloud: RealCloud) -> dict[str, tuple[str, str]]:
+    return {found["name"]: (found["publicIpAddress"], found["privateIpAddress"])
+            for found in cloud.client().get_instances()["instances"]}
+
+
+def power_cut(cloud: RealCloud) -> None:
+    """What a reboot of the machine does to this cloud: every process gone at once, no network, no sockets, no cgroups."""
+    for name in ("agent", "controller"):
+        cloud.kill(name)
+    for pid, _ in qemus(cloud):
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not processes.guests(cloud.config), what="no guest is left")
+    asyncio.run(LinuxFabric(Layout.of(cloud.config)).teardown())
+    shutil.rmtree(cloud.folder / "run")
+    (cloud.folder / "run").mkdir()
+    for sock in cloud.config.guests_dir.glob("*/run/*.sock"):
+        sock.unlink()
+
+
+def test_guests_outlive_agents_and_come_back_after_a_power_cut(own_real_cloud: RealCloud) -> None:
+    cloud = own_real_cloud
+    cloud.launch("stays", "goes")
+    cloud.ssh("stays", "echo kept > keep; sync")
+    pids, boots = {name: pid_of(cloud, name) for name in ("stays", "goes")}, boot(cloud, "stays")
+
+    cloud.kill("agent")
+    assert cloud.ssh("stays", "cat keep").strip() == "kept", "a guest does not need an agent"
+    cloud.start("agent")
+    whole(cloud)
+    assert {name: pid_of(cloud, name) for name in pids} == pids and boot(cloud, "stays") == boots
+
+    # By itself, while no agent looks: still told from a death.
+    cloud.ssh("goes", "sudo systemd-run --on-active=2 systemctl poweroff")
+    cloud.kill("agent")
+    record = cloud.config.guests_dir / guest_of(cloud, "goes") / "run"
+    eventually(lambda: "Power down" in (record / "serial.log").read_text(errors="replace"), 60, "it powers itself off")
+    cloud.start("agent")
+    eventually(lambda: state(cloud, "goes") == "stopped", what="the instance follows")
+    whole(cloud)
+    assert [owner for _, owner in qemus(cloud)] == [guest_of(cloud, "stays")]
+
+    os.kill(pid_of(cloud, "stays"), signal.SIGKILL)
+    eventually(lambda: state(cloud, "stays") == "pending", what="its state says so")
+    eventually(lambda: state(cloud, "stays") == "running", 300, "it is restarted")
+    whole(cloud)
+    assert cloud.ssh("stays", "cat keep").strip() == "kept" and boot(cloud, "stays") != boots
+
+    before = addresses(cloud)
+    power_cut(cloud)
+    cloud.start("agent")
+    cloud.start("controller")
+    eventually(lambda: qemus(cloud) and state(cloud, "stays") == "running" and not leaks(cloud), 300, "what ran runs again")
+    assert state(cloud, "goes") == "stopped" and addresses(cloud) == before
+    assert [owner for _, owner in qemus(cloud)] == [guest_of(cloud, "stays")]
+    assert cloud.ssh("stays", "cat keep").strip() == "kept"
+
+
+def test_the_agent_dies_at_every_step_of_a_clone(own_real_cloud: RealCloud) -> None:
+    cloud = own_real_cloud
+    doom = Doom(cloud, "agent")
+    ready(cloud, "debian_12")
+    number = 0
+    while True:
+        died = doom.during(number, lambda: create(cloud, "one", "debian_12"))
+        # Once it has its identity it is somebody's server: the process that was there is there.
+        guest = guest_of(cloud, "one")
+        if guest in doom.survivors:
+            assert pid_of(cloud, "one") == doom.survivors[guest], died
+        if died is None or "ask" in died or guest in doom.survivors:
+            assert cloud.ssh("one", "hostname").strip() == "one"
+        cloud.client().delete_instance(instanceName="one")
+        whole(cloud)
+        if died is None:
+            break
+        number += 1
+    assert not doom.missed(), doom.deaths
+    assert any("ask" in death for death in doom.deaths)
+
+
+def test_a_reboot_that_an_agent_did_not_live_to_see_happens_once(own_real_cloud: RealCloud) -> None:
+    cloud = own_real_cloud
+    doom = Doom(cloud, "agent")
+    cloud.launch("one")
+    pid = pid_of(cloud, "one")
+
+    def boots() -> int:
+        return int(cloud.ssh("one", "sudo journalctl --list-boots -q --no-pager | wc -l"))
+
+    assert boots() == 1
+    doom.arm(1_000_000)
+    cloud.client().reboot_instance(instanceName="one")
+    steps = cloud.folder / "steps"
+    eventually(lambda: steps.exists() and "guest-shutdown" in steps.read_text(), 60, "the guest is asked to reboot")
+    time_to_be_heard = rows(cloud, "SELECT observed_reboots FROM guests")
+    doom.start()
+    whole(cloud, 300)
+    assert time_to_be_heard == [{"observed_reboots": 0}]
+    assert boots() == 2 and pid_of(cloud, "one") == pid
