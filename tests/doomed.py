@@ -1,8 +1,9 @@
 """A controller or an agent that ends itself with kill -9 between two of its steps.
 
-``python doomed.py agent|controller`` runs the real program. It is harmless until a test writes a number into
-``<data>/doom`` and sends SIGUSR1: from then on its steps are counted, and before the one with that number it kills itself.
-Each step's name is a line of ``<data>/steps``, so the last line says what did not happen any more.
+``python doomed.py agent|controller`` runs the real program. It is harmless until a test writes names of steps, one a line,
+into ``<data>/doom`` and sends SIGUSR1: before the first step that is not among them it kills itself. So a test that adds what
+it died before, and does the same again, comes to every step, whatever order they take. ``<data>/steps`` names the steps in
+their order; the last one is the one that did not happen any more. The second of a name is ``name #2``, and so on.
 
 The steps of the controller are its commits (before and after each that changes rows). Those of the agent are the calls of
 EFFECTS. That this list misses none is not left to care: every change to files and every child process that the agent makes
@@ -27,7 +28,7 @@ from typing import Any
 DATA = Path(os.environ["SKYSAIL_DATA"])
 # In this order: a function is wrapped before other modules take its name.
 EFFECTS = (
-    "skysail.kit.process:run", "shutil:rmtree", "os:chown",
+    "skysail.kit.process:run", "shutil:rmtree", "os:chown", "os:chmod", "os:unlink",
     "skysail.agent.ledger:Ledger.write", "skysail.agent.traffic:Traffic._write", "skysail.agent.keeper:Keeper._say",
     "skysail.storage.files:_finish", "skysail.storage.files:FilePool.remove",
     "skysail.network.linux:LinuxFabric.apply", "skysail.network.links:ensure_taps", "skysail.network.links:open_tap",
@@ -40,39 +41,45 @@ EFFECTS = (
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.chown", "os.link", "os.symlink", "os.truncate",
            "os.utime", "os.kill", "subprocess.Popen", "shutil.rmtree", "shutil.copyfile"}
 
-_left: int | None = None
+_survived: set[str] | None = None
+_seen: dict[str, int] = {}
 _lock = threading.Lock()
 # Inside of a step: what it is made of is part of it.
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside", default=False)
 
 
 def _arm(_signal: int, _frame: FrameType | None) -> None:
-    global _left
-    _left = int((DATA / "doom").read_text())
+    global _survived
+    _survived = None
+    _seen.clear()
+    survived = set((DATA / "doom").read_text().splitlines())
     (DATA / "steps").unlink(missing_ok=True)
     (DATA / "doom").unlink()
+    _survived = survived
 
 
 def step(name: str) -> None:
     """The next step is ``name``."""
-    global _left
     with _lock:
-        if _left is None:
+        if _survived is None:
             return
+        _seen[name] = _seen.get(name, 0) + 1
+        counted = name if _seen[name] == 1 else f"{name} #{_seen[name]}"
         with (DATA / "steps").open("a") as steps:
-            steps.write(f"{name}\n")
-        if _left == 0:
+            steps.write(f"{counted}\n")
+        if counted not in _survived and "everything" not in _survived:
             os.kill(os.getpid(), signal.SIGKILL)
-        _left -= 1
 
 
-def _named(function: str, args: tuple[Any, ...]) -> str | None:
-    """The step's name, or None for a call without effects."""
-    told = " ".join(str(word.get("execute", "message") if isinstance(word, dict) else word) for word in args
-                    if isinstance(word, (str, Path, dict)))
-    if function.endswith(("Monitor.execute", "Channel.ask")) and told.startswith(("query-", "guest-ping")):
-        return None
-    return f"{function} {told}".replace("\n", " ")[:200]
+def _named(function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The step's name, the same in each run; None for a call without effects."""
+    if function.endswith(("Monitor.execute", "Channel.ask")):
+        command = args[1] if isinstance(args[1], str) else args[1].get("execute", "a message")
+        return None if command.startswith("query-") or command == "guest-ping" else f"{function} {command}"
+    if function.endswith("process:run"):
+        return f"{function} {args[0][0]}"
+    # A record is named by what changes in it.
+    return " ".join([function, *kwargs]) if function.endswith("save") else function
 
 
 def wrap(effect: str) -> None:
@@ -84,15 +91,15 @@ def wrap(effect: str) -> None:
         owner = getattr(owner, name)
     function: Callable[..., Any] = getattr(owner, last)
 
-    def enter(args: tuple[Any, ...]) -> contextvars.Token[bool]:
-        name = _named(effect.rpartition(".")[2] if not classes else path, args)
+    def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> contextvars.Token[bool]:
+        name = _named(effect.rpartition(".")[2] if not classes else path, args, kwargs)
         if name is not None and not _inside.get():
             step(name)
         return _inside.set(True)
 
     @functools.wraps(function)
     def plain(*args: Any, **kwargs: Any) -> Any:
-        token = enter(args)
+        token = enter(args, kwargs)
         try:
             return function(*args, **kwargs)
         finally:
@@ -100,7 +107,7 @@ def wrap(effect: str) -> None:
 
     @functools.wraps(function)
     async def awaited(*args: Any, **kwargs: Any) -> Any:
-        token = enter(args)
+        token = enter(args, kwargs)
         try:
             return await function(*args, **kwargs)
         finally:
@@ -119,7 +126,7 @@ def _witness(event: str, args: tuple[Any, ...]) -> None:
     if sys._getframe(1).f_code.co_filename == __file__:
         return  # our own: the end
     # The data plane works in threads of its own, as parts of LinuxFabric.apply.
-    if _left is None or _inside.get() or threading.current_thread().name.startswith("in-"):
+    if _survived is None or _inside.get() or threading.current_thread().name.startswith("in-"):
         return
     places = []
     frame: FrameType | None = sys._getframe()
