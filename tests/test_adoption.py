@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import subprocess
 
 import pytest
 
@@ -123,3 +124,23 @@ def test_a_reboot_that_an_agent_did_not_live_to_see_happens_once(own_real_cloud:
     whole(cloud, 300)
     assert time_to_be_heard == [{"observed_reboots": 0}]
     assert boots() == 2 and pid_of(cloud, "one") == pid
+
+
+def test_a_guest_waits_for_room_on_a_full_disk_and_goes_on(own_real_cloud: RealCloud) -> None:
+    cloud = own_real_cloud
+    volumes = str(cloud.config.volumes_dir)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=72m", "tmpfs", volumes], check=True)
+    try:
+        cloud.launch("one")
+        pid, boots = pid_of(cloud, "one"), boot(cloud, "one")
+        cloud.ssh("one", "sudo systemd-run --unit fill dd if=/dev/urandom of=/big bs=1M count=120 oflag=direct")
+        eventually(lambda: state(cloud, "one") == "pending", 120, "its state says that it does not run")
+        eventually(lambda: "disk" in rows(cloud, "SELECT reason FROM guests")[0]["reason"], 60, "and why")
+        subprocess.run(["mount", "-o", "remount,size=600m", volumes], check=True)
+        eventually(lambda: state(cloud, "one") == "running", 120, "it goes on")
+        assert cloud.ssh("one", "while systemctl is-active -q fill; do sleep 1; done; stat -c %s /big").strip() == str(120 << 20)
+        assert pid_of(cloud, "one") == pid and boot(cloud, "one") == boots
+        cloud.client().delete_instance(instanceName="one")
+        whole(cloud)
+    finally:
+        subprocess.run(["umount", "--lazy", volumes], check=True)
