@@ -138,7 +138,8 @@ def test_a_guest_waits_for_room_on_a_full_disk_and_goes_on(own_real_cloud: RealC
         eventually(lambda: "disk" in rows(cloud, "SELECT reason FROM guests")[0]["reason"], 60, "and why")
         subprocess.run(["mount", "-o", "remount,size=600m", volumes], check=True)
         eventually(lambda: state(cloud, "one") == "running", 120, "it goes on")
-        assert cloud.ssh("one", "while systemctl is-active -q fill; do sleep 1; done; stat -c %s /big").strip() == str(120 << 20)
+        written = cloud.ssh("one", "while systemctl is-active -q fill; do sleep 1; done; stat -c %s /big")
+        assert int(written) == 120 << 20
         assert pid_of(cloud, "one") == pid and boot(cloud, "one") == boots
         cloud.client().delete_instance(instanceName="one")
         whole(cloud)
