@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
+import threading
+from pathlib import Path
 
+import httpx
 import pytest
 
 from conftest import RealCloud, eventually
+from skysail.hypervisor import confinement
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import Layout
 from skysail.serve import processes
@@ -145,3 +150,38 @@ def test_a_guest_waits_for_room_on_a_full_disk_and_goes_on(own_real_cloud: RealC
         whole(cloud)
     finally:
         subprocess.run(["umount", "--lazy", volumes], check=True)
+
+
+def test_a_template_that_an_agent_did_not_live_to_finish_is_swept_away(own_real_cloud: RealCloud) -> None:
+    cloud = own_real_cloud
+    cloud.stop()
+    # Beside the shared templates, which other clouds use at this moment, an empty folder of its own.
+    own = cloud.folder / "templates"
+    settings = (cloud.folder / "skysail.toml").read_text()
+    (cloud.folder / "skysail.toml").write_text(settings.replace(str(cloud.config.templates_dir), str(own)))
+    cloud.start("agent")
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(cloud.config.agent_socket)), timeout=300) as http:
+        image = http.get("http://agent/report").json()["images"][0]["digest"]
+        asking = threading.Thread(target=_prepare, args=(http, image))
+        asking.start()
+        eventually(lambda: list(own.glob(".*/run/qmp.sock")), 60, "a template boots")
+        (work,) = own.glob(".*")
+        cloud.kill("agent")
+        asking.join()
+    group = "template-" + work.name.split("-")[1]
+    assert any(folder.exists() for folder in confinement._folders(group)), "it is worth sweeping"
+    cloud.start("agent")
+    assert not list(own.iterdir()) and not any(folder.exists() for folder in confinement._folders(group))
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(work).encode() in arguments(path)]
+
+
+def _prepare(http: httpx.Client, image: str) -> None:
+    with contextlib.suppress(httpx.HTTPError):
+        http.post("http://agent/prepare", params={"image": image, "vcpus": 1})
+
+
+def arguments(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it ended meanwhile
+        return b""

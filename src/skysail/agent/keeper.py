@@ -109,15 +109,23 @@ class Keeper:
 
     async def follow(self) -> None:
         """Wake the task of each guest that changed by itself; runs until cancelled."""
-        async for report in self._hypervisor.changes():
-            if report.id not in self._wake:
-                continue
-            if report.state == "crashed":
-                now = asyncio.get_running_loop().time()
-                recent = [fall for fall in self._falls.get(report.id, []) if fall > now - STEADY_SECONDS]
-                self._falls[report.id] = [*recent, now]
-            await self._say(report)
-            self._wake[report.id].set()
+        while True:
+            try:
+                async for report in self._hypervisor.changes():
+                    await self._notice(report)
+            except Exception:
+                log.exception("looking for changes of guests goes on after a failure")
+                await asyncio.sleep(1.0)
+
+    async def _notice(self, report: GuestReport) -> None:
+        if report.id not in self._wake:
+            return
+        if report.state == "crashed":
+            now = asyncio.get_running_loop().time()
+            recent = [fall for fall in self._falls.get(report.id, []) if fall > now - STEADY_SECONDS]
+            self._falls[report.id] = [*recent, now]
+        self._wake[report.id].set()
+        await self._say(report)
 
     async def count_traffic(self) -> None:
         """Look at the network's counters now and then; runs until cancelled."""

@@ -79,6 +79,7 @@ class Templates:
         """End and remove what an agent that died was making. Only its own: the folder may be shared with other clouds."""
         confinement.sweep(f"{self._folder}/{self._mark}")
         for left in self._folder.glob(f"{self._mark}*"):
+            confinement.release(f"template-{left.name.removeprefix(self._mark).rpartition('-')[0]}")
             shutil.rmtree(left)
 
     @property
