@@ -35,7 +35,7 @@ from skysail.images.recipe import RECIPES
 from skysail.kit.config import Config, load
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import Layout
-from skysail.serve.up import end_guests
+from skysail.serve import processes
 
 CACHE = Path(os.environ.get("SKYSAIL_TEST_CACHE", "/var/cache/skysail-tests"))
 EVIDENCE = Path(__file__).parent.parent / "evidence"
@@ -69,12 +69,12 @@ class Cloud:
         self.config: Config = load(str(folder))
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str, program: tuple[str, ...] = ("-m", "skysail.serve.{name}")) -> None:
+    def start(self, name: str) -> None:
         """Start ``controller`` or ``agent`` and wait until it is healthy."""
         with (self.folder / f"{name}.log").open("ab") as out:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, *(word.format(name=name) for word in program)],
-                env={**os.environ, "SKYSAIL_DATA": str(self.folder)}, stdout=out, stderr=out)
+                [sys.executable, "-m", f"skysail.serve.{name}"], env={**os.environ, "SKYSAIL_DATA": str(self.folder)},
+                stdout=out, stderr=out)
         eventually(lambda: self._healthy(name), 30, f"{name} is healthy: {self.log(name)}")
 
     def _healthy(self, name: str) -> bool:
@@ -119,8 +119,8 @@ class Cloud:
 class RealCloud(Cloud):
     """A cloud whose guests are QEMU processes. :meth:`remove` ends them and takes their network down."""
 
-    def __init__(self, folder: Path, slot: int, cache: Path = CACHE) -> None:
-        super().__init__(folder, real_settings(slot, cache))
+    def __init__(self, folder: Path, slot: int) -> None:
+        super().__init__(folder, real_settings(slot))
 
     def launch(self, *names: str, blueprint: str = "debian_12", bundle: str = "nano_3_0",
                **more: Any) -> list[dict[str, Any]]:
@@ -159,15 +159,16 @@ class RealCloud(Cloud):
 
     def remove(self) -> None:
         self.stop()
-        end_guests(self.config)
+        for record in processes.guests(self.config):
+            processes.end(record, 0.1)
         asyncio.run(LinuxFabric(Layout.of(self.config)).teardown())
 
 
-def real_settings(slot: int, cache: Path = CACHE) -> str:
+def real_settings(slot: int) -> str:
     """The configuration of a cloud of real guests in ``slot``, beside others on this machine."""
     return (f'engines = "real"\nnamespace = "skytest{slot}"\nlink = "skytest{slot}"\n'
             f'transit = "100.115.90.{4 * slot}/30"\npublic_pool = "100.115.{100 + slot}.0/24"\n'
-            f'guest_uid_base = {2_000_000 + 100_000 * slot}\nimages = "{cache}/images"\ntemplates = "{cache}/templates"\n')
+            f'guest_uid_base = {2_000_000 + 100_000 * slot}\nimages = "{CACHE}/images"\ntemplates = "{CACHE}/templates"\n')
 
 
 @contextlib.contextmanager

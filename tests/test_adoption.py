@@ -15,22 +15,17 @@ import httpx
 import pytest
 
 from conftest import RealCloud, eventually
+from crashing import Doom, create, guest_of, leaks, pid_of, qemus, ready, rows, state, whole
 from skysail.hypervisor import confinement
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import Layout
 from skysail.serve import processes
-from test_crashes import Doom, create, guest_of, leaks, pid_of, qemus, ready, rows, whole
 
 pytestmark = pytest.mark.real
 
 
 def boot(cloud: RealCloud, name: str) -> str:
     return cloud.ssh(name, "cat /proc/sys/kernel/random/boot_id").strip()
-
-
-def state(cloud: RealCloud, name: str) -> str:
-    found: str = cloud.client().get_instance_state(instanceName=name)["state"]["name"]
-    return found
 
 
 def addresses(cloud: RealCloud) -> dict[str, tuple[str, str]]:
