@@ -71,7 +71,7 @@ def test_guests_outlive_agents_and_come_back_after_a_power_cut(own_real_cloud: R
 
     os.kill(pid_of(cloud, "stays"), signal.SIGKILL)
     eventually(lambda: state(cloud, "stays") == "pending", what="its state says so")
-    eventually(lambda: state(cloud, "stays") == "running", 300, "it is restarted")
+    eventually(lambda: state(cloud, "stays") == "running", 900, "it is restarted")
     whole(cloud)
     assert cloud.ssh("stays", "cat keep").strip() == "kept" and boot(cloud, "stays") != boots
 
@@ -79,7 +79,7 @@ def test_guests_outlive_agents_and_come_back_after_a_power_cut(own_real_cloud: R
     power_cut(cloud)
     cloud.start("agent")
     cloud.start("controller")
-    eventually(lambda: qemus(cloud) and state(cloud, "stays") == "running" and not leaks(cloud), 300, "what ran runs again")
+    eventually(lambda: qemus(cloud) and state(cloud, "stays") == "running" and not leaks(cloud), 900, "what ran runs again")
     assert state(cloud, "goes") == "stopped" and addresses(cloud) == before
     assert [owner for _, owner in qemus(cloud)] == [guest_of(cloud, "stays")]
     assert cloud.ssh("stays", "cat keep").strip() == "kept"
@@ -121,7 +121,7 @@ def test_a_reboot_that_an_agent_did_not_live_to_see_happens_once(own_real_cloud:
     eventually(lambda: steps.exists() and "guest-shutdown" in steps.read_text(), 60, "the guest is asked to reboot")
     time_to_be_heard = rows(cloud, "SELECT observed_reboots FROM guests")
     doom.start()
-    whole(cloud, 300)
+    whole(cloud, 900)
     assert time_to_be_heard == [{"observed_reboots": 0}]
     assert boots() == 2 and pid_of(cloud, "one") == pid
 
