@@ -16,9 +16,7 @@ from typing import Any
 
 import pytest
 
-from clouds import Cloud, RealCloud, eventually, running_cloud, running_real_cloud
-
-__all__ = ["Cloud", "RealCloud", "eventually"]
+from clouds import Cloud, RealCloud, running_cloud, running_real_cloud
 
 EVIDENCE = Path(__file__).parent.parent / "evidence"
 

@@ -12,7 +12,7 @@ from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from conftest import Cloud
+from clouds import Cloud
 
 
 def ask(cloud: Cloud, action: str = "GetRegions", body: bytes = b"{}", *, secret: str | None = None,

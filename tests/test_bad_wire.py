@@ -22,7 +22,7 @@ from botocore.auth import SigV4Auth, SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from conftest import Cloud
+from clouds import Cloud
 from skysail.api.wire import LINGER_SECONDS, MAX_CONNECTIONS, REQUEST_SECONDS
 
 TARGET = "Lightsail_20161128."

@@ -16,6 +16,7 @@ from skysail import doctor
 from skysail.cli.main import main
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
+from skysail.kit.process import started_at
 from skysail.serve import endpoint, processes, up
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -33,7 +34,7 @@ def test_a_process_is_found_again_and_stopped(config: Config) -> None:
     record = processes.start(config, "agent", SLEEPER, env=os.environ, digest="d")
     assert processes.find(config, "agent") == record
     assert processes.stop(config, "agent")
-    assert processes.start_time(record.pid) is None
+    assert started_at(record.pid) is None
     assert processes.find(config, "agent") is None
     assert not processes.stop(config, "agent")
 
@@ -43,7 +44,7 @@ def test_a_process_deaf_to_sigterm_is_killed(config: Config) -> None:
     log = processes.log_path(config, "agent")
     assert processes.wait_until(lambda: log.read_text() == "deaf\n", 20)
     assert processes.stop(config, "agent", grace_seconds=0.3)
-    assert processes.start_time(record.pid) is None
+    assert started_at(record.pid) is None
 
 
 def test_a_reused_pid_is_never_signalled(config: Config) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event, insert
 
-from conftest import Cloud, eventually
+from clouds import Cloud, eventually
 from skysail.kit.clock import HandClock
 from skysail.resources import accounts, names
 from skysail.resources.key_pairs import KeyPairs

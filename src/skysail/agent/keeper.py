@@ -19,6 +19,7 @@ from skysail.contract.document import Guest, HostDocument, Port
 from skysail.contract.report import GuestReport, GuestState, HostReport, ImageReport, Inventory
 from skysail.hypervisor import Hypervisor
 from skysail.kit.errors import SkysailError
+from skysail.kit.process import in_thread
 from skysail.network import Fabric
 from skysail.storage import Pool
 
@@ -57,6 +58,7 @@ class Keeper:
         self._applied: list[Port] | None = None
         self._news = asyncio.Condition()
         self._network = asyncio.Lock()
+        self._accepting = asyncio.Lock()
 
     async def start(self) -> None:
         """Adopt what runs, then converge to the last document; call once, before anything else."""
@@ -64,16 +66,21 @@ class Keeper:
             self._hold(report)
         document = self._ledger.read()
         if document is not None:
+            # One that went before we died has no port: its addresses may be another guest's by now.
+            self._departed |= {guest.id for guest in document.guests
+                               if guest.role == "gone" and guest.id not in self._guests}
             await self._take(document)
         await self._changed()
 
     async def accept(self, document: HostDocument) -> None:
         """Store the document, then converge to it behind the answer; raises StaleGeneration for an older one."""
-        if document.generation < self._report.generation:
-            raise StaleGeneration(f"generation {self._report.generation} is held, {document.generation} is older")
-        if document.generation > self._report.generation:
-            await asyncio.to_thread(self._ledger.write, document)
-        await self._take(document)
+        # One at a time: a controller that was killed may still have an older one under way behind its successor's.
+        async with self._accepting:
+            if document.generation < self._report.generation:
+                raise StaleGeneration(f"generation {self._report.generation} is held, {document.generation} is older")
+            if document.generation > self._report.generation:
+                await in_thread(self._ledger.write, document)
+            await self._take(document)
         await self._changed()
 
     async def _take(self, document: HostDocument) -> None:
@@ -83,6 +90,8 @@ class Keeper:
             self._wanted[guest.id] = guest
             if known != guest:
                 self._wake.setdefault(guest.id, asyncio.Event()).set()
+                if known is not None and known.starts != guest.starts:
+                    self._falls.pop(guest.id, None)  # its owner starts it: that is not made to wait
                 if known is not None and (known.role != guest.role or (guest.force and not known.force)):
                     # A launch or an orderly stop that nobody wants any more is not waited for.
                     self._call_off(guest.id)
@@ -100,15 +109,23 @@ class Keeper:
 
     async def follow(self) -> None:
         """Wake the task of each guest that changed by itself; runs until cancelled."""
-        async for report in self._hypervisor.changes():
-            if report.id not in self._wake:
-                continue
-            if report.state == "crashed":
-                now = asyncio.get_running_loop().time()
-                recent = [fall for fall in self._falls.get(report.id, []) if fall > now - STEADY_SECONDS]
-                self._falls[report.id] = [*recent, now]
-            await self._say(report)
-            self._wake[report.id].set()
+        while True:
+            try:
+                async for report in self._hypervisor.changes():
+                    await self._notice(report)
+            except Exception:
+                log.exception("looking for changes of guests goes on after a failure")
+                await asyncio.sleep(1.0)
+
+    async def _notice(self, report: GuestReport) -> None:
+        if report.id not in self._wake:
+            return
+        if report.state == "crashed":
+            now = asyncio.get_running_loop().time()
+            recent = [fall for fall in self._falls.get(report.id, []) if fall > now - STEADY_SECONDS]
+            self._falls[report.id] = [*recent, now]
+        self._wake[report.id].set()
+        await self._say(report)
 
     async def count_traffic(self) -> None:
         """Look at the network's counters now and then; runs until cancelled."""
@@ -164,19 +181,32 @@ class Keeper:
             except Exception as failure:
                 self._applied = None  # perhaps it was the network: look at it again
                 log.exception("guest %s did not converge", identifier)
-                held = self._guests.get(identifier)
-                # A guest that ran before is expected back; one that never did could not be made.
-                lived = held is not None and held.state not in ("preparing", "failed")
                 failures += 1
-                state: GuestState = "crashed" if lived else "failed" if failures >= TRIES else "preparing"
-                report = GuestReport(id=identifier, state=state, starts=guest.starts, reason=str(failure)[:500],
-                                     reboots=held.reboots if held else 0, host_keys=held.host_keys if held else ())
+                report = await self._failed(guest, failures, str(failure)[:500])
             await self._say(report)
             pause = BACK_OFF_SECONDS[min(failures, len(BACK_OFF_SECONDS)) - 1] if failures else None
             try:
                 await asyncio.wait_for(wake.wait(), pause)
             except TimeoutError:
                 continue
+
+    async def _failed(self, guest: Guest, failures: int, reason: str) -> GuestReport:
+        """How a guest stands that could not be brought to its role. What runs is said to run, whatever else went wrong."""
+        try:
+            seen = next((one for one in await self._hypervisor.observe() if one.id == guest.id), None)
+        except Exception:
+            log.exception("the guests could not be looked at")
+            seen = None
+        if guest.role != "run":
+            state: GuestState = "stopping" if seen is None or seen.state != "running" else "running"
+        elif seen is not None and (seen.state == "running" or seen.starts == guest.starts):
+            state = seen.state
+        else:
+            # It never ran for this start: its owner learns that it cannot, and why, after some tries.
+            state = "failed" if failures >= TRIES else "preparing"
+        return GuestReport(
+            id=guest.id, state=state, starts=guest.starts if state == "failed" or seen is None else seen.starts,
+            reboots=seen.reboots if seen else 0, reason=reason, host_keys=seen.host_keys if seen else ())
 
     async def _converge(self, guest: Guest) -> GuestReport:
         if guest.role == "run":

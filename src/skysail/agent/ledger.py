@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from pathlib import Path
 
 import msgspec
 
 from skysail.contract.document import HostDocument
+from skysail.kit import durable
+
+log = logging.getLogger(__name__)
 
 
 class Ledger:
@@ -17,21 +20,15 @@ class Ledger:
         self._path = path
 
     def read(self) -> HostDocument | None:
-        """The last document, or None on a fresh host."""
+        """The last document; None on a fresh host, and when the file cannot be read: the controller sends it again."""
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=HostDocument)
         except FileNotFoundError:
             return None
+        except msgspec.MsgspecError as damaged:
+            log.error("the ledger %s cannot be read (%s): waiting for the controller's document", self._path, damaged)
+            return None
 
     def write(self, document: HostDocument) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        half = self._path.with_suffix(".new")
-        descriptor = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(msgspec.json.encode(document))
-            file.flush()
-            os.fsync(file.fileno())
-        half.replace(self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        durable.replace(self._path, msgspec.json.encode(document))

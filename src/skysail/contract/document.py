@@ -6,13 +6,15 @@ bad restore stops nobody's server.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from skysail.contract import VERSION
 
 Role = Literal["run", "stop", "gone"]
+# The agent, which is root, makes names of files and devices from it, and removes them.
+Id = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9-]{0,62}\Z")]
 
 
 class FirewallRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,7 +30,7 @@ class FirewallRule(msgspec.Struct, frozen=True, kw_only=True):
 class Port(msgspec.Struct, frozen=True, kw_only=True):
     """A guest's place in the network. ``tenant`` numbers the account: guests of one tenant reach each other privately."""
 
-    id: str
+    id: Id
     mac: str
     tenant: int
     private_ipv4: str
@@ -39,7 +41,7 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
 class Volume(msgspec.Struct, frozen=True, kw_only=True):
     """A guest's system disk: a copy-on-write child of image ``image`` (its digest), ``size_gib`` large."""
 
-    id: str
+    id: Id
     image: str
     size_gib: int
 
@@ -59,7 +61,7 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
     powered itself off stays off until ``starts`` grows; a reboot is due while the agent has done fewer than ``reboots``.
     ``force`` skips the orderly shutdown when the role is ``stop``."""
 
-    id: str
+    id: Id
     instance: str
     role: Role
     starts: int

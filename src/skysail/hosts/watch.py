@@ -68,8 +68,15 @@ class Watch:
                 sent = document.generation
             except (httpx.HTTPError, OSError) as unreachable:
                 log.info("host %s: %s", self._host_id, unreachable)
-                await asyncio.sleep(RETRY_SECONDS)
-                self._changed.set()
+                await self._again()
+            except Exception:
+                # A database that is busy or full for a while must not end the only one who talks to this host.
+                log.exception("host %s was not sent its document", self._host_id)
+                await self._again()
+
+    async def _again(self) -> None:
+        await asyncio.sleep(RETRY_SECONDS)
+        self._changed.set()
 
     def _compile(self, sent: int) -> HostDocument | None:
         with self._database.transaction(write=False) as connection:
@@ -92,6 +99,8 @@ class Watch:
                     self._observed()
             except (httpx.HTTPError, OSError) as broken:
                 log.info("reports of host %s broke off: %s", self._host_id, broken)
+            except Exception:
+                log.exception("a report of host %s could not be taken in", self._host_id)
             await asyncio.sleep(RETRY_SECONDS)
 
     def _take_in(self, report: HostReport) -> None:

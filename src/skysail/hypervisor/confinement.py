@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from skysail.kit.errors import SkysailError
+from skysail.kit.process import started_at
 
 CGROUPS = Path("/sys/fs/cgroup")
 PERIOD_MICROSECONDS = 100_000
@@ -41,19 +42,6 @@ def _reap(process: subprocess.Popen[bytes]) -> None:
     threading.Thread(target=process.wait, name=f"reap-{process.pid}", daemon=True).start()
 
 
-def started_at(pid: int) -> int | None:
-    """When process ``pid`` was started, in clock ticks since boot (proc(5), field 22); None when there is none.
-
-    Pid and start time together name a process for good; a pid alone may have been given to another one.
-    """
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else int(fields[19])
-
-
 def kill(pid: int, started: int) -> None:
     """kill -9 that very process; nothing happens when it is gone already."""
     try:
@@ -69,41 +57,33 @@ def kill(pid: int, started: int) -> None:
         os.close(handle)
 
 
-def sweep(uid: int) -> None:
-    """kill -9 whatever runs as ``uid``, waiting until it is gone (at most 5 s).
+def sweep(place: str) -> None:
+    """kill -9 every QEMU whose control socket's path begins with ``place``, waiting until it is gone (at most 5 s).
 
-    A user id belongs to one guest alone. It closes the gap between the start of a process and the moment its pid is
-    written down: an agent that died in between left a process that no record names, holding the guest's disk.
+    It closes the gap between the start of a process and the moment its pid is written down: an agent that died in between
+    left a process that no record names, holding the guest's disk. The path tells our own from another cloud's guests, which
+    may run under the same user ids; the program tells it from whoever looks at that path.
     """
     end = time.monotonic() + 5.0
-    while found := [pid for pid in _pids(uid) if started_at(pid) is not None]:
-        for pid in found:
-            kill(pid, started_at(pid) or 0)
+    while found := holders(place):
+        for pid, started in found.items():
+            kill(pid, started)
         if time.monotonic() > end:
-            raise SkysailError(f"processes {found} of user id {uid} do not die", "look for a stuck disk: dmesg")
+            raise SkysailError(f"processes {list(found)} at {place} do not die", "look for a stuck disk: dmesg")
         time.sleep(0.005)
 
 
-def _pids(uid: int) -> list[int]:
-    found = []
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                if entry.stat().st_uid == uid:
-                    found.append(int(entry.name))
-    return found
-
-
-def processes_in(folder: Path) -> list[int]:
-    """Processes that run QEMU with an argument below ``folder``."""
-    mark, found = f"{folder}/".encode(), []
+def holders(place: str) -> dict[int, int]:
+    """Pid and start time of each QEMU, or what is about to become one, whose control socket's path begins with ``place``."""
+    mark, found = f"socket,id=qmp,path={place}".encode(), {}
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                path = Path(entry.path)
-                program = (path / "exe").readlink().name
-                if program.startswith("qemu-system-") and mark in (path / "cmdline").read_bytes():
-                    found.append(int(entry.name))
+                started = started_at(int(entry.name))
+                words = Path(entry.path, "cmdline").read_bytes().split(b"\0")
+                if started is not None and any(word.startswith(mark) for word in words) and (
+                        Path(entry.path, "exe").readlink().name.startswith(("qemu-system-", "unshare", "setpriv"))):
+                    found[int(entry.name)] = started
     return found
 
 

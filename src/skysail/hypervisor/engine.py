@@ -11,9 +11,9 @@ import msgspec
 from skysail.contract.document import Guest
 from skysail.contract.report import GuestReport
 from skysail.hypervisor import confinement, personality, process
-from skysail.hypervisor.guest import QemuGuest, Record, Workshop
+from skysail.hypervisor.guest import QemuGuest, Record, Workshop, remove
 from skysail.hypervisor.qmp import Gone
-from skysail.kit.errors import ProcessFailed
+from skysail.kit.errors import ProcessFailed, SkysailError
 from skysail.kit.process import run_async
 
 log = logging.getLogger(__name__)
@@ -29,10 +29,18 @@ class Qemu:
         self._guests: dict[str, QemuGuest] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._seen: dict[str, str] = {}
+        self._damaged: dict[str, int] = {}
         # A template that an earlier agent was booting is worth nothing without that agent.
-        confinement.sweep(uid_base)
+        workshop.templates.sweep()
         for path in sorted(workshop.guests.glob("*/guest.json")):
-            record = msgspec.json.decode(path.read_bytes(), type=Record)
+            try:
+                record = msgspec.json.decode(path.read_bytes(), type=Record)
+            except msgspec.MsgspecError as damaged:
+                # One guest's damage is not every guest's; its user id stays its own.
+                log.error("the record %s cannot be read: %s", path, damaged)
+                run = path.parent / "run"
+                self._damaged[path.parent.name] = run.stat().st_uid if run.exists() else 0
+                continue
             self._guests[record.id] = QemuGuest(workshop, record)
 
     async def ensure(self, guest: Guest) -> GuestReport:
@@ -41,22 +49,30 @@ class Qemu:
             if guest.role == "gone":
                 held = self._guests.get(guest.id)
                 if held is not None:
-                    await held.remove()
-                    del self._guests[guest.id]
+                    await held.kill()
+                # Also without a record: an agent may have died when half of the folder was removed.
+                await remove(self._shop.guests / guest.id)
+                self._guests.pop(guest.id, None)
+                self._damaged.pop(guest.id, None)
                 self._seen.pop(guest.id, None)
                 return GuestReport(id=guest.id, state="gone", starts=guest.starts, reboots=guest.reboots)
-            held = self._guests.get(guest.id) or self._new(guest.id)
+            held = self._guests.get(guest.id) or await self._new(guest)
             report = await (held.run(guest) if guest.role == "run" else held.stop(guest))
             self._seen[guest.id] = report.state
             return report
 
-    def _new(self, identifier: str) -> QemuGuest:
-        taken = {guest.record.uid for guest in self._guests.values()}
+    async def _new(self, guest: Guest) -> QemuGuest:
+        # The record is written before the volume is made, so this is no interrupted launch: it is somebody's disk.
+        if guest.id in self._damaged or guest.volume.id in await self._shop.volumes():
+            raise SkysailError(f"guest {guest.id} has a disk, but its record is lost or damaged",
+                               f"bring {self._shop.guests / guest.id / 'guest.json'} back, or delete the instance")
+        taken = {held.record.uid for held in self._guests.values()} | set(self._damaged.values())
         # The first is the templates' own.
         uid = next(uid for uid in range(self._uid_base + 1, self._uid_base + 60_000) if uid not in taken)
-        made = QemuGuest(self._shop, Record(id=identifier, uid=uid, identity=personality.make()))
+        made = QemuGuest(self._shop, Record(id=guest.id, uid=uid, identity=personality.make()))
+        # Taken before the first await: a second guest that is made at this moment gets another user id.
+        self._guests[guest.id] = made
         made.save()
-        self._guests[identifier] = made
         return made
 
     async def observe(self) -> list[GuestReport]:
@@ -74,7 +90,7 @@ class Qemu:
         folder = self._shop.guests
         named = {guest.record.process.pid for guest in self._guests.values() if guest.record.process is not None}
         found = [f"the folder {path.name} of no guest" for path in sorted(folder.iterdir()) if path.name not in self._guests]
-        return found + [f"process {pid} of no guest" for pid in confinement.processes_in(folder) if pid not in named]
+        return found + [f"process {pid} of no guest" for pid in confinement.holders(f"{folder}/") if pid not in named]
 
     async def changes(self) -> AsyncIterator[GuestReport]:
         """Guests that were running and are not any more. Looked for twice a second: it costs 0.4 ms a guest, and works
@@ -86,7 +102,13 @@ class Qemu:
                 if self._seen.get(identifier) != "running" or lock.locked():
                     continue
                 async with lock:
-                    report = await self._observed(guest)
+                    try:
+                        report = await self._observed(guest)
+                    except SkysailError as failure:
+                        log.warning("guest %s could not be looked at: %s", identifier, failure)
+                        continue
+                    if self._guests.get(identifier) is not guest:
+                        continue  # it was removed while we waited for the lock
                 if report.state != "running":
                     log.info("guest %s is %s", identifier, report.state)
                     self._seen[identifier] = report.state

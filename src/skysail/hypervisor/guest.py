@@ -8,13 +8,15 @@ server, so it is thrown away and made again.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import logging
 import os
 import shutil
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -25,12 +27,21 @@ from skysail.hypervisor.personality import Identity, Surroundings
 from skysail.hypervisor.process import Pid
 from skysail.hypervisor.qmp import Channel, Gone, Monitor, Refused, ask
 from skysail.hypervisor.template import Template, Templates
+from skysail.kit import durable
 from skysail.kit.errors import SkysailError
+from skysail.kit.process import in_thread
 
+log = logging.getLogger(__name__)
 # An orderly shutdown under emulation takes some 10 s; a guest that ignores the button is cut off after this.
 SHUTDOWN_SECONDS = 90.0
 BOOT_SECONDS = 300.0
 CLONE_SECONDS = 60.0
+
+# QEMU's run states (QMP Reference Manual, RunState) that are not simply "it runs". A process that waits to begin has run
+# nothing yet; one that stands on an I/O error waits for room on the disk and loses nothing.
+STATES: Mapping[str, GuestState] = {
+    "prelaunch": "starting", "inmigrate": "starting", "shutdown": "halted", "guest-panicked": "crashed",
+    "internal-error": "crashed", "io-error": "crashed"}
 
 MakeVolume = Callable[[Volume, Path, int, int], Awaitable[Path]]
 OpenPort = Callable[[Port], Awaitable[int]]
@@ -44,19 +55,25 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     ours: bool
 
 
-class Record(msgspec.Struct, kw_only=True):
-    """What must be known about a guest after a crash of everything else."""
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What must be known about a guest after a crash of everything else.
+
+    ``starts``: the owner's start that it last ran for. ``reboots``: the owner's reboots that are done. ``leaving``: the boot
+    that the reboot under way is to end, as the guest itself names it. ``halted``: it powered itself off. ``stopped``: its
+    owner stopped it. ``grown``: it has all of its plan's disk and memory, not only the template's.
+    """
 
     id: str
     uid: int
     identity: Identity
     made: bool = False
-    image: str = ""
     parent: str = ""
     process: Pid | None = None
     starts: int = 0
     reboots: int = 0
+    leaving: str = ""
     halted: bool = False
+    stopped: bool = False
     grown: bool = True
 
 
@@ -69,6 +86,7 @@ class Workshop(msgspec.Struct, frozen=True, kw_only=True):
     find_image: Callable[[str], Image | None]
     make_volume: MakeVolume
     drop_volume: Callable[[str], Awaitable[None]]
+    volumes: Callable[[], Awaitable[dict[str, Path]]]
     open_port: OpenPort
     around: Surroundings
 
@@ -80,6 +98,7 @@ class QemuGuest:
         self._shop = workshop
         self.record = record
         self._monitor: Monitor | None = None
+        self._connecting = asyncio.Lock()
         self._stages: dict[str, float] = {}
 
     @property
@@ -90,16 +109,14 @@ class QemuGuest:
         """Whether its process runs."""
         return self.record.process is not None and self.record.process.alive()
 
-    def save(self) -> None:
-        """Write the record, atomically and synced."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        half = self.folder / "guest.json.new"
-        descriptor = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(msgspec.json.encode(self.record))
-            file.flush()
-            os.fsync(file.fileno())
-        half.replace(self.folder / "guest.json")
+    def save(self, **changes: Any) -> None:
+        """Change the record on the disk, then here: what could not be written down (a full disk) did not happen."""
+        record = msgspec.structs.replace(self.record, **changes)
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
+            durable.sync(self._shop.guests)
+        durable.replace(self.folder / "guest.json", msgspec.json.encode(record))
+        self.record = record
 
     def report(self, state: GuestState, reason: str = "") -> GuestReport:
         """The guest as it stands."""
@@ -108,29 +125,27 @@ class QemuGuest:
 
     async def monitor(self) -> Monitor:
         """The control connection, made again after a restart of the agent."""
-        if self._monitor is None:
-            self._monitor = await Monitor.connect(self.folder / "run" / "qmp.sock")
-        return self._monitor
+        async with self._connecting:  # QEMU serves one connection: a second one would wait for the first to end
+            if self._monitor is None:
+                self._monitor = await Monitor.connect(self.folder / "run" / "qmp.sock")
+            return self._monitor
 
     async def look(self) -> GuestState:
-        """The state of the process, as QEMU itself says it."""
-        if not self.alive():
-            await self._forget_process()
-            return "halted" if self.record.halted else ("crashed" if self.record.made else "preparing")
-        try:
-            seen = await process.status(await self.monitor())
-        except Gone:
-            await self._leave()
-            if self.alive():
-                # Busy or hung is not dead: whoever asked tries again, and its disk stays its own.
-                raise
-            await self._forget_process()
-            return "crashed" if self.record.made else "preparing"
-        if seen == "shutdown":
+        """The state of the process, as QEMU itself says it; raises Gone while it lives but does not answer."""
+        if self.alive():
+            try:
+                return STATES.get(await process.status(await self.monitor()), "running")
+            except Gone:
+                await self._leave()
+                if self.alive():
+                    # Busy or hung is not dead: whoever asked tries again, and its disk stays its own.
+                    raise
+        await self._leave()
+        if self.record.stopped:
+            return "stopped"
+        if self.record.halted:
             return "halted"
-        if seen in ("guest-panicked", "internal-error", "io-error"):
-            return "crashed"
-        return "running"
+        return "crashed" if self.record.made else "preparing"
 
     async def run(self, guest: Guest) -> GuestReport:
         """Let it run: clone or boot it, or adopt it as it is; carry out a reboot that is due."""
@@ -138,32 +153,43 @@ class QemuGuest:
         process.trim_serial(self.folder / "run")
         if state == "halted" and self.record.starts >= guest.starts:
             # It powered itself off, and nobody asked for a start since.
-            self.record.halted = True
-            self.save()
+            self.save(halted=True)
             await self.kill()
             return self.report("halted")
+        if self.alive() and state == "crashed":
+            state = await self._resume()
         if self.alive() and (state != "running" or not self.record.made):
             await self.kill()
         if not self.alive():
-            self.record.halted = False
             await (self._boot(guest) if self.record.made else self._make(guest))
-            self.record.starts, self.record.reboots = guest.starts, guest.reboots
-            self.save()
-        elif not self.record.grown:
+            self.save(starts=guest.starts)
+            return self.report("running")
+        if not self.record.grown:
             await self._grow(guest, await self.monitor())
-        elif self.record.starts != guest.starts:
-            # Started again while a stop had not reached it: it runs, which is what was asked for.
-            self.record.starts = guest.starts
-            self.save()
-        elif self.record.reboots < guest.reboots:
+        if self.record.starts != guest.starts:
+            # An agent died while it booted, or it was started again while a stop had not reached it.
+            if self._image(guest.volume.image).ours:
+                await self._await_agent(await self.monitor())
+            self.save(starts=guest.starts)
+        if self.record.reboots < guest.reboots:
             await self._reboot(guest)
-            self.record.reboots = guest.reboots
-            self.save()
+            self.save(reboots=guest.reboots, leaving="")
         return self.report("running")
+
+    async def _resume(self) -> GuestState:
+        """Let a guest go on that stands because its disk could not be written; raises SkysailError while it cannot."""
+        monitor = await self.monitor()
+        if await process.status(monitor) != "io-error":
+            return "crashed"
+        await monitor.execute("cont")
+        await asyncio.sleep(0.5)  # QEMU repeats the writes that failed, and stops again at once if they fail again
+        if await process.status(monitor) == "io-error":
+            raise SkysailError("the guest waits because its disk cannot be written", "make room on the host's disk")
+        return await self.look()
 
     async def stop(self, guest: Guest) -> GuestReport:
         """Shut it down, orderly unless ``force``; its disk stays."""
-        if self.alive() and not guest.force and await self.look() == "running":
+        if self.alive() and self.record.made and not guest.force and await self.look() == "running":
             try:
                 monitor = await self.monitor()
                 await monitor.execute("system_powerdown")
@@ -173,32 +199,22 @@ class QemuGuest:
             except Gone:
                 pass  # it is off, which is what was asked for
         await self.kill()
-        self.record.starts, self.record.halted = guest.starts, False
-        self.save()
+        self.save(starts=guest.starts, halted=False, stopped=True)
         return self.report("stopped")
-
-    async def remove(self) -> None:
-        """No process, no folder; the volume is the pool's."""
-        await self.kill()
-        await asyncio.to_thread(shutil.rmtree, self.folder, True)
 
     async def kill(self) -> None:
         """End the process now, if there is one."""
         if self.record.process is not None:
             await process.end(self.record.process, self.record.id)
-        await asyncio.to_thread(confinement.sweep, self.record.uid)
-        await self._forget_process()
+        await clear(self.folder)
+        await self._leave()
+        if self.record.process is not None:
+            self.save(process=None)
 
     async def _leave(self) -> None:
         if self._monitor is not None:
             await self._monitor.close()
             self._monitor = None
-
-    async def _forget_process(self) -> None:
-        await self._leave()
-        if self.record.process is not None:
-            self.record.process = None
-            self.save()
 
     async def _make(self, guest: Guest) -> None:
         """First life: a clone of the template where the image can be templated, else a cold boot with a seed."""
@@ -210,18 +226,16 @@ class QemuGuest:
         template = await self._shop.templates.ensure(image, guest.vcpus) if image.ours else None
         self._stages["template"] = time.monotonic() - began
         if template is not None:
-            self.record.parent = str(template.disk)
+            self.save(parent=str(template.disk))
             await self._clone(guest, image, template, began)
         else:
-            self.record.parent = str(image.path)
-            await asyncio.to_thread(personality.write_seed, personality.seed(guest, self.record.identity,
-                                                                             self._shop.around), self._seed)
+            self.save(parent=str(image.path))
+            await in_thread(personality.write_seed, personality.seed(guest, self.record.identity, self._shop.around),
+                            self._seed)
             os.chown(self._seed, self.record.uid, self.record.uid)
-            self.record.image = image.digest
-            await self._cold(guest)
-            self.record.made = True
-        self.record.image = image.digest
-        self.save()
+            await self._cold(guest, await self._shop.make_volume(guest.volume, image.path, guest.volume.size_gib << 30,
+                                                                 self.record.uid))
+            self.save(made=True)
 
     @property
     def _seed(self) -> Path:
@@ -239,7 +253,7 @@ class QemuGuest:
         machine = self._machine(guest, (str(volume), str(template.disk), str(image.path)), pluggable=True, incoming=True,
                                 memory="clone", memory_file=str(template.memory),
                                 memory_mib=qemu.TEMPLATE_MEMORY_MIB)
-        monitor = await self._spawn(machine)
+        monitor = await self._spawn(guest, machine)
         self._stages["spawned"] = time.monotonic() - began
         # Connected before the restore, as it was when the template was saved: the personaliser's read never ends.
         channel = await Channel.connect(self.folder / "run" / "clone.sock")
@@ -256,8 +270,7 @@ class QemuGuest:
         if not answer.get("ready"):
             raise SkysailError(f"the clone could not take its identity: {answer}")
         # From here on its identity is on its disk (the personaliser synced it): never again thrown away.
-        self.record.made, self.record.grown = True, False
-        self.save()
+        self.save(made=True, grown=False)
         self._stages["personalised"] = time.monotonic() - began
         await self._grow(guest, monitor)
         self._stages["grown"] = time.monotonic() - began
@@ -271,27 +284,29 @@ class QemuGuest:
                 await monitor.execute("object-add",
                                       {"qom-type": "memory-backend-ram", "id": "more", "size": more << 20})
             await monitor.execute("device_add", {"driver": "pc-dimm", "id": "dimm", "memdev": "more"})
-        self.record.grown = True
-        self.save()
+        self.save(grown=True)
 
     async def _boot(self, guest: Guest) -> None:
         """Any later life: from its own disk, with all of its memory from the start."""
         self._stages = {}
-        await self._cold(guest)
+        volume = (await self._shop.volumes()).get(guest.volume.id)
+        if volume is None:
+            # A new one would boot as a blank server and hide the loss.
+            raise SkysailError(f"the volume {guest.volume.id} is not on this host any more",
+                               "bring its file back, or delete the instance")
+        await self._cold(guest, volume)
 
-    async def _cold(self, guest: Guest) -> None:
+    async def _cold(self, guest: Guest, volume: Path) -> None:
         began = time.monotonic()
         image = self._image(guest.volume.image)
         parents = [self.record.parent] if self.record.parent == str(image.path) else [self.record.parent, str(image.path)]
-        volume = await self._shop.make_volume(guest.volume, Path(self.record.parent), guest.volume.size_gib << 30,
-                                              self.record.uid)
         machine = self._machine(guest, (str(volume), *parents),
                                 seed=str(self._seed) if self._seed.exists() else "", memory_mib=guest.memory_mib)
-        monitor = await self._spawn(machine)
+        monitor = await self._spawn(guest, machine)
         # Also for a clone that died before it was grown: from here on it has all that its plan gives.
         await monitor.execute("block_resize", {"node-name": "disk", "size": guest.volume.size_gib << 30})
-        self.record.grown = True
-        self.save()
+        if not self.record.grown:
+            self.save(grown=True)
         await self._plug(guest, monitor)
         await monitor.execute("cont")
         self._stages["running"] = time.monotonic() - began
@@ -307,14 +322,19 @@ class QemuGuest:
             folder=str(self.folder / "run"), disk=chain, generation_id=self.record.identity.generation_id, memory=memory,
             memory_file=memory_file, pluggable=pluggable, incoming=incoming, seed=seed)
 
-    async def _spawn(self, machine: qemu.Machine) -> Monitor:
-        await asyncio.to_thread(confinement.sweep, self.record.uid)
+    async def _spawn(self, guest: Guest, machine: qemu.Machine) -> Monitor:
+        await in_thread(confinement.sweep, f"{self.folder}/")
         process.prepare(self.folder / "run", self.record.uid)
         self.folder.chmod(0o711)
-        pid, monitor = await process.start(machine, self.record.uid)
-        self.record.process, self._monitor = pid, monitor
-        self.save()
-        return monitor
+        pid, self._monitor = await process.start(machine, self.record.uid)
+        try:
+            # A boot is also any reboot that was due: asked for it again, an agent that died now would boot it twice.
+            self.save(process=pid, reboots=guest.reboots, leaving="", halted=False, stopped=False)
+        except OSError:
+            await self._leave()
+            await process.end(pid, machine.id)
+            raise
+        return self._monitor
 
     async def _plug(self, guest: Guest, monitor: Monitor) -> None:
         descriptor = await self._shop.open_port(guest.port)
@@ -324,36 +344,71 @@ class QemuGuest:
             os.close(descriptor)
 
     async def _await_agent(self, monitor: Monitor) -> None:
-        """Until the guest's agent answers, or the guest goes off by itself; raises SkysailError after BOOT_SECONDS."""
+        """Until the guest's agent answers, or the guest goes off by itself; at most BOOT_SECONDS, because its owner may have
+        removed the agent, and a guest that runs is not restarted for that."""
         end = time.monotonic() + BOOT_SECONDS
         while time.monotonic() < end:
             try:
-                await ask(self.folder / "run" / "agent.sock", {"execute": "guest-ping"}, 2.0)
+                await ask(self._agent, {"execute": "guest-ping"}, 2.0)
                 return
             except (Gone, Refused):
                 if await process.status(monitor) != "running":
                     return
                 await asyncio.sleep(0.2)
-        raise SkysailError("the guest did not come up in time", f"read its serial log: {self.folder / 'run/serial.log'}")
+        log.warning("guest %s runs, but its agent did not answer in %.0f s", self.record.id, BOOT_SECONDS)
 
     async def _reboot(self, guest: Guest) -> None:
-        """By the guest's own shutdown where its agent answers, else by the reset line."""
+        """By the guest's own shutdown where its agent answers, else by the reset line.
+
+        The boot to be left is written down first: an agent that comes after one that died in here sees by the guest's present
+        boot whether the reboot happened, and does not reboot it twice.
+        """
         monitor = await self.monitor()
-        monitor.forget_events()
         image = self._image(guest.volume.image)
-        agent = self.folder / "run" / "agent.sock"
-        try:
-            await ask(agent, {"execute": "guest-ping"}, 5.0)
-            asked = True
-            # An answer to guest-shutdown never comes: the agent goes down with its guest.
-            with contextlib.suppress(Gone):
-                await ask(agent, {"execute": "guest-shutdown", "arguments": {"mode": "reboot"}}, 1.0)
-        except (Gone, Refused):
+        if self.record.leaving:
+            await self._await_agent(monitor)
+        answers = await self._answers()
+        present = await self._present_boot() if answers else ""
+        if not (self.record.leaving and present and present != self.record.leaving):
+            if present:
+                self.save(leaving=present)
+            monitor.forget_events()
             asked = False
-        if not asked or not await self._saw_reset(monitor):
-            await monitor.execute("system_reset")
+            if answers:
+                # An answer to guest-shutdown never comes: the agent goes down with its guest.
+                with contextlib.suppress(Gone, Refused):
+                    await ask(self._agent, {"execute": "guest-shutdown", "arguments": {"mode": "reboot"}}, 1.0)
+                asked = await self._saw_reset(monitor)
+            if not asked:
+                await monitor.execute("system_reset")
         if image.ours:
             await self._await_agent(monitor)
+
+    @property
+    def _agent(self) -> Path:
+        return self.folder / "run" / "agent.sock"
+
+    async def _answers(self) -> bool:
+        try:
+            await ask(self._agent, {"execute": "guest-ping"}, 5.0)
+            return True
+        except (Gone, Refused):
+            return False
+
+    async def _present_boot(self) -> str:
+        """The guest's boot_id (proc(5)), read by its agent; empty when the agent does not say."""
+        try:
+            channel = await Channel.connect(self._agent)
+            try:
+                opened = await channel.ask({"execute": "guest-file-open", "arguments": {
+                    "path": "/proc/sys/kernel/random/boot_id", "mode": "r"}}, 5.0)
+                read = await channel.ask({"execute": "guest-file-read", "arguments": {"handle": opened, "count": 64}}, 5.0)
+                await channel.ask({"execute": "guest-file-close", "arguments": {"handle": opened}}, 5.0)
+                return base64.b64decode(read["buf-b64"]).decode(errors="replace").strip()
+            finally:
+                channel.close()
+        except (Gone, Refused, KeyError, TypeError, ValueError):
+            return ""
 
     async def _saw_reset(self, monitor: Monitor) -> bool:
         try:
@@ -363,3 +418,16 @@ class QemuGuest:
                 return True
         except TimeoutError:
             return False
+
+
+async def clear(folder: Path) -> None:
+    """No process works in this guest's folder, whether a record names it or not, and its cgroup is gone."""
+    await in_thread(confinement.sweep, f"{folder}/")
+    await in_thread(confinement.release, folder.name)
+
+
+async def remove(folder: Path) -> None:
+    """Clear the guest's folder and delete it; repeatable. The volume is the pool's."""
+    await clear(folder)
+    with contextlib.suppress(FileNotFoundError):
+        await in_thread(shutil.rmtree, folder)

@@ -14,19 +14,26 @@ import msgspec
 from skysail.hypervisor import confinement, qemu
 from skysail.hypervisor.qmp import Monitor
 from skysail.kit.errors import SkysailError
+from skysail.kit.process import in_thread, started_at
 
 PROGRAM = "qemu-system-x86_64"
 SERIAL_LIMIT_BYTES = 1 << 20
 
 
 class Pid(msgspec.Struct, frozen=True, kw_only=True):
-    """A process by pid and start time: the pair is never given to another one."""
+    """A process by pid, start time and boot of the machine: the three are never given to another one."""
 
     pid: int
     started: int
+    boot: str = ""
 
     def alive(self) -> bool:
-        return confinement.started_at(self.pid) == self.started
+        return started_at(self.pid) == self.started and self.boot in ("", machine_boot())
+
+
+def machine_boot() -> str:
+    """The id of the machine's present boot (proc(5), /proc/sys/kernel/random/boot_id)."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def prepare(folder: Path, uid: int) -> None:
@@ -52,10 +59,10 @@ async def start(machine: qemu.Machine, uid: int, extra: tuple[str, ...] = (),
         raise SkysailError(f"{PROGRAM} is not installed", "run: sudo ./skysail up")
     number = confinement.spawn([program, *qemu.argv(machine), *extra], uid=uid, log=log, groups=groups,
                                descriptors=descriptors)
-    started = confinement.started_at(number)
+    started = started_at(number)
     if started is None:
         raise SkysailError(f"QEMU ended at once: {said(log)}")
-    pid = Pid(pid=number, started=started)
+    pid = Pid(pid=number, started=started, boot=machine_boot())
     try:
         confinement.limit(machine.id, number, vcpus=machine.vcpus, memory_mib=machine.memory_mib)
         connecting = asyncio.create_task(Monitor.connect(folder / "qmp.sock"))
@@ -79,13 +86,14 @@ def said(log: Path) -> str:
 
 async def end(pid: Pid, name: str, seconds: float = 10.0) -> None:
     """The process is gone when this returns; its cgroup too. Raises SkysailError when the kernel keeps it."""
-    confinement.kill(pid.pid, pid.started)
+    if pid.alive():
+        confinement.kill(pid.pid, pid.started)
     stop = asyncio.get_running_loop().time() + seconds
     while pid.alive():
         if asyncio.get_running_loop().time() > stop:
             raise SkysailError(f"process {pid.pid} of guest {name} does not die", "look for a stuck disk: dmesg")
         await asyncio.sleep(0.01)
-    await asyncio.to_thread(confinement.release, name)
+    await in_thread(confinement.release, name)
 
 
 async def plug_network(monitor: Monitor, descriptor: int, mac: str) -> None:

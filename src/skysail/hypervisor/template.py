@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from skysail.hypervisor import process, qemu
+from skysail.hypervisor import confinement, process, qemu
 from skysail.hypervisor.qmp import Channel, Gone, Monitor, Refused, ask
+from skysail.kit import durable
 from skysail.kit.errors import SkysailError
-from skysail.kit.process import run_async
+from skysail.kit.process import in_thread, run_async
 
 if TYPE_CHECKING:
     from skysail.hypervisor.guest import Image
@@ -74,6 +75,18 @@ class Templates:
         self._builds: dict[str, asyncio.Task[None]] = {}
         self._version = ""
 
+    def sweep(self) -> None:
+        """End and remove what an agent that died was making. Only its own: the folder may be shared with other clouds."""
+        confinement.sweep(f"{self._folder}/{self._mark}")
+        for left in self._folder.glob(f"{self._mark}*"):
+            confinement.release(f"template-{left.name.removeprefix(self._mark).rpartition('-')[0]}")
+            shutil.rmtree(left)
+
+    @property
+    def _mark(self) -> str:
+        """How the names of this cloud's unfinished templates begin."""
+        return f".{self._uid}-"
+
     async def ensure(self, image: Image, vcpus: int) -> Template:
         """The template of ``image`` with ``vcpus`` processors; raises SkysailError when it cannot be made."""
         if not self._version:
@@ -92,7 +105,7 @@ class Templates:
 
     async def _build(self, key: str, image: Image, vcpus: int, folder: Path) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        work = self._folder / f".{key}-{secrets.token_hex(3)}"
+        work = self._folder / f"{self._mark}{key}-{secrets.token_hex(3)}"
         work.mkdir(mode=0o711)
         began = time.monotonic()
         try:
@@ -124,7 +137,11 @@ class Templates:
                 os.chown(path, 0, 0)
                 path.chmod(0o444)
             work.chmod(0o755)
+            # On the disk before it has its name: a power cut leaves a whole template or none.
+            for path in (*work.iterdir(), work):
+                await in_thread(durable.sync, path)
             work.rename(folder)
+            durable.sync(self._folder)
             self._progress(f"template {key}: ready after {time.monotonic() - began:.0f} s")
         except BaseException:
             with contextlib.suppress(FileNotFoundError):

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from skysail.kit.errors import ProcessFailed
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def run(argv: Sequence[str], *, input: bytes | None = None, env: Mapping[str, str] | None = None,
@@ -30,10 +35,28 @@ def run(argv: Sequence[str], *, input: bytes | None = None, env: Mapping[str, st
 
 async def run_async(argv: Sequence[str], *, input: bytes | None = None, timeout: float | None = None) -> bytes:
     """:func:`run`, off the event loop."""
-    work = asyncio.ensure_future(asyncio.to_thread(run, argv, input=input, timeout=timeout))
+    return await in_thread(run, argv, input=input, timeout=timeout)
+
+
+async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """``call`` in a thread. A thread cannot be called off: a cancelled caller waits for it, so that what it does is done
+    before the caller cleans up or somebody else begins."""
+    work = asyncio.ensure_future(asyncio.to_thread(call, *args, **kwargs))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
-        # The thread cannot be called off: wait for it, so that what it makes is there before its maker cleans up.
         await asyncio.wait((work,))
         raise
+
+
+def started_at(pid: int) -> int | None:
+    """When process ``pid`` was started, in clock ticks since boot (proc(5), field 22); None when there is none.
+
+    Pid and start time together name a process until the machine reboots; a pid alone may have been given to another one.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X") else int(fields[19])

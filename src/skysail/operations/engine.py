@@ -53,14 +53,18 @@ class Engine:
                 continue
 
     def drive(self) -> int:
-        """One pass over the open operations; how many steps committed."""
+        """One pass over the open operations; how many steps committed. One that cannot be carried on now, whatever its
+        reason, does not hold up the others."""
         with self._database.transaction(write=False) as connection:
             open_ids = connection.execute(select(operations.c.id).where(operations.c.done.is_(False))
                                           .order_by(operations.c.created_at)).scalars().all()
         committed = 0
         for identifier in open_ids:
-            while self._advance(identifier):
-                committed += 1
+            try:
+                while self._advance(identifier):
+                    committed += 1
+            except Exception:
+                log.exception("operation %s is tried again with the next pass", identifier)
         return committed
 
     def _advance(self, identifier: str) -> bool:

@@ -24,7 +24,7 @@ def _set_state(connection: Connection, instance_id: str, state: str) -> None:
 
 
 def _await_running(connection: Connection, operation: RowMapping, now: float) -> bool:
-    """The guest runs for at least the start that was asked for. A later stop or delete ends the wait: it won."""
+    """The guest runs, or has run, for at least the start that was asked for. A later stop or delete ends the wait: it won."""
     guest = _guest(connection, operation)
     if guest is None or guest["role"] != "run":
         return True
@@ -32,6 +32,8 @@ def _await_running(connection: Connection, operation: RowMapping, now: float) ->
         return False
     if guest["observed_state"] == "failed":
         raise StepFailed("InstanceLaunchFailed", guest["reason"] or "the guest could not be made")
+    if guest["observed_state"] == "halted":
+        return True  # it powered itself off already; the instance follows it
     if guest["observed_state"] != "running":
         return False
     _set_state(connection, operation["resource_id"], "running")
@@ -60,7 +62,8 @@ def _await_stopped(connection: Connection, operation: RowMapping, now: float) ->
     guest = _guest(connection, operation)
     if guest is None or guest["role"] != "stop":
         return True
-    if guest["observed_state"] not in ("stopped", "halted"):
+    # The start counts: what was seen before a start that this stop overtook says nothing.
+    if guest["observed_state"] not in ("stopped", "halted") or guest["observed_starts"] < operation["arguments"]["starts"]:
         return False
     _set_state(connection, operation["resource_id"], "stopped")
     return True
@@ -70,6 +73,8 @@ def _await_reboot(connection: Connection, operation: RowMapping, now: float) -> 
     guest = _guest(connection, operation)
     if guest is None or guest["role"] != "run":
         return True
+    if guest["observed_state"] == "halted" and guest["observed_starts"] == guest["starts"]:
+        return True  # it powered itself off instead; the instance follows it
     if guest["observed_reboots"] < operation["arguments"]["reboots"] or guest["observed_state"] != "running":
         return False
     _set_state(connection, operation["resource_id"], "running")
@@ -128,7 +133,7 @@ def follow(connection: Connection, now: float) -> int:
                 connection.execute(update(guests).where(guests.c.id == row["id"]).values(role="stop"))
                 desired.bump(connection, row["host_id"])
                 state = "stopped"
-            elif row["observed_state"] in ("crashed", "starting", "preparing"):
+            elif row["observed_state"] in ("crashed", "starting", "preparing", "failed"):
                 state = "pending"
             elif row["observed_state"] == "running":
                 state = "running"

@@ -54,7 +54,7 @@ def build(config: Config) -> Keeper:
     workshop = Workshop(
         guests=config.guests_dir, accelerator=accelerator, find_image=lambda digest: _image(library, digest),
         templates=Templates(config.templates_dir, accelerator, config.guest_uid_base), make_volume=pool.ensure,
-        drop_volume=pool.remove, open_port=fabric.open_port, around=surroundings(config))
+        drop_volume=pool.remove, volumes=pool.observe, open_port=fabric.open_port, around=surroundings(config))
     return Keeper(capacity(config, accelerator), Qemu(workshop, config.guest_uid_base), pool, fabric,
                   lambda: _reports(library), ledger, traffic)
 

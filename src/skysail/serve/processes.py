@@ -18,9 +18,10 @@ from pathlib import Path
 
 import msgspec
 
-from skysail.hypervisor.confinement import processes_in
+from skysail.hypervisor.confinement import holders
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
+from skysail.kit.process import started_at
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,16 +31,6 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     started: int
     digest: str = ""
-
-
-def start_time(pid: int) -> int | None:
-    """Clock ticks since boot at which ``pid`` started; None when there is no such process or only its zombie."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = text[text.rindex(")") + 2:].split()
-    return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
 def record_path(config: Config, name: str) -> Path:
@@ -58,7 +49,7 @@ def find(config: Config, name: str) -> Record | None:
         record = msgspec.json.decode(record_path(config, name).read_bytes(), type=Record)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
-    return record if start_time(record.pid) == record.started else None
+    return record if started_at(record.pid) == record.started else None
 
 
 def start(config: Config, name: str, argv: Sequence[str], *, env: Mapping[str, str], digest: str = "") -> Record:
@@ -72,7 +63,7 @@ def start(config: Config, name: str, argv: Sequence[str], *, env: Mapping[str, s
                                      cwd="/", start_new_session=True, close_fds=True)
         except OSError as refused:
             raise SkysailError(f"cannot start {name}: {refused}") from refused
-    started = start_time(child.pid)
+    started = started_at(child.pid)
     if started is None:
         raise SkysailError(f"{name} ended at once", cure=f"read {log}")
     record = Record(pid=child.pid, started=started, digest=digest)
@@ -98,7 +89,7 @@ def end(record: Record, grace_seconds: float) -> None:
     except ProcessLookupError:
         return
     try:
-        if start_time(record.pid) != record.started:
+        if started_at(record.pid) != record.started:
             return
         for number, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, 5.0)):
             with contextlib.suppress(ProcessLookupError):
@@ -113,9 +104,8 @@ def end(record: Record, grace_seconds: float) -> None:
 
 
 def guests(config: Config) -> list[Record]:
-    """QEMU processes of this cloud: program QEMU, and an argument names its guests folder."""
-    found = ((pid, start_time(pid)) for pid in processes_in(config.guests_dir))
-    return [Record(pid=pid, started=started) for pid, started in found if started is not None]
+    """QEMU processes of this cloud: their control sockets lie in its guests folder."""
+    return [Record(pid=pid, started=started) for pid, started in holders(f"{config.guests_dir}/").items()]
 
 
 def wait_until(ready: Callable[[], bool], seconds: float, pause_seconds: float = 0.1) -> bool:

@@ -23,6 +23,7 @@ import httpx
 import msgspec
 
 import skysail
+from skysail.hypervisor import confinement
 from skysail.images.build import fingerprint
 from skysail.images.library import Library
 from skysail.images.recipe import RECIPES
@@ -70,13 +71,21 @@ def down(config: Config, progress: Progress, guests: bool = False) -> None:
                 process.run(["systemctl", "disable", "--now", unit.name])
         progress(f"{name}: {'stopped' if processes.stop(config, name) else 'was not running'}")
     if guests:
-        running = processes.guests(config)
-        for record in running:
-            processes.end(record, 30.0)
-        progress(f"guests: {len(running)} ended")
+        progress(f"guests: {end_guests(config)} ended")
         if config.engines == "real":
             progress("network: taken down")
             asyncio.run(LinuxFabric(Layout.of(config)).teardown())
+
+
+def end_guests(config: Config) -> int:
+    """End every guest as a power cut would, with its cgroup; how many ran."""
+    running = processes.guests(config)
+    for record in running:
+        processes.end(record, 30.0)
+    if config.guests_dir.is_dir():
+        for folder in config.guests_dir.iterdir():
+            confinement.release(folder.name)
+    return len(running)
 
 
 def status(config: Config) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from pathlib import Path
 
 from skysail.contract.document import Volume
-from skysail.kit.process import run, run_async
+from skysail.kit import durable
+from skysail.kit.process import in_thread, run, run_async
 
 
 class FilePool:
@@ -28,7 +28,7 @@ class FilePool:
         half = path.with_suffix(".new")
         await run_async(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(parent), str(half),
                          str(size_bytes)])
-        await asyncio.to_thread(_finish, half, path, uid)
+        await in_thread(_finish, half, path, uid)
         return path
 
     async def observe(self) -> dict[str, Path]:
@@ -50,7 +50,6 @@ class FilePool:
 def _finish(half: Path, path: Path, uid: int) -> None:
     half.chmod(0o600)
     os.chown(half, uid, -1)
-    descriptor = os.open(half, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    durable.sync(half)
     half.replace(path)
+    durable.sync(path.parent)

@@ -1,0 +1,27 @@
+"""Files that survive a power cut: a rename is only on the disk once the file's content and its folder's entry are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """What was written to the file ``path``, or which names stand in the folder ``path``, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Give ``path`` this content: at every moment, also after a power cut, it holds the former content or this one whole."""
+    half = path.with_name(path.name + ".new")
+    descriptor = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    half.replace(path)
+    sync(path.parent)

@@ -1,0 +1,257 @@
+"""The keeper over simulated engines: adoption, back-off, documents in the wrong order, engines that fail."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from skysail.agent import keeper as keeping
+from skysail.agent.keeper import Keeper, StaleGeneration
+from skysail.agent.ledger import Ledger
+from skysail.agent.traffic import Traffic
+from skysail.contract.document import Guest, HostDocument, Personality, Port, Volume
+from skysail.contract.report import GuestReport, HostReport
+from skysail.hypervisor.sim import SimHypervisor
+from skysail.kit.errors import SkysailError
+from skysail.network.sim import SimFabric
+from skysail.storage.sim import SimPool
+
+CAPACITY = HostReport(host="h", boot="", sequence=0, generation=0, vcpus=4, memory_mib=4096, disk_gib=10, accelerator="sim")
+
+
+class Watched(SimHypervisor):
+    """Remembers when it started guests, and refuses to while ``broken`` says why."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.starts: list[float] = []
+        self.broken = ""
+
+    async def ensure(self, guest: Guest) -> GuestReport:
+        held = next((one for one in await self.observe() if one.id == guest.id), None)
+        off = held is not None and held.state == "halted" and held.starts >= guest.starts
+        if guest.role == "run" and not off and (held is None or held.state != "running"):
+            if self.broken:
+                raise SkysailError(self.broken)
+            self.starts.append(time.monotonic())
+        return await super().ensure(guest)
+
+
+class Fabric(SimFabric):
+    """A network that cannot be set while ``broken``."""
+
+    broken = False
+
+    async def apply(self, ports: Any) -> None:
+        if self.broken:
+            raise SkysailError("no network")
+        await super().apply(ports)
+
+
+class Host:
+    """A keeper with its engines, over a folder that outlives it."""
+
+    def __init__(self, folder: Path, hypervisor: Watched | None = None) -> None:
+        self.hypervisor = hypervisor or Watched()
+        self.fabric = Fabric()
+        self.keeper = Keeper(CAPACITY, self.hypervisor, SimPool(), self.fabric, lambda: [], Ledger(folder / "document.json"),
+                             Traffic(folder / "traffic.json"))
+
+    def seen(self, name: str = "g-1") -> GuestReport | None:
+        return next((guest for guest in self.keeper.report().guests if guest.id == name), None)
+
+    def state(self, name: str = "g-1") -> str:
+        found = self.seen(name)
+        return found.state if found else ""
+
+    async def until(self, true: Callable[[], Any], what: str = "") -> None:
+        async with asyncio.timeout(30):
+            while not true():
+                await asyncio.sleep(0.005)
+
+
+def guest(name: str = "g-1", role: Any = "run", starts: int = 1, address: int = 10, **more: Any) -> Guest:
+    return Guest(id=name, instance=name, role=role, starts=starts, reboots=0, vcpus=1, memory_mib=512,
+                 volume=Volume(id=name, image="0" * 64, size_gib=20),
+                 port=Port(id=name, mac=f"52:54:00:00:00:{address:02x}", tenant=1, private_ipv4=f"172.26.0.{address}",
+                           public_ipv4=f"100.115.93.{address}"),
+                 personality=Personality(hostname=name, user="admin"), **more)
+
+
+def document(generation: int, *guests: Guest) -> HostDocument:
+    return HostDocument(host="h", generation=generation, guests=guests)
+
+
+def live(scenario: Callable[[], Awaitable[None]]) -> None:
+    """Run a scenario with whatever the keepers in it follow."""
+    asyncio.run(scenario())  # type: ignore[arg-type]
+
+
+async def started(host: Host) -> Host:
+    await host.keeper.start()
+    host.following = asyncio.create_task(host.keeper.follow())  # type: ignore[attr-defined]
+    return host
+
+
+def test_a_guest_that_keeps_dying_is_started_later_and_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = (0.05, 0.3, 0.6, 1.2)
+    monkeypatch.setattr(keeping, "BACK_OFF_SECONDS", pauses)
+
+    async def scenario() -> None:
+        host = await started(Host(tmp_path))
+        await host.keeper.accept(document(1, guest()))
+        await host.until(lambda: host.state() == "running")
+        fallen = []
+        for fall in range(5):
+            fallen.append(time.monotonic())
+            host.hypervisor.crash("g-1")
+            if fall:
+                await host.until(lambda: host.state() == "crashed", "it says so")
+            await host.until(lambda fall=fall: len(host.hypervisor.starts) == fall + 2 and host.state() == "running")
+        rests = [start - fall for start, fall in zip(host.hypervisor.starts[1:], fallen, strict=True)]
+        # The first fall is forgiven; then each rest is at least as long as its turn says.
+        assert all(rest >= pause for rest, pause in zip(rests[1:], (0.3, 0.6, 1.2, 1.2), strict=True)), rests
+
+        monkeypatch.setattr(keeping, "BACK_OFF_SECONDS", (600.0,))
+        host.hypervisor.crash("g-1")
+        await host.until(lambda: host.state() == "crashed")
+        await host.keeper.accept(document(2, guest(starts=2)))
+        await host.until(lambda: host.state() == "running", "its owner does not wait")
+    live(scenario)
+
+
+def test_a_guest_that_powers_itself_off_stays_off(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        host = await started(Host(tmp_path))
+        await host.keeper.accept(document(1, guest()))
+        await host.until(lambda: host.state() == "running")
+        host.hypervisor.halt("g-1")
+        await host.until(lambda: host.state() == "halted")
+        await asyncio.sleep(0.2)
+        assert len(host.hypervisor.starts) == 1 and host.state() == "halted"
+        await host.keeper.accept(document(2, guest(starts=2)))
+        await host.until(lambda: host.state() == "running")
+    live(scenario)
+
+
+def test_a_restarted_keeper_adopts_and_goes_on_without_its_controller(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        first = await started(Host(tmp_path))
+        await first.keeper.accept(document(7, guest(), guest("g-2", address=11)))
+        await first.until(lambda: first.state() == first.state("g-2") == "running")
+        second = await started(Host(tmp_path, first.hypervisor))
+        assert second.state() == second.state("g-2") == "running"
+        second.hypervisor.crash("g-2")
+        await second.until(lambda: len(second.hypervisor.starts) == 3 and second.state("g-2") == "running")
+        assert second.keeper.report().generation == 7
+        with pytest.raises(StaleGeneration):
+            await second.keeper.accept(document(6))
+        # Missing is not gone.
+        await second.keeper.accept(document(8))
+        await asyncio.sleep(0.1)
+        assert {one.id for one in await second.hypervisor.observe()} == {"g-1", "g-2"}
+    live(scenario)
+
+
+def test_a_damaged_ledger_stops_nobody(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        first = await started(Host(tmp_path))
+        await first.keeper.accept(document(7, guest()))
+        await first.until(lambda: first.state() == "running")
+        (tmp_path / "document.json").write_bytes(b'{"host": "h", "gen')
+        second = await started(Host(tmp_path, first.hypervisor))
+        assert second.state() == "running"
+        await second.keeper.accept(document(7, guest()))
+        assert Ledger(tmp_path / "document.json").read() == document(7, guest())
+    live(scenario)
+
+
+def test_of_two_documents_at_once_the_newer_one_stays(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        host = await started(Host(tmp_path))
+        await asyncio.gather(*(host.keeper.accept(document(number, guest(starts=number))) for number in (5, 9, 7)),
+                             return_exceptions=True)
+        kept = Ledger(tmp_path / "document.json").read()
+        assert kept is not None and kept.generation == host.keeper.report().generation == 9
+    live(scenario)
+
+
+def test_a_start_that_cannot_be_is_said_to_have_failed_after_some_tries(tmp_path: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "BACK_OFF_SECONDS", (0.02,))
+
+    async def scenario() -> None:
+        host = await started(Host(tmp_path))
+        host.hypervisor.broken = "no such image"
+        await host.keeper.accept(document(1, guest()))
+        await host.until(lambda: host.state() == "failed")
+        assert (host.seen().reason, host.seen().starts) == ("no such image", 1)  # type: ignore[union-attr]
+        host.hypervisor.broken = ""
+        await host.until(lambda: host.state() == "running")
+        # A later start that cannot be fails too; that is not a guest that died.
+        await host.keeper.accept(document(2, guest(role="stop")))
+        await host.until(lambda: host.state() == "stopped")
+        host.hypervisor.broken = "no such image"
+        await host.keeper.accept(document(3, guest(starts=2)))
+        await host.until(lambda: host.state() == "failed")
+        assert host.seen().starts == 2  # type: ignore[union-attr]
+    live(scenario)
+
+
+def test_a_guest_that_dies_and_cannot_come_back_has_crashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "BACK_OFF_SECONDS", (0.02,))
+
+    async def scenario() -> None:
+        host = await started(Host(tmp_path))
+        await host.keeper.accept(document(1, guest()))
+        await host.until(lambda: host.state() == "running")
+        host.hypervisor.broken = "no such image"
+        host.hypervisor.crash("g-1")
+        await host.until(lambda: host.seen() is not None and host.seen().reason == "no such image")  # type: ignore[union-attr]
+        await asyncio.sleep(0.2)
+        assert host.state() == "crashed"
+    live(scenario)
+
+
+def test_a_guest_that_runs_is_not_called_dead_because_the_network_cannot_be_set(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        host = await started(Host(tmp_path))
+        await host.keeper.accept(document(1, guest()))
+        await host.until(lambda: host.state() == "running")
+        host.fabric.broken = True
+        changed = msgspec.structs.replace(guest(), port=msgspec.structs.replace(guest().port, private_ipv4="172.26.0.99"))
+        await host.keeper.accept(document(2, changed))
+        await host.until(lambda: host.seen().reason == "no network")  # type: ignore[union-attr]
+        assert host.state() == "running"
+    live(scenario)
+
+
+def test_a_guest_that_went_before_a_crash_gives_its_addresses_free(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        Ledger(tmp_path / "document.json").write(document(4, guest(role="gone")))
+        host = Host(tmp_path)
+        applied: list[list[str]] = []
+        plain = host.fabric.apply
+
+        async def apply(ports: Any) -> None:
+            applied.append([port.public_ipv4 for port in ports])
+            await plain(ports)
+        host.fabric.apply = apply  # type: ignore[method-assign]
+        await started(host)
+        await host.keeper.accept(document(5, guest("g-2")))  # the same addresses
+        await host.until(lambda: host.state("g-2") == "running")
+        assert applied and all(len(set(addresses)) == len(addresses) for addresses in applied)
+    live(scenario)
+
+
+@pytest.mark.parametrize("name", ["", "../../etc", "a/b", "g-1\n", "x" * 80])
+def test_a_document_cannot_name_a_guest_by_a_path(name: str) -> None:
+    honest = msgspec.json.encode(document(1, guest()))
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(honest.replace(b'"id":"g-1"', b'"id":' + msgspec.json.encode(name)), type=HostDocument)
