@@ -39,6 +39,7 @@ from skysail.serve import processes
 
 CACHE = Path(os.environ.get("SKYSAIL_TEST_CACHE", "/var/cache/skysail-tests"))
 EVIDENCE = Path(__file__).parent.parent / "evidence"
+GOLDEN = Path(__file__).parent / "golden"
 SLOTS = 16
 # Not in the cache, of which there may be several: slots are the machine's.
 SLOT_LOCKS = Path("/run/lock/skysail-tests")
@@ -219,6 +220,8 @@ def running_real_cloud() -> Iterator[RealCloud]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--hostile", type=int, default=300, help="how many hostile requests tests/test_hostile.py makes")
+    parser.addoption("--regenerate-golden", action="store_true",
+                     help="write the files in tests/golden anew instead of comparing with them; read the difference")
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -242,6 +245,19 @@ def keep_evidence(cloud: Cloud, target: Path) -> None:
         for where, inside in {"machine": [], "namespace": ["ip", "netns", "exec", cloud.config.namespace]}.items():
             done = subprocess.run([*inside, *argv], capture_output=True, check=False)
             (target / f"{name}-{where}.txt").write_bytes(done.stdout + done.stderr)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Holds a text to the file of that name in tests/golden. A change of it shows up as a difference that somebody reads."""
+    def hold(name: str, text: str) -> None:
+        path = GOLDEN / name
+        if request.config.getoption("--regenerate-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        assert path.exists(), f"{path} does not exist: run pytest --regenerate-golden, and read what it wrote"
+        assert text.splitlines() == path.read_text().splitlines(), f"differs from {path}"
+    return hold
 
 
 @pytest.fixture
