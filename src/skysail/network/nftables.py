@@ -150,12 +150,20 @@ def _inet(layout: Layout, ports: Sequence[Port]) -> list[str]:
         type filter hook forward priority filter; policy drop;
         ct state {{ established, related }} accept
         iifname "{BRIDGE}" oifname "{UPLINK}" ct state new accept
-        oifname "{BRIDGE}" ct state new ct status dnat ip daddr vmap @firewalls
+        oifname "{BRIDGE}" ct state new ct status dnat accept
     }}
     # From guest to guest's public address too: the other side sees a public address and answers through the gateway.
     chain postrouting {{
         type nat hook postrouting priority srcnat; policy accept;
         snat ip to ip saddr map @outward
+    }}
+    # After the source NAT: a rule names its clients by the addresses that everybody sees them by, another guest too.
+    chain firewall {{
+        type filter hook postrouting priority srcnat + 10; policy accept;
+        oifname != "{BRIDGE}" accept
+        ct state != new accept
+        ip daddr vmap @firewalls
+        drop
     }}
 }}"""]
 
