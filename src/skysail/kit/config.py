@@ -11,7 +11,8 @@ import msgspec
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an operator can choose. Every path derives from ``data``.
 
-    ``regions`` maps a region name to the letters of its zones; ``default_region`` is the one that clients are pointed at.
+    ``default_region`` is the one that clients are pointed at, ``zones`` the letters of its zones. Each guest has one address
+    of the IPv6 prefix ``public_ipv6``: a unique local one (RFC 4193) leaves the machine masqueraded, '' gives none.
     """
 
     data: str = "/var/lib/skysail"
@@ -24,6 +25,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     transit: str = "100.115.92.0/30"
     private_network: str = "172.26.0.0/16"
     public_pool: str = "100.115.93.0/24"
+    public_ipv6: str = "fd53:6b79:7361::/64"
     images: str = ""
     templates: str = ""
     resolvers: tuple[str, ...] = ()
