@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import itertools
 import os
 import select
 import socket
@@ -24,12 +25,14 @@ from pyroute2 import IPRoute
 from skysail.contract.document import Port
 from skysail.network import links
 from skysail.network.linux import LinuxFabric
-from skysail.network.plan import MTU, Layout
+from skysail.network.plan import GATEWAY_IPV6, MTU, Layout
 
 T = TypeVar("T")
 # A positive answer may take this long on a busy machine; silence is believed after the other.
 PATIENCE_SECONDS, SILENCE_SECONDS = 20.0, 1.0
 MACHINE, WORLD, STRANGER = "198.51.100.1", "198.51.100.2", "203.0.113.2"
+MACHINE6, WORLD6, STRANGER6 = "2001:db8:1::1", "2001:db8:1::2", "2001:db8:2::2"
+IDENTIFIERS = itertools.count(1)
 TUN_DEVICE, TUNSETIFF = "/dev/net/tun", 0x400454CA
 
 
@@ -53,6 +56,7 @@ class Place:
     def __init__(self, namespace: str) -> None:
         self.namespace = namespace
         links.ensure_namespace(namespace)
+        self.setting("ipv6/conf/default/accept_dad", "0")  # addresses are good at once
         with self.netlink() as ipr:
             ipr.link("set", index=1, state="up")
 
@@ -130,13 +134,13 @@ class Place:
 
     def pings(self, address: str, seconds: float = PATIENCE_SECONDS) -> bool:
         """An echo request is answered (RFC 792, RFC 4443), asked once a second."""
-        six = ":" in address
+        six, identifier = ":" in address, next(IDENTIFIERS)  # a new one is a new flow
         protocol = socket.IPPROTO_ICMPV6 if six else socket.IPPROTO_ICMP
         with socket_in(self.namespace, family_of(address), socket.SOCK_RAW, protocol) as raw:
             end, number = time.monotonic() + seconds, 0
             while time.monotonic() < end:
                 number += 1
-                body = struct.pack("!HH", os.getpid() & 0xFFFF, number) + b"skysail!"
+                body = struct.pack("!HH", identifier, number) + b"skysail!"
                 head = struct.pack("!BBH", 128 if six else 8, 0, 0 if six else checksum(b"\x08\0\0\0" + body))
                 with contextlib.suppress(OSError):
                     raw.sendto(head + body, (address, 0))
@@ -188,13 +192,15 @@ class Guest(Place):
         self._port = descriptor
         self._card = links.inside(namespace, lambda: attach(self.card))
         self._ended, self._end = os.pipe()
-        self.setting("ipv6/conf/default/accept_dad", "0")
         with self.netlink() as ipr:
             index = ipr.link_lookup(ifname=self.card)[0]
             ipr.link("set", index=index, address=port.mac, mtu=MTU)
             ipr.link("set", index=index, state="up")
             ipr.addr("add", index=index, address=port.private_ipv4, prefixlen=layout.private_prefix)
             ipr.route("add", dst="0.0.0.0/0", gateway=str(layout.gateway))
+            if port.public_ipv6:
+                ipr.addr("add", index=index, address=port.public_ipv6, prefixlen=128, family=socket.AF_INET6)
+                ipr.route("add", dst="::/0", gateway=str(GATEWAY_IPV6), oif=index, family=socket.AF_INET6)
         self._carrier = threading.Thread(target=self._carry, daemon=True)
         self._carrier.start()
 
@@ -238,20 +244,24 @@ class Stage:
         self.machine = Place(f"{mark}m")
         for which in ("all", "default"):
             self.machine.setting(f"ipv4/conf/{which}/rp_filter", "0")  # some machines filter nothing by themselves
-        self.world = self._outside("w", MACHINE, WORLD)
-        self.stranger = self._outside("s", "203.0.113.1", STRANGER)
+        self.world = self._outside("w", MACHINE, WORLD, MACHINE6, WORLD6)
+        self.stranger = self._outside("s", "203.0.113.1", STRANGER, "2001:db8:2::1", STRANGER6)
         with self.stranger.netlink() as ipr:
             ipr.route("add", dst=layout.public_pool, gateway="203.0.113.1")
+            if layout.public_ipv6:
+                ipr.route("add", dst=layout.public_ipv6, gateway="2001:db8:2::1", family=socket.AF_INET6)
         self.fabric = LinuxFabric(layout)
         self.guests: list[Guest] = []
         self._born = 0
 
-    def _outside(self, letter: str, here: str, there: str) -> Place:
+    def _outside(self, letter: str, here: str, there: str, here6: str, there6: str) -> Place:
         made = Place(f"{self.mark}{letter}")
         with self.machine.netlink() as ipr:
             ipr.link("add", ifname=f"out-{letter}", kind="veth", peer={"ifname": "eth0", "net_ns_fd": made.namespace})
         self.machine.address(f"out-{letter}", here, 24)
         made.address("eth0", there, 24)
+        self.machine.address(f"out-{letter}", here6, 64)
+        made.address("eth0", there6, 64)
         return made
 
     def apply(self, *ports: Port) -> None:
@@ -296,6 +306,37 @@ def udp4(source: str, target: str, port: int, text: bytes) -> bytes:
     head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(body), 1, 0, 64, socket.IPPROTO_UDP, 0, socket.inet_aton(source),
                        socket.inet_aton(target))
     return head[:10] + struct.pack("!H", checksum(head)) + head[12:] + body
+
+
+def packet6(source: str, target: str, kind: int, body: bytes, hops: int = 255) -> bytes:
+    """An IPv6 packet (RFC 8200); ``kind`` is the next header, whose checksum stands where UDP and ICMPv6 have it."""
+    ends = socket.inet_pton(socket.AF_INET6, source) + socket.inet_pton(socket.AF_INET6, target)
+    at = 2 if kind == socket.IPPROTO_ICMPV6 else 6
+    sealed = checksum(ends + struct.pack("!II", len(body), kind) + body)
+    body = body[:at] + struct.pack("!H", sealed) + body[at + 2:]
+    return struct.pack("!IHBB", 6 << 28, len(body), kind, hops) + ends + body
+
+
+def udp6(source: str, target: str, port: int, text: bytes) -> bytes:
+    """An IPv6 packet with a datagram."""
+    return packet6(source, target, socket.IPPROTO_UDP, struct.pack("!HHHH", 40000, port, 8 + len(text), 0) + text)
+
+
+def advert6(source: str, target: str, address: str, mac: str) -> bytes:
+    """A neighbour advertisement that overrides what its reader knew (RFC 4861, 4.4)."""
+    return packet6(source, target, socket.IPPROTO_ICMPV6, struct.pack("!BBHI16sBB6s", 136, 0, 0, 0x20000000, socket.inet_pton(
+        socket.AF_INET6, address), 2, 1, octets(mac)))
+
+
+def solicit6(source: str, target: str, address: str, mac: str) -> bytes:
+    """A neighbour solicitation (RFC 4861, 4.3)."""
+    return packet6(source, target, socket.IPPROTO_ICMPV6, struct.pack("!BBHI16sBB6s", 135, 0, 0, 0, socket.inet_pton(
+        socket.AF_INET6, address), 1, 1, octets(mac)))
+
+
+def router6(source: str, target: str) -> bytes:
+    """A router advertisement: "I am your way out" (RFC 4861, 4.2)."""
+    return packet6(source, target, socket.IPPROTO_ICMPV6, struct.pack("!BBHBBHII", 134, 0, 0, 64, 0, 1800, 0, 0))
 
 
 def arp(operation: int, sender_mac: str, sender: str, target_mac: str, target: str) -> bytes:

@@ -20,7 +20,7 @@ from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
 from skysail.network import Fabric, links
 from skysail.network.linux import LinuxFabric
-from skysail.network.plan import BRIDGE, UPLINK, Layout, tap_name
+from skysail.network.plan import BRIDGE, UPLINK, Layout, link_local, tap_name
 from skysail.network.sim import SimFabric
 from stage import Place, within
 
@@ -30,7 +30,8 @@ Call = Callable[[], Coroutine[Any, Any, Any]]
 
 def port(number: int, tenant: int = 1) -> Port:
     return Port(id=f"g-{number}", mac=f"52:54:00:00:00:{number:02x}", tenant=tenant, private_ipv4=f"172.26.0.{number}",
-                public_ipv4=f"100.115.93.{number}", firewall=(FirewallRule(protocol="tcp", from_port=22, to_port=22),))
+                public_ipv4=f"100.115.93.{number}", public_ipv6=f"fd53:6b79:7361::{number:x}",
+                firewall=(FirewallRule(protocol="tcp", from_port=22, to_port=22),))
 
 
 ONE, TWO, THREE = port(10), port(11), port(12, 2)
@@ -133,6 +134,7 @@ def test_a_port_that_was_not_applied_is_not_opened(door: Door, first: tuple[Port
 
 
 @pytest.mark.parametrize("wrong", [{"mac": ONE.mac}, {"private_ipv4": ONE.private_ipv4}, {"public_ipv4": ONE.public_ipv4},
+                                   {"public_ipv6": ONE.public_ipv6}, {"public_ipv6": ONE.public_ipv4},
                                    {"public_ipv4": "100.115.93.256"}, {"tenant": 0}])
 def test_a_port_that_cannot_be_changes_nothing(door: Door, wrong: dict[str, Any]) -> None:
     door.apply(ONE)
@@ -161,15 +163,30 @@ def whole(door: Door, *ports: Port) -> bool:
     assert held[BRIDGE].mac == door.layout.gateway_mac
     taps = [held[tap_name(one.id)] for one in ports]
     assert all(tap.master == held[BRIDGE].index for tap in taps)
-    assert {tap.owner[0] for tap in taps} == {one.id for one in ports}
+    assert {tap.owner.port for tap in taps if tap.owner} == {one.id for one in ports}
     link = links.inside(door.namespace, lambda: links.find(door.layout.link))
     assert link is not None and link.up and (link.peer, held[UPLINK].peer) == (held[UPLINK].index, link.index)
-    rules = door.inner(lambda: subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True).stdout)
+    rules = told(door.layout.namespace, "nft", "list", "ruleset")
     assert all(one.public_ipv4 in rules and one.mac in rules for one in ports)
-    outside = links.inside(door.namespace, lambda: subprocess.run(
-        ["ip", "route", "get", "100.115.93.200"], capture_output=True, text=True).stdout)
-    assert door.layout.link in outside
+    for target in ("100.115.93.200", "fd53:6b79:7361::c8"):
+        assert door.layout.link in told(door.namespace, "ip", "route", "get", target)
+    for target, way in (("192.0.2.9", UPLINK), ("2001:db8::9", UPLINK), (str(door.layout.machine_ipv6), UPLINK),
+                        ("172.26.0.10", BRIDGE), ("fd53:6b79:7361::a", BRIDGE)):
+        assert f"dev {way} " in told(door.layout.namespace, "ip", "route", "get", target)
+    known = told(door.layout.namespace, "ip", "neighbour", "show", "dev", BRIDGE, "nud", "permanent")
+    for one in ports:
+        for address in (one.private_ipv4, one.public_ipv6, str(link_local(one.mac))):
+            assert f"{address} lladdr {one.mac} PERMANENT" in known
+    addresses = {name: told(door.layout.namespace, "ip", "-o", "address", "show", "dev", name)
+                 for name in (BRIDGE, UPLINK, tap_name(ONE.id)) if name in held}
+    assert [addresses[BRIDGE].count(word) for word in (" inet ", " inet6 ")] == [1, 2]
+    assert [addresses[UPLINK].count(word) for word in (" inet ", " inet6 ")] == [1, 1]
+    assert addresses.get(tap_name(ONE.id), "") == "", "a tap has no address of its own"
     return True
+
+
+def told(namespace: str, *argv: str) -> str:
+    return links.inside(namespace, lambda: subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.mark.parametrize("call", ["observe", "check"])
@@ -241,6 +258,17 @@ def link_without_its_note_or_address(door: Door) -> None:
     run_in(door.namespace, "ip", "address", "flush", "dev", door.layout.link)
 
 
+def no_neighbours(door: Door) -> None:
+    run_in(door.layout.namespace, "ip", "neighbour", "flush", "dev", BRIDGE, "nud", "permanent")
+    run_in(door.layout.namespace, "ip", "-6", "neighbour", "flush", "dev", BRIDGE, "nud", "permanent")
+
+
+def ipv6_off(door: Door) -> None:
+    for namespace in (door.namespace, door.layout.namespace):
+        links.inside(namespace, lambda: links.write_setting("ipv6/conf/all/disable_ipv6", "0"))
+        links.inside(namespace, lambda: links.write_setting("ipv6/conf/all/disable_ipv6", "1"))
+
+
 def no_rules(door: Door) -> None:
     for namespace in (door.namespace, door.layout.namespace):
         run_in(namespace, "nft", "flush", "ruleset")
@@ -248,12 +276,15 @@ def no_rules(door: Door) -> None:
 
 def no_routes(door: Door) -> None:
     run_in(door.namespace, "ip", "route", "delete", door.layout.public_pool)
+    run_in(door.namespace, "ip", "route", "delete", door.layout.public_ipv6)
     run_in(door.layout.namespace, "ip", "route", "flush", "table", "main")
+    run_in(door.layout.namespace, "ip", "-6", "route", "flush", "table", "main")
     run_in(door.layout.namespace, "ip", "link", "set", UPLINK, "down")
 
 
 HARM = (lost_name, name_without_mount, no_bridge, bridge_of_another_kind, bridge_down_with_a_strange_address,
-        tap_without_note, tap_left_over, no_tap, no_link, link_without_its_note_or_address, no_rules, no_routes)
+        tap_without_note, tap_left_over, no_tap, no_link, link_without_its_note_or_address, no_neighbours, ipv6_off,
+        no_rules, no_routes)
 
 
 @pytest.mark.real

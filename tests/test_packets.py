@@ -24,7 +24,7 @@ ADA, BOB = 1, 2  # tenants
 
 def port(number: int, tenant: int, *rules: FirewallRule) -> Port:
     return Port(id=f"g-{number}", mac=f"52:54:00:00:00:{number:02x}", tenant=tenant, private_ipv4=f"172.26.0.{number}",
-                public_ipv4=f"100.115.93.{number}", firewall=rules)
+                public_ipv4=f"100.115.93.{number}", public_ipv6=f"fd53:6b79:7361::{number:x}", firewall=rules)
 
 
 PORTS = (port(10, ADA, *DEFAULTS), port(11, ADA, *DEFAULTS), port(12, BOB, *DEFAULTS))
@@ -49,6 +49,10 @@ def guests(stage: Stage) -> tuple[Guest, Guest, Guest]:
     stage.apply(*PORTS)
     first, second, other = stage.guests[:3]
     return first, second, other
+
+
+def public(port: Port, version: int) -> str:
+    return port.public_ipv6 if version == 6 else port.public_ipv4
 
 
 def with_rules(number: int, *rules: FirewallRule) -> tuple[Port, ...]:
@@ -86,10 +90,12 @@ def test_a_changed_rule_acts_at_once(stage: Stage, guests: tuple[Guest, Guest, G
         assert stage.stranger.pings(address) and stage.stranger.reaches(address, 80)
 
 
-def test_flows_survive_a_reload(stage: Stage, guests: tuple[Guest, Guest, Guest]) -> None:
+@pytest.mark.parametrize("version", [4, 6])
+def test_flows_survive_a_reload(stage: Stage, guests: tuple[Guest, Guest, Guest], version: int) -> None:
     first, _, other = guests
-    with first.serves("0.0.0.0", 80), stage.world.serves(staged.WORLD, 9000), \
-            stage.stranger.connects(first.port.public_ipv4, 80) as inward, other.connects(staged.WORLD, 9000) as outward:
+    world = staged.WORLD6 if version == 6 else staged.WORLD
+    with first.serves("::", 80), stage.world.serves(world, 9000), \
+            stage.stranger.connects(public(first.port, version), 80) as inward, other.connects(world, 9000) as outward:
         flows = [(flow, flow.makefile()) for flow in (inward, outward)]
         for _, lines in flows:
             assert lines.readline().strip()
@@ -103,14 +109,16 @@ def test_flows_survive_a_reload(stage: Stage, guests: tuple[Guest, Guest, Guest]
                 assert lines.readline() == "still here\n"
 
 
-def test_a_port_that_goes_takes_its_flows_along(stage: Stage, guests: tuple[Guest, Guest, Guest]) -> None:
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_port_that_goes_takes_its_flows_along(
+        stage: Stage, guests: tuple[Guest, Guest, Guest], version: int) -> None:
     """The next owner of its addresses must not get packets of connections that were none of his."""
     newcomer = port(20, ADA, *DEFAULTS)
     stage.apply(*PORTS, newcomer)
     guest = stage.guest(newcomer)
-    with guest.serves("0.0.0.0", 80), stage.stranger.connects(newcomer.public_ipv4, 80) as flow:
+    with guest.serves("::", 80), stage.stranger.connects(public(newcomer, version), 80) as flow:
         lines = flow.makefile()
-        assert lines.readline().strip() == staged.STRANGER
+        assert lines.readline().strip().endswith(staged.STRANGER6 if version == 6 else staged.STRANGER)
         stage.apply(*PORTS)
         heir = msgspec.structs.replace(newcomer, tenant=BOB, id="g-heir", firewall=())
         stage.leave(guest)
