@@ -6,6 +6,7 @@ talked to here.
 
 from __future__ import annotations
 
+import ipaddress
 import secrets
 import uuid
 from collections.abc import Callable, Sequence
@@ -46,6 +47,13 @@ def get_guest(connection: Connection, instance: RowMapping) -> RowMapping:
     return connection.execute(select(guests).where(guests.c.instance_id == instance["id"])).mappings().one()
 
 
+def ipv6_addresses(guest: RowMapping) -> list[str]:
+    """The guest's IPv6 addresses as Lightsail writes them: all eight groups."""
+    if not guest["public_ipv6"]:
+        return []
+    return [":".join(f"{int(group, 16):x}" for group in ipaddress.IPv6Address(guest["public_ipv6"]).exploded.split(":"))]
+
+
 class Instances:
     """The actions on instances."""
 
@@ -72,7 +80,7 @@ class Instances:
         if asked.get("customImageName"):
             raise invalid_input("customImageName is not offered; import the image as a blueprint instead.")
         if asked.get("ipAddressType") == "ipv6":
-            raise invalid_input("ipAddressType ipv6 is not offered by this cloud yet; use ipv4.")
+            raise invalid_input("ipAddressType ipv6 is not offered by this cloud yet; use dualstack or ipv4.")
         user_data = asked.get("userData") or ""
         if len(user_data.encode()) > MAX_USER_DATA_BYTES:
             raise invalid_input(f"userData is limited to {MAX_USER_DATA_BYTES} bytes.")
@@ -117,6 +125,10 @@ class Instances:
                 self._config.private_network, connection.execute(select(guests.c.private_ipv4)).scalars().all(), skip=9)
             public = placement.choose_address(
                 self._config.public_pool, connection.execute(select(guests.c.public_ipv4)).scalars().all(), skip=9)
+            wanted6 = self._config.public_ipv6 and request.params.get("ipAddressType") != "ipv4"
+            public6 = placement.choose_address(
+                self._config.public_ipv6, connection.execute(select(guests.c.public_ipv6)).scalars().all(),
+                skip=9) if wanted6 else None
         except placement.NoHost as full:
             raise invalid_input(f"The bundle {bundle['bundleId']} does not fit this cloud now: {full}.",
                                 "Choose a smaller bundle, or delete instances.") from full
@@ -133,6 +145,7 @@ class Instances:
             disk_gib=bundle["diskSizeInGb"], image=image["digest"],
             # 52:54:00 is QEMU's own prefix of locally administered addresses.
             mac="52:54:00:" + ":".join(f"{octet:02x}" for octet in octets), private_ipv4=private, public_ipv4=public,
+            public_ipv6=public6,
             personality=msgspec.to_builtins(personality), host_keys=[]))
         opened = (*DEFAULT_PORTS, ("tcp", 443, 443)) if catalog.is_app(image["blueprint"]) else DEFAULT_PORTS
         connection.execute(insert(ports), [
@@ -190,8 +203,8 @@ class Instances:
             "location": {"availabilityZone": row["region"] + row["zone"], "regionName": row["region"]},
             "resourceType": "Instance", "tags": tagged, "blueprintId": row["blueprint_id"],
             "blueprintName": row["blueprint_name"], "bundleId": row["bundle_id"], "addOns": [], "isStaticIp": False,
-            "privateIpAddress": guest["private_ipv4"], "publicIpAddress": guest["public_ipv4"], "ipv6Addresses": [],
-            "ipAddressType": "ipv4",
+            "privateIpAddress": guest["private_ipv4"], "publicIpAddress": guest["public_ipv4"],
+            "ipv6Addresses": ipv6_addresses(guest), "ipAddressType": "dualstack" if guest["public_ipv6"] else "ipv4",
             "hardware": {
                 "cpuCount": guest["vcpus"], "ramSizeInGb": guest["memory_mib"] / 1024,
                 "disks": [{"createdAt": row["created_at"], "sizeInGb": guest["disk_gib"], "isSystemDisk": True,
