@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ import pytest
 from clouds import Cloud, RealCloud, running_cloud, running_real_cloud
 
 EVIDENCE = Path(__file__).parent.parent / "evidence"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--hostile", type=int, default=300, help="how many hostile requests tests/test_hostile.py makes")
+    parser.addoption("--regenerate-golden", action="store_true",
+                     help="write the files in tests/golden anew instead of comparing with them; read the difference")
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -46,6 +49,19 @@ def keep_evidence(cloud: Cloud, target: Path) -> None:
         for where, inside in {"machine": [], "namespace": ["ip", "netns", "exec", cloud.config.namespace]}.items():
             done = subprocess.run([*inside, *argv], capture_output=True, check=False)
             (target / f"{name}-{where}.txt").write_bytes(done.stdout + done.stderr)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Holds a text to the file of that name in tests/golden. A change of it shows up as a difference that somebody reads."""
+    def hold(name: str, text: str) -> None:
+        path = GOLDEN / name
+        if request.config.getoption("--regenerate-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        assert path.exists(), f"{path} does not exist: run pytest --regenerate-golden, and read what it wrote"
+        assert text.splitlines() == path.read_text().splitlines(), f"differs from {path}"
+    return hold
 
 
 @pytest.fixture

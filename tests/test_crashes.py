@@ -35,6 +35,7 @@ from crashing import (
 )
 from skysail.hypervisor import confinement
 from skysail.hypervisor.process import Pid, machine_boot
+from skysail.kit.process import started_at
 from skysail.serve.up import end_guests
 
 

@@ -28,13 +28,15 @@ class FirewallRule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Port(msgspec.Struct, frozen=True, kw_only=True):
-    """A guest's place in the network. ``tenant`` numbers the account: guests of one tenant reach each other privately."""
+    """A guest's place in the network. ``tenant`` numbers the account: guests of one tenant reach each other privately.
+    A guest without ``public_ipv6`` has IPv4 alone."""
 
     id: Id
     mac: str
     tenant: int
     private_ipv4: str
     public_ipv4: str
+    public_ipv6: str = ""
     firewall: tuple[FirewallRule, ...] = ()
 
 

@@ -30,6 +30,7 @@ def compile(connection: Connection, host_id: str) -> HostDocument:
             volume=Volume(id=row["id"], image=row["image"], size_gib=row["disk_gib"]),
             port=Port(id=row["id"], mac=row["mac"], tenant=tenants[row["account_id"]],
                       private_ipv4=row["private_ipv4"], public_ipv4=row["public_ipv4"],
+                      public_ipv6=row["public_ipv6"] or "",
                       firewall=tuple(rules.get(row["instance_id"], ()))),
             personality=msgspec.convert(row["personality"], Personality))
         for row in connection.execute(select(guests).where(guests.c.host_id == host_id).order_by(guests.c.id))

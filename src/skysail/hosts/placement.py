@@ -49,10 +49,10 @@ def choose(candidates: Sequence[Candidate], *, zone: str, image: str, vcpus: int
 
 def choose_address(network: str, taken: Collection[str], *, skip: int) -> str:
     """The lowest free address of ``network`` after its first ``skip`` ones; raises :class:`NoHost` when it is full."""
-    block = ipaddress.IPv4Network(network)
+    block = ipaddress.ip_network(network)
     used = set(taken)
-    for number in range(int(block.network_address) + 1 + skip, int(block.broadcast_address)):
-        address = str(ipaddress.IPv4Address(number))
+    for number in range(1 + skip, block.num_addresses - 1):
+        address = str(block[number])
         if address not in used:
             return address
     raise NoHost(f"every address of {network} is taken")

@@ -41,11 +41,17 @@ def make() -> Identity:
 
 
 class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
-    """The network that guests find: prefix length of the private network, gateway, resolvers."""
+    """The network that guests find: prefix length of the private network, gateways, resolvers. Without ``gateway_ipv6``
+    there is no IPv6."""
 
     prefix: int
     gateway: str
+    gateway_ipv6: str = ""
     resolvers: tuple[str, ...]
+
+    def ipv6(self, guest: Guest) -> str:
+        """The guest's IPv6 address with its length, alone on its link; empty where it has none."""
+        return f"{guest.port.public_ipv6}/128" if self.gateway_ipv6 and guest.port.public_ipv6 else ""
 
 
 def message(guest: Guest, identity: Identity, around: Surroundings) -> dict[str, Any]:
@@ -56,6 +62,7 @@ def message(guest: Guest, identity: Identity, around: Surroundings) -> dict[str,
         "authorized_keys": list(person.authorized_keys), "trusted_user_ca": list(person.trusted_user_ca),
         "host_keys": {"private": identity.host_private, "public": identity.host_public},
         "ipv4": f"{guest.port.private_ipv4}/{around.prefix}", "gateway": around.gateway,
+        "ipv6": around.ipv6(guest), "gateway_ipv6": around.gateway_ipv6,
         "resolvers": list(around.resolvers), "epoch": time.time(), "seed_hex": os.urandom(64).hex(),
         "user_data": launch_script(person.user_data), "instance_id": guest.id, "disk_bytes": guest.volume.size_gib << 30,
     }
@@ -83,11 +90,15 @@ def seed(guest: Guest, identity: Identity, around: Surroundings) -> dict[str, st
              "content": "TrustedUserCAKeys /etc/ssh/skysail_user_ca.pub\n"}],
         "runcmd": [["systemctl", "reload-or-restart", "ssh"]],
     }
+    addresses = [f"{guest.port.private_ipv4}/{around.prefix}"]
+    routes: list[dict[str, Any]] = [{"to": "0.0.0.0/0", "via": around.gateway}]
+    if ipv6 := around.ipv6(guest):
+        addresses.append(ipv6)
+        routes.append({"to": "::/0", "via": around.gateway_ipv6, "on-link": True})
     network = {
         "version": 2,
         "ethernets": {"primary": {
-            "match": {"macaddress": guest.port.mac}, "addresses": [f"{guest.port.private_ipv4}/{around.prefix}"],
-            "routes": [{"to": "0.0.0.0/0", "via": around.gateway}],
+            "match": {"macaddress": guest.port.mac}, "addresses": addresses, "routes": routes, "accept-ra": False,
             "nameservers": {"addresses": list(around.resolvers)}}},
     }
     return {

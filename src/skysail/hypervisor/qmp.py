@@ -41,7 +41,9 @@ class Monitor:
             listener = EventListener()
             client.register_listener(listener)
             try:
-                await client.connect(str(path))
+                # A QEMU that is stuck, or that another agent still talks to, takes the connection and never greets.
+                async with asyncio.timeout_at(end):
+                    await client.connect(str(path))
                 return cls(client, listener)
             except (QMPError, OSError, EOFError) as failure:
                 if asyncio.get_running_loop().time() > end:

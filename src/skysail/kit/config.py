@@ -18,7 +18,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ``default_region`` is the region that clients are pointed at, ``zones`` the letters of its zones. ``tls`` is on by itself
     where the API listens beyond this machine, for its answers carry private keys; ``tls_names`` are further host names and
     addresses that the endpoint's certificate is good for. ``public_address`` says whether an instance keeps its public
-    IPv4 address over stop and start, or gets another one at each start, as on Lightsail.
+    IPv4 address over stop and start, or gets another one at each start, as on Lightsail. Each guest has one address of the
+    IPv6 prefix ``public_ipv6``: a unique local one (RFC 4193) leaves the machine masqueraded, '' gives none.
     """
 
     data: str = "/var/lib/skysail"
@@ -34,6 +35,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     private_network: str = "172.26.0.0/16"
     public_pool: str = "100.115.93.0/24"
     public_address: Literal["kept", "changes"] = "kept"
+    public_ipv6: str = "fd53:6b79:7361::/64"
     images: str = ""
     templates: str = ""
     resolvers: tuple[str, ...] = ()

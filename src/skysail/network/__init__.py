@@ -21,11 +21,14 @@ class Fabric(Protocol):
     """Holds the data plane. ``apply`` is idempotent and atomic for the ruleset."""
 
     async def apply(self, ports: Sequence[Port]) -> None:
-        """Make exactly these ports exist, with their addresses and firewall; remove what is left over."""
+        """Make exactly these ports exist, with their addresses and firewall; remove what is left over.
+
+        Raises SkysailError for a port that cannot be, or two that contradict each other; then nothing was changed."""
         ...
 
     async def open_port(self, port: Port) -> int:
-        """A file descriptor of the port's tap device; the caller owns and closes it."""
+        """A file descriptor of the port's tap device; the caller owns and closes it. Raises SkysailError when the port
+        does not exist, or somebody else holds its tap and does not let go."""
         ...
 
     async def observe(self) -> dict[str, PortCounters]:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from ipaddress import IPv4Interface, IPv4Network
+from ipaddress import ip_interface, ip_network
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,12 +27,23 @@ from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple, NFCTSocket
 
 from skysail.contract.document import Port
-from skysail.kit.errors import SkysailError
+from skysail.kit.errors import ProcessFailed, SkysailError
 from skysail.kit.process import run
-from skysail.network.plan import BRIDGE, MTU, TAP_PREFIX, UPLINK, Layout, tap_name
+from skysail.network.plan import (
+    BRIDGE,
+    GATEWAY_IPV6,
+    MACHINE_LINK_IPV6,
+    MTU,
+    NAMESPACE_LINK_IPV6,
+    TAP_PREFIX,
+    UPLINK,
+    Layout,
+    link_local,
+    tap_name,
+)
 
 T = TypeVar("T")
-NAMESPACES = Path("/run/netns")
+NAMESPACES, SETTINGS = Path("/run/netns"), Path("/proc/sys/net")
 CLONE_NEWNET = 0x40000000
 # linux/if_tun.h
 TUNSETIFF, TUNSETPERSIST = 0x400454CA, 0x400454CB
@@ -42,8 +53,9 @@ IFF_UP = 1
 NFT_GETGEN, NFTA_GEN_ID = (10 << 8) | 16, 1
 BUSY_SECONDS = 5.0
 
-# Bridged frames stay out of the ip hooks (another program may have loaded br_netfilter); IPv6 is not offered yet; guests are
-# told no shortcuts past the gateway, which answers only for its own address and only where a source belongs.
+# Bridged frames stay out of the ip hooks (another program may have loaded br_netfilter); guests are told no shortcuts past
+# the gateway, which answers only for its own address and only where a source belongs. IPv6 is off but for the two devices
+# that are given addresses (see enable_ipv6): a tap has no address of its own.
 NAMESPACE_SETTINGS = {
     "ipv4/ip_forward": "1",  # guests' packets pass from bridge to uplink and back
     "ipv4/conf/all/rp_filter": "1", "ipv4/conf/default/rp_filter": "1",
@@ -51,8 +63,36 @@ NAMESPACE_SETTINGS = {
     "ipv4/conf/all/accept_redirects": "0", "ipv4/conf/default/accept_redirects": "0",
     "ipv4/conf/all/arp_ignore": "1", "ipv4/conf/default/arp_ignore": "1",
     "ipv6/conf/all/disable_ipv6": "1", "ipv6/conf/default/disable_ipv6": "1",
+    "ipv6/conf/all/forwarding": "1",
     "bridge/bridge-nf-call-iptables": "0", "bridge/bridge-nf-call-ip6tables": "0", "bridge/bridge-nf-call-arptables": "0",
 }
+
+
+class Owner(msgspec.Struct, frozen=True, kw_only=True):
+    """Whom a finished tap was made for: what the kernel was told of the port, to be forgotten with it."""
+
+    port: str
+    mac: str
+    private_ipv4: str
+    public_ipv4: str
+    public_ipv6: str
+
+    @classmethod
+    def of(cls, port: Port) -> Owner:
+        return cls(port=port.id, mac=port.mac, private_ipv4=port.private_ipv4, public_ipv4=port.public_ipv4,
+                   public_ipv6=port.public_ipv6)
+
+    @classmethod
+    def read(cls, alias: str) -> Owner | None:
+        """The reverse of str(): the owner noted on a tap, None on a half-made one."""
+        words = alias.rsplit(" ", 4 if ":" in alias.rpartition(" ")[2] else 3)
+        if len(words) < 4:
+            return None
+        return cls(port=words[0], mac=words[1], private_ipv4=words[2], public_ipv4=words[3],
+                   public_ipv6="".join(words[4:]))
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.port, self.mac, self.private_ipv4, self.public_ipv4, self.public_ipv6)))
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,10 +115,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
         return self.kind == "tun" and self.name.startswith(TAP_PREFIX)
 
     @property
-    def owner(self) -> tuple[str, str, str, str]:
-        """Port id, MAC, private and public address that a finished tap was made for; empty texts before."""
-        words = self.alias.rsplit(" ", 3)
-        return (words[0], words[1], words[2], words[3]) if len(words) == 4 else ("", "", "", "")
+    def owner(self) -> Owner | None:
+        return Owner.read(self.alias) if self.is_tap else None
 
 
 def inside(namespace: str, call: Callable[[], T]) -> T:
@@ -122,9 +160,16 @@ def exists(namespace: str) -> bool:
 
 def ensure_namespace(name: str) -> None:
     """The namespace exists; a name left without its mount is made anew."""
-    if not exists(name):
-        (NAMESPACES / name).unlink(missing_ok=True)
-        run(["ip", "netns", "add", name], timeout=20)
+    for last in (False, False, True):
+        if exists(name):
+            return
+        try:
+            (NAMESPACES / name).unlink(missing_ok=True)
+            run(["ip", "netns", "add", name], timeout=20)
+        except (OSError, ProcessFailed):
+            # The `ip` of an agent that was killed lives on, and may finish its work between our look and our own.
+            if last and not exists(name):
+                raise
 
 
 def remove_namespace(name: str) -> None:
@@ -136,7 +181,7 @@ def remove_namespace(name: str) -> None:
 
 def write_setting(path: str, value: str) -> None:
     """A kernel setting under /proc/sys/net; one that this kernel does not have is left out, a true one not rewritten."""
-    file = Path("/proc/sys/net") / path
+    file = SETTINGS / path
     with contextlib.suppress(FileNotFoundError):
         if file.read_text().strip() != value:
             file.write_text(value)
@@ -219,23 +264,49 @@ def ensure_bridge(ipr: Any, layout: Layout) -> Link:
         held = _must(ipr, BRIDGE)
     if held.mac != layout.gateway_mac:
         ipr.link("set", index=held.index, address=layout.gateway_mac)
-    ensure_address(ipr, held.index, str(layout.gateway), layout.private_prefix)
+    ensure_addresses(ipr, held.index, f"{layout.gateway}/{layout.private_prefix}")
     if not held.up:
         ipr.link("set", index=held.index, state="up")
+    # The kernel makes this one with the address, and does not make it again.
+    ipr.route("replace", dst=layout.private_network, oif=held.index, scope=253, prefsrc=str(layout.gateway))
+    if layout.public_ipv6:
+        enable_ipv6(BRIDGE)
+        ensure_addresses(ipr, held.index, f"{GATEWAY_IPV6}/64", f"{layout.namespace_ipv6}/128")
+        ipr.route("replace", dst=layout.public_ipv6, oif=held.index, family=socket.AF_INET6)
+    else:
+        write_setting(f"ipv6/conf/{BRIDGE}/disable_ipv6", "1")
     return held
 
 
-def ensure_address(ipr: Any, index: int, address: str, prefix: int) -> None:
-    """The device has exactly this IPv4 address."""
-    held = {(found.get_attr("IFA_LOCAL") or found.get_attr("IFA_ADDRESS"), found["prefixlen"])
-            for found in ipr.get_addr(family=socket.AF_INET, index=index)}
-    for other, length in held - {(address, prefix)}:
-        ipr.addr("del", index=index, address=other, prefixlen=length)
-    if (address, prefix) not in held:
-        ipr.addr("add", index=index, address=address, prefixlen=prefix, broadcast=None)
+def enable_ipv6(device: str) -> None:
+    """The device takes the IPv6 addresses that it is given, usable at once, and makes or learns none by itself.
+
+    Raises SkysailError on a kernel without IPv6.
+    """
+    if not (SETTINGS / "ipv6").exists():
+        raise SkysailError("this kernel has no IPv6", "boot without ipv6.disable=1, or set public_ipv6 = '' in skysail.toml")
+    # In this order: with its switch on, the device would make an address of its own.
+    for name, value in (("addr_gen_mode", "1"), ("accept_ra", "0"), ("accept_redirects", "0"), ("accept_dad", "0"),
+                        ("disable_ipv6", "0")):
+        write_setting(f"ipv6/conf/{device}/{name}", value)
 
 
-def ensure_taps(ipr: Any, ports: list[Port]) -> None:
+def ensure_addresses(ipr: Any, index: int, *wanted: str) -> None:
+    """The device has exactly these addresses (with their prefix lengths), all of one family; none of that family beside."""
+    family = _family(wanted[0])
+    held = {f"{found.get_attr('IFA_LOCAL') or found.get_attr('IFA_ADDRESS')}/{found['prefixlen']}"
+            for found in ipr.get_addr(family=family, index=index)}
+    for other in held - set(wanted):
+        address, _, prefix = other.partition("/")
+        ipr.addr("del", index=index, address=address, prefixlen=int(prefix), family=family)
+    for missing in [one for one in wanted if one not in held]:
+        address, _, prefix = missing.partition("/")
+        # broadcast=None: pyroute2 would derive one; IPv6 has none.
+        ipr.addr("add", index=index, address=address, prefixlen=int(prefix), family=family,
+                 **({"broadcast": None} if family == socket.AF_INET else {}))
+
+
+def ensure_taps(ipr: Any, layout: Layout, ports: list[Port]) -> None:
     """One persistent tap per port on the bridge, no others. One that stays is not touched: a running QEMU holds it.
 
     A tap's alias is written last and says for whom it was made; one without it is half-made and finished here.
@@ -247,7 +318,7 @@ def ensure_taps(ipr: Any, ports: list[Port]) -> None:
     _delete(ipr, left_over)
     _forget(ipr, bridge, left_over)
     for name, port in wanted.items():
-        alias = f"{port.id} {port.mac} {port.private_ipv4} {port.public_ipv4}"
+        alias = str(Owner.of(port))
         link_ = held.get(name)
         if link_ is not None and link_.alias == alias and link_.master == bridge and link_.up and link_.mtu == MTU:
             continue
@@ -261,8 +332,22 @@ def ensure_taps(ipr: Any, ports: list[Port]) -> None:
         # What the gateway sends to a guest goes to its tap only, with no ARP and no flooding past other tenants' taps.
         ipr.brport("set", index=index, unicast_flood=0)
         ipr.fdb("replace", ifindex=index, lladdr=port.mac, state=_NUD_NOARP, flags=_NTF_MASTER)
-        ipr.neigh("replace", dst=port.private_ipv4, lladdr=port.mac, ifindex=bridge, state=_NUD_PERMANENT)
         ipr.link("set", index=index, IFLA_IFALIAS=alias)
+    _ensure_neighbours(ipr, bridge, [(address, port.mac) for port in ports for address in _addresses(Owner.of(port))
+                                     if layout.public_ipv6 or ":" not in address])
+
+
+def _ensure_neighbours(ipr: Any, bridge: int, wanted: list[tuple[str, str]]) -> None:
+    """The gateway knows every guest by itself. Looked at each time: a bridge that was down for a moment forgets all."""
+    held = {(entry.get_attr("NDA_DST"), entry.get_attr("NDA_LLADDR")) for family in (socket.AF_INET, socket.AF_INET6)
+            for entry in ipr.get_neighbours(family=family, ifindex=bridge) if entry["state"] & _NUD_PERMANENT}
+    for address, mac in wanted:
+        if (address, mac) not in held:
+            ipr.neigh("replace", dst=address, lladdr=mac, ifindex=bridge, state=_NUD_PERMANENT, family=_family(address))
+
+
+def _family(address: str) -> int:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 _NUD_NOARP, _NUD_PERMANENT, _NTF_MASTER = 0x40, 0x80, 0x04
@@ -278,32 +363,41 @@ def _delete(ipr: Any, doomed: list[Link]) -> None:
 
 def _forget(ipr: Any, bridge: int, former: list[Link]) -> None:
     """Drop what the kernel remembers of the ports that these taps were made for."""
-    former = [link for link in former if link.owner[0]]  # a half-made one has carried nothing
-    for link in former:
-        _, mac, private, _ = link.owner
+    owners = [(link.index, link.owner) for link in former if link.owner]  # a half-made one has carried nothing
+    for index, owner in owners:
+        for address in _addresses(owner):
+            with contextlib.suppress(NetlinkError):
+                ipr.neigh("del", dst=address, ifindex=bridge, family=_family(address))
         with contextlib.suppress(NetlinkError):
-            ipr.neigh("del", dst=private, ifindex=bridge)
-        with contextlib.suppress(NetlinkError):
-            ipr.fdb("del", ifindex=link.index, lladdr=mac, flags=_NTF_MASTER)
-    if former:
-        _forget_connections({link.owner[2] for link in former}, {link.owner[3] for link in former})
+            ipr.fdb("del", ifindex=index, lladdr=owner.mac, flags=_NTF_MASTER)
+    if owners:
+        _forget_connections(socket.AF_INET, {owner.private_ipv4 for _, owner in owners},
+                            {owner.public_ipv4 for _, owner in owners})
+    if routed := {owner.public_ipv6 for _, owner in owners if owner.public_ipv6}:
+        _forget_connections(socket.AF_INET6, routed, routed)
 
 
-def _forget_connections(privates: set[str], publics: set[str]) -> None:
-    """Drop tracked connections from these private and to these public addresses, which are all that their guests had.
+def _addresses(owner: Owner) -> tuple[str, ...]:
+    """What the gateway reaches a guest by, each bound to its MAC for good: so a guest has nothing to advertise."""
+    ipv6 = (owner.public_ipv6, str(link_local(owner.mac))) if owner.public_ipv6 else ()
+    return (owner.private_ipv4, *ipv6)
+
+
+def _forget_connections(family: int, sources: set[str], targets: set[str]) -> None:
+    """Drop tracked connections from and to these addresses, which are all that their guests had.
 
     They would reach the next owner of an address, past that one's firewall. The rules in force make no new ones.
     """
     filters: list[Any] = [None]  # every connection is looked at ...
-    if len(privates) <= 8:  # ... unless asking for each address is less work
-        filters = [NFCTAttrTuple(saddr=address) for address in privates]
-        filters += [NFCTAttrTuple(daddr=address) for address in publics]
-    with NFCTSocket() as tracker:
+    if len(sources) <= 8:  # ... unless asking for each address is less work
+        filters = [NFCTAttrTuple(family=family, saddr=address) for address in sources]
+        filters += [NFCTAttrTuple(family=family, daddr=address) for address in targets]
+    with NFCTSocket(nfgen_family=family) as tracker:
         for filter in filters:
             for entry in list(tracker.dump(tuple_orig=filter)):
-                first = NFCTAttrTuple.from_netlink(socket.AF_INET, entry.get_attr("CTA_TUPLE_ORIG"))
+                first = NFCTAttrTuple.from_netlink(family, entry.get_attr("CTA_TUPLE_ORIG"))
                 # A kernel before 5.8 ignores the filter.
-                if first.saddr in privates or first.daddr in publics:
+                if first.saddr in sources or first.daddr in targets:
                     with contextlib.suppress(NetlinkError):  # ended meanwhile
                         tracker.entry("del", tuple_orig=first)
 
@@ -362,37 +456,66 @@ def ensure_link(ipr: Any, layout: Layout) -> None:
     assert held is not None
     if held.alias != alias:
         ipr.link("set", index=held.index, IFLA_IFALIAS=alias)
-    write_setting(f"ipv6/conf/{layout.link}/disable_ipv6", "1")
     write_setting(f"ipv4/conf/{layout.link}/rp_filter", "1")
     write_setting(f"ipv4/conf/{layout.link}/send_redirects", "0")
     write_setting(f"ipv4/conf/{layout.link}/accept_redirects", "0")
     # The machine is the router between the pool and the rest of the world; the kernel knows this switch only as a whole.
     write_setting("ipv4/ip_forward", "1")
-    ensure_address(ipr, held.index, str(layout.machine_address), layout.transit_prefix)
+    ensure_addresses(ipr, held.index, f"{layout.machine_address}/{layout.transit_prefix}")
     if not held.up:
         ipr.link("set", index=held.index, state="up")
+    if layout.public_ipv6:
+        enable_ipv6(layout.link)
+        forward_ipv6()
+        ensure_addresses(ipr, held.index, f"{MACHINE_LINK_IPV6}/64", f"{layout.machine_ipv6}/128")
+    else:
+        write_setting(f"ipv6/conf/{layout.link}/disable_ipv6", "1")
 
 
-def ensure_route(ipr: Any, layout: Layout) -> None:
-    """The machine sends the pool into the namespace."""
+def forward_ipv6() -> None:
+    """The machine passes IPv6 on, and goes on taking its own routes from routers, which it otherwise would not."""
+    devices = SETTINGS / "ipv6" / "conf"
+    if (devices / "all/forwarding").read_text().strip() != "1":
+        # First, as the kernel throws learnt routes away when it becomes a router. 2: take them even so.
+        for file in devices.glob("*/accept_ra"):
+            if file.read_text().strip() == "1":
+                write_setting(f"ipv6/conf/{file.parent.name}/accept_ra", "2")
+        write_setting("ipv6/conf/all/forwarding", "1")
+
+
+def ensure_routes(ipr: Any, layout: Layout) -> None:
+    """The machine sends what is for guests into the namespace."""
     index = ipr.link_lookup(ifname=layout.link)[0]
-    address, prefix = layout.public_pool.split("/")
-    for route in ipr.get_routes(family=socket.AF_INET, table=254):
+    _ensure_route(ipr, index, "public_pool", layout.public_pool, str(layout.namespace_address), socket.AF_INET)
+    if layout.public_ipv6:
+        _ensure_route(ipr, index, "public_ipv6", layout.public_ipv6, str(NAMESPACE_LINK_IPV6), socket.AF_INET6)
+
+
+def _ensure_route(ipr: Any, index: int, key: str, network: str, gateway: str, family: int) -> None:
+    address, prefix = network.split("/")
+    for route in ipr.get_routes(family=family, table=254):
         if route.get_attr("RTA_DST") == address and route["dst_len"] == int(prefix) and route.get_attr("RTA_OIF") != index:
-            raise SkysailError(f"this machine already has a route to {layout.public_pool}",
-                               "choose another `public_pool` in skysail.toml, or remove the route")
-    ipr.route("replace", dst=layout.public_pool, gateway=str(layout.namespace_address), oif=index)
+            raise SkysailError(f"this machine already has a route to {network}",
+                               f"choose another `{key}` in skysail.toml, or remove the route")
+    ipr.route("replace", dst=network, gateway=gateway, oif=index, family=family)
 
 
 def ensure_uplink(ipr: Any, layout: Layout) -> None:
     """The namespace's end of the pair. Addresses of the pool that nobody has end here instead of going round."""
     lo, uplink = _must(ipr, "lo"), _must(ipr, UPLINK)
-    ensure_address(ipr, uplink.index, str(layout.namespace_address), layout.transit_prefix)
+    ensure_addresses(ipr, uplink.index, f"{layout.namespace_address}/{layout.transit_prefix}")
     for link in (lo, uplink):
         if not link.up:
             ipr.link("set", index=link.index, state="up")
     ipr.route("replace", dst="0.0.0.0/0", gateway=str(layout.machine_address), oif=uplink.index)
     ipr.route("replace", dst=layout.public_pool, type="unreachable")
+    if layout.public_ipv6:
+        enable_ipv6(UPLINK)
+        ensure_addresses(ipr, uplink.index, f"{NAMESPACE_LINK_IPV6}/64")
+        for target in ("::/0", f"{layout.machine_ipv6}/128"):
+            ipr.route("replace", dst=target, gateway=str(MACHINE_LINK_IPV6), oif=uplink.index, family=socket.AF_INET6)
+    else:
+        write_setting(f"ipv6/conf/{UPLINK}/disable_ipv6", "1")
 
 
 def find(name: str) -> Link | None:
@@ -430,13 +553,15 @@ def remove_link(layout: Layout) -> None:
 def overlaps(layout: Layout) -> list[str]:
     """Networks of this machine that the layout's own would hide, each with its cure."""
     found: list[str] = []
+    chosen = {key: ip_network(network) for key in ("transit", "private_network", "public_pool", "public_ipv6")
+              if (network := getattr(layout, key))}
     with netlink() as ipr:
         ours = ipr.link_lookup(ifname=layout.link)
-        for address in ipr.get_addr(family=socket.AF_INET):
-            there = IPv4Interface(f"{address.get_attr('IFA_ADDRESS')}/{address['prefixlen']}").network
+        for address in ipr.get_addr():
+            there = ip_interface(f"{address.get_attr('IFA_ADDRESS')}/{address['prefixlen']}").network
             found.extend(f"{key} {network} overlaps this machine's network {there}: choose another {key} in skysail.toml"
-                         for key in ("transit", "private_network", "public_pool")
-                         if address["index"] not in ours and IPv4Network(network := getattr(layout, key)).overlaps(there))
+                         for key, network in chosen.items()
+                         if address["index"] not in ours and network.version == there.version and network.overlaps(there))
     return found
 
 

@@ -50,7 +50,7 @@ class LinuxFabric:
             with links.netlink() as ipr:
                 links.ensure_link(ipr, layout)
                 links.inside(layout.namespace, self._uplink)
-                links.ensure_route(ipr, layout)
+                links.ensure_routes(ipr, layout)
 
     def _inner(self, ruleset: str, ports: list[Port]) -> None:
         for path, value in links.NAMESPACE_SETTINGS.items():
@@ -58,7 +58,7 @@ class LinuxFabric:
         self._load("namespace", ruleset)
         with links.netlink() as ipr:
             links.ensure_bridge(ipr, self._layout)
-            links.ensure_taps(ipr, ports)
+            links.ensure_taps(ipr, self._layout, ports)
 
     def _uplink(self) -> None:
         with links.netlink() as ipr:
@@ -80,18 +80,19 @@ class LinuxFabric:
         if not links.exists(self._layout.namespace):
             return {}
         # What the tap sends to the program that holds it is what the guest receives.
-        return {link.owner[0]: PortCounters(rx_bytes=link.tx_bytes, tx_bytes=link.rx_bytes)
-                for link in links.inside(self._layout.namespace, links.every)
-                if link.is_tap and link.owner[0]}
+        return {owner.port: PortCounters(rx_bytes=link.tx_bytes, tx_bytes=link.rx_bytes)
+                for link in links.inside(self._layout.namespace, links.every) if (owner := link.owner)}
 
     def _check(self) -> list[str]:
         if os.geteuid() != 0:
             return ["networks are made by root: run with sudo"]
         problems = []
         sample = Port(id="check", mac="52:54:00:00:00:01", tenant=1, private_ipv4=str(self._layout.gateway + 1),
-                      public_ipv4=str(self._layout.machine_address), firewall=(
+                      public_ipv4=str(self._layout.machine_address),
+                      public_ipv6=str(self._layout.machine_ipv6) if self._layout.public_ipv6 else "", firewall=(
                           FirewallRule(protocol="tcp", from_port=22, to_port=22),
-                          FirewallRule(protocol="icmp", from_port=8, to_port=-1)))
+                          FirewallRule(protocol="icmp", from_port=8, to_port=-1),
+                          FirewallRule(protocol="icmpv6", from_port=128, to_port=-1)))
         try:
             run(["nft", "--check", "-f", "-"], timeout=20,
                 input=(nftables.machine(self._layout) + nftables.data_plane(self._layout, [sample])).encode())
@@ -103,6 +104,8 @@ class LinuxFabric:
         except OSError as failure:
             problems.append(f"/dev/net/tun cannot be opened ({failure.strerror}): run modprobe tun, "
                             "or give this container the device")
+        if self._layout.public_ipv6 and not (links.SETTINGS / "ipv6").exists():
+            problems.append("this kernel has no IPv6: boot without ipv6.disable=1, or set public_ipv6 = '' in skysail.toml")
         if not problems:
             problems += links.overlaps(self._layout) + links.foreign_drops(self._layout)
         return problems

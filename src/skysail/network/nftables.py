@@ -9,16 +9,20 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from ipaddress import AddressValueError, IPv4Address, IPv4Network, collapse_addresses
+from collections.abc import Iterable, Mapping, Sequence
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses
+from typing import Literal
 
 from skysail.contract.document import FirewallRule, Port
 from skysail.kit.errors import SkysailError
-from skysail.network.plan import BRIDGE, UPLINK, Layout, tap_name
+from skysail.network.plan import BRIDGE, GATEWAY_IPV6, UPLINK, Layout, link_local, tap_name, vet
 
 TABLE = "skysail"
-MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
-ANYWHERE = (IPv4Network("0.0.0.0/0"),)
+ANYWHERE = (("0.0.0.0/0",), ("::/0",))
+# RFC 4291, 2.7.1: where a guest that looks for its gateway asks.
+SOLICITED_GATEWAY = "ff02::1:ff00:1"
+# RFC 4861, 7.1: hop limit 255 was spoken on the link itself; on the transit link nobody is but two kernels.
+NEIGHBOURS = "ip6 hoplimit 255 icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert }"
 ALL_PORTS = (0, 65535)
 
 
@@ -33,23 +37,33 @@ def data_plane(layout: Layout, ports: Sequence[Port]) -> str:
     Raises SkysailError for a port that cannot be written, or two that contradict each other.
     """
     ordered = sorted(ports, key=lambda port: port.id)
-    _check(ordered)
-    return "\n".join((*_fresh("bridge", TABLE), *_fresh("inet", TABLE), *_bridge(ordered), *_inet(layout, ordered), ""))
+    vet(ordered)
+    return "\n".join((*_fresh("bridge", TABLE), *_fresh("inet", TABLE), *_bridge(layout, ordered),
+                      *_inet(layout, ordered), ""))
 
 
 def machine(layout: Layout) -> str:
     """The machine's own table: guests pass through the machine to elsewhere, and reach nothing of it."""
     link, pool, name = f'"{layout.link}"', layout.public_pool, machine_table(layout)
+    prefix = layout.public_ipv6
+    neighbours = _more(prefix, f"iifname {link} {NEIGHBOURS} accept")
+    forward = _more(prefix, f"""\
+iifname {link} ip6 daddr {{ fd00:ec2::254, fd20:ce::254 }} drop
+# The kernel filters no forged sources in IPv6: nobody out there is a guest.
+oifname {link} ip6 saddr {prefix} drop
+iifname {link} ip6 saddr {prefix} accept
+oifname {link} ip6 daddr {prefix} accept""")
+    masquerade = _more(layout.masquerades_ipv6, f'oifname != {{ {link}, "lo" }} ip6 saddr {prefix} masquerade')
     return "\n".join((*_fresh("inet", name), f"""\
 table inet {name} {{
     # Before any DNAT of the machine's own: what it publishes on its addresses is not for guests.
     chain prerouting {{
-        type filter hook prerouting priority mangle; policy accept;
+        type filter hook prerouting priority mangle; policy accept;{neighbours}
         iifname {link} fib daddr type != unicast ct state != {{ established, related }} drop
     }}
     # Guests answer the machine, but never speak first.
     chain input {{
-        type filter hook input priority filter - 5; policy accept;
+        type filter hook input priority filter - 5; policy accept;{neighbours}
         iifname {link} ct state {{ established, related }} accept
         iifname {link} drop
     }}
@@ -60,12 +74,12 @@ table inet {name} {{
         # A cloud's metadata holds the machine's own credentials.
         iifname {link} ip daddr 169.254.0.0/16 drop
         iifname {link} ip saddr {pool} accept
-        oifname {link} ip daddr {pool} accept
+        oifname {link} ip daddr {pool} accept{forward}
         drop
     }}
     chain postrouting {{
         type nat hook postrouting priority srcnat; policy accept;
-        oifname != {link} ip saddr {pool} masquerade
+        oifname != {link} ip saddr {pool} masquerade{masquerade}
     }}
 }}
 """))
@@ -81,14 +95,29 @@ def _fresh(family: str, name: str) -> tuple[str, str]:
     return f"table {family} {name} {{}}", f"delete table {family} {name}"
 
 
-def _bridge(ports: Sequence[Port]) -> list[str]:
+def _more(wanted: object, lines: str) -> str:
+    """Further lines of a chain, where they are wanted."""
+    return "".join(f"\n        {line}" for line in lines.splitlines()) if wanted else ""
+
+
+def _bridge(layout: Layout, ports: Sequence[Port]) -> list[str]:
     taps = [(f'"{tap_name(port.id)}"', port) for port in ports]
+    sources6 = [f"{tap} . {port.mac} . {address}" for tap, port in taps if layout.public_ipv6 and port.public_ipv6
+                for address in (link_local(port.mac), port.public_ipv6)]
+    # In IPv6 a guest's only neighbour is its gateway, which knows every guest by itself: a guest may ask for it, and has
+    # nothing to advertise. Whatever else it sends goes through the gateway.
+    known = "ether type ip6 iifname . ether saddr . ip6 saddr @sources6"
+    ipv6 = _more(layout.public_ipv6, f"""\
+icmpv6 type {{ nd-neighbor-advert, nd-router-advert, nd-router-solicit, nd-redirect }} drop
+{known} ip6 daddr {{ {GATEWAY_IPV6}, {SOLICITED_GATEWAY} }} icmpv6 type {{ nd-neighbor-solicit, echo-request }} accept
+{known} ether daddr {layout.gateway_mac} ip6 saddr != fe80::/10 ip6 daddr != {{ fe80::/10, ff00::/8 }} accept""")
     return [
         f"table bridge {TABLE} {{",
         *_elements("map tenants", "ifname : mark", (f"{tap} : {port.tenant}" for tap, port in taps)),
         *_elements("set neighbours", "ifname . mark", (f"{tap} . {port.tenant}" for tap, port in taps)),
         *_elements("set sources", "ifname . ether_addr . ipv4_addr",
                    (f"{tap} . {port.mac} . {port.private_ipv4}" for tap, port in taps)),
+        *_elements("set sources6", "ifname . ether_addr . ipv6_addr", sources6),
         # A probe for a duplicate address (RFC 5227) asks with the sender 0.0.0.0.
         *_elements("set senders", "ifname . ether_addr . ether_addr . ipv4_addr",
                    (f"{tap} . {port.mac} . {port.mac} . {address}"
@@ -97,37 +126,44 @@ def _bridge(ports: Sequence[Port]) -> list[str]:
     chain prerouting {{
         type filter hook prerouting priority dstnat; policy drop;
         ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 drop
-        ether type != {{ ip, arp }} drop
+        ether type != {{ ip, arp, ip6 }} drop
         meta mark set iifname map @tenants
         ether type ip iifname . ether saddr . ip saddr @sources accept
         ether type arp arp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp operation {{ request, reply }} \
-iifname . ether saddr . arp saddr ether . arp saddr ip @senders accept
+iifname . ether saddr . arp saddr ether . arp saddr ip @senders accept{ipv6}
     }}
     # The kernel hands some link-local destinations straight to this hook, past prerouting.
     chain input {{
         type filter hook input priority filter; policy accept;
         ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 drop
     }}
-    # From tap to tap: within one tenant only. What {BRIDGE} itself sends does not come by here.
+    # From tap to tap: within one tenant only, and no IPv6. What {BRIDGE} itself sends does not come by here.
     chain forward {{
         type filter hook forward priority filter; policy drop;
+        ether type ip6 drop
         oifname . meta mark @neighbours accept
     }}
 }}"""]
 
 
 def _inet(layout: Layout, ports: Sequence[Port]) -> list[str]:
-    openings = {port.id: _openings(port.firewall) for port in ports}
+    openings = {port.private_ipv4: _openings(port.firewall, 4) for port in ports}
+    openings6 = {port.public_ipv6: _openings(port.firewall, 6) for port in ports if layout.public_ipv6 and port.public_ipv6}
     # Guests with the same rules share a chain: a host of a thousand default firewalls has one.
-    chains = {_chain_name(lines): lines for lines in openings.values() if lines}
+    chains = {_chain_name(lines): lines for lines in (*openings.values(), *openings6.values()) if lines}
+    entry = _more(layout.public_ipv6, f"""\
+iifname "{BRIDGE}" ip6 daddr {{ {GATEWAY_IPV6}, {SOLICITED_GATEWAY} }} icmpv6 type nd-neighbor-solicit accept
+iifname "{BRIDGE}" ip6 daddr {{ {GATEWAY_IPV6}, {layout.namespace_ipv6} }} icmpv6 type echo-request accept
+iifname "{UPLINK}" {NEIGHBOURS} accept
+iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request accept""" if layout.public_ipv6 else "")
     return [
         f"table inet {TABLE} {{",
         *_elements("map inward", "ipv4_addr : ipv4_addr", (f"{port.public_ipv4} : {port.private_ipv4}" for port in ports)),
         *_elements("map outward", "ipv4_addr : ipv4_addr", (f"{port.private_ipv4} : {port.public_ipv4}" for port in ports)),
         *(line for name, lines in sorted(chains.items()) for line in
           (f"    chain {name} {{", *(f"        {line}" for line in lines), "    }")),
-        *_elements("map firewalls", "ipv4_addr : verdict", (
-            f"{port.private_ipv4} : jump {_chain_name(openings[port.id])}" for port in ports if openings[port.id])),
+        *_elements("map firewalls", "ipv4_addr : verdict", _verdicts(openings)),
+        *_elements("map firewalls6", "ipv6_addr : verdict", _verdicts(openings6)),
         f"""\
     # Nothing enters but by the bridge and the uplink: frames to link-local MACs can surface on a tap itself.
     chain doors {{
@@ -138,26 +174,45 @@ def _inet(layout: Layout, ports: Sequence[Port]) -> list[str]:
         type nat hook prerouting priority dstnat; policy accept;
         dnat ip to ip daddr map @inward
     }}
-    # The gateway answers pings and nothing else.
+    # The gateway answers pings and whoever looks for it, and nothing else.
     chain input {{
         type filter hook input priority filter; policy drop;
         iifname "lo" accept
         ct state {{ established, related }} accept
         iifname "{BRIDGE}" ip daddr {layout.gateway} icmp type echo-request accept
-        iifname "{UPLINK}" ip saddr {layout.machine_address} icmp type echo-request accept
+        iifname "{UPLINK}" ip saddr {layout.machine_address} icmp type echo-request accept{entry}
+    }}
+    # Guests do not reach each other past the gateway, although they are on one link: IPv6 knows no switch for that.
+    chain output {{
+        type filter hook output priority filter; policy accept;
+        icmpv6 type nd-redirect drop
     }}
     chain forward {{
         type filter hook forward priority filter; policy drop;
         ct state {{ established, related }} accept
         iifname "{BRIDGE}" oifname "{UPLINK}" ct state new accept
-        oifname "{BRIDGE}" ct state new ct status dnat ip daddr vmap @firewalls
+        oifname "{BRIDGE}" ct state new ct status dnat accept
+        oifname "{BRIDGE}" ct state new meta nfproto ipv6 accept
     }}
     # From guest to guest's public address too: the other side sees a public address and answers through the gateway.
     chain postrouting {{
         type nat hook postrouting priority srcnat; policy accept;
         snat ip to ip saddr map @outward
     }}
+    # After the source NAT: a rule names its clients by the addresses that everybody sees them by, another guest too.
+    chain firewall {{
+        type filter hook postrouting priority srcnat + 10; policy accept;
+        oifname != "{BRIDGE}" accept
+        ct state != new accept
+        ip daddr vmap @firewalls
+        ip6 daddr vmap @firewalls6
+        drop
+    }}
 }}"""]
+
+
+def _verdicts(openings: Mapping[str, tuple[str, ...]]) -> Iterable[str]:
+    return (f"{address} : jump {_chain_name(lines)}" for address, lines in openings.items() if lines)
 
 
 def _elements(head: str, type: str, elements: Iterable[str]) -> list[str]:
@@ -170,17 +225,22 @@ def _chain_name(lines: Sequence[str]) -> str:
     return "rules_" + hashlib.blake2b("\n".join(lines).encode(), digest_size=5).hexdigest()
 
 
-def _openings(rules: Iterable[FirewallRule]) -> tuple[str, ...]:
-    """What one guest's chain says. Rules of one protocol and source are one line; neither its addresses nor its ports
-    overlap within a line, as nft would refuse that, and lines may overlap freely."""
-    merged: defaultdict[tuple[str, tuple[IPv4Network, ...]], set[tuple[int, int]]] = defaultdict(set)
+def _openings(rules: Iterable[FirewallRule], version: Literal[4, 6]) -> tuple[str, ...]:
+    """What one guest's chain says of one version of IP. Rules of one protocol and source are one line; neither its
+    addresses nor its ports overlap within a line, as nft would refuse that, and lines may overlap freely."""
+    merged: defaultdict[tuple[str, tuple[str, ...]], set[tuple[int, int]]] = defaultdict(set)
     for rule in rules:
-        blocks = tuple(collapse_addresses(IPv4Network(text, strict=False) for text in rule.cidrs))
-        if blocks and rule.protocol != "icmpv6":
+        if version == 4 and rule.protocol != "icmpv6":
+            blocks = tuple(map(str, collapse_addresses(IPv4Network(text, strict=False) for text in rule.cidrs)))
+        elif version == 6 and rule.protocol != "icmp":
+            blocks = tuple(map(str, collapse_addresses(IPv6Network(text, strict=False) for text in rule.ipv6_cidrs)))
+        else:
+            continue
+        if blocks:
             merged[rule.protocol, blocks].add((rule.from_port, rule.to_port))
     lines: list[str] = []
     for (protocol, blocks), spans in merged.items():
-        source = "" if blocks == ANYWHERE else f"ip saddr {_set(str(block) for block in blocks)} "
+        source = "" if blocks in ANYWHERE else f"{'ip' if version == 4 else 'ip6'} saddr {_set(blocks)} "
         lines.extend(f"{source}{match}accept" for match in _matches(protocol, spans))
     return tuple(sorted(lines))
 
@@ -188,8 +248,8 @@ def _openings(rules: Iterable[FirewallRule]) -> tuple[str, ...]:
 def _matches(protocol: str, spans: set[tuple[int, int]]) -> Iterable[str]:
     if protocol == "all":
         return ("",)
-    if protocol == "icmp":
-        return tuple(_icmp(type, code) for type, code in sorted(spans))
+    if protocol in ("icmp", "icmpv6"):
+        return tuple(_icmp(protocol, type, code) for type, code in sorted(spans))
     if protocol not in ("tcp", "udp"):
         raise SkysailError(f"the firewall protocol {protocol!r} is not known", "use tcp, udp, icmp, icmpv6 or all")
     ranges = _join(spans)
@@ -198,10 +258,10 @@ def _matches(protocol: str, spans: set[tuple[int, int]]) -> Iterable[str]:
     return (f"{protocol} dport {_set(str(low) if low == high else f'{low}-{high}' for low, high in ranges)} ",)
 
 
-def _icmp(type: int, code: int) -> str:
+def _icmp(protocol: str, type: int, code: int) -> str:
     if type == -1:
-        return "ip protocol icmp "
-    return f"icmp type {type} " + (f"icmp code {code} " if code != -1 else "")
+        return f"meta l4proto {protocol} "
+    return f"{protocol} type {type} " + (f"{protocol} code {code} " if code != -1 else "")
 
 
 def _join(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -219,17 +279,3 @@ def _set(elements: Iterable[str]) -> str:
     written = list(elements)
     return written[0] if len(written) == 1 else "{ " + ", ".join(written) + " }"
 
-
-def _check(ports: Sequence[Port]) -> None:
-    """Whatever gets into the text is of a known form; addresses belong to one port each."""
-    owners: dict[str, str] = {}
-    for port in ports:
-        try:
-            addresses = (str(IPv4Address(port.private_ipv4)), str(IPv4Address(port.public_ipv4)))
-        except AddressValueError as wrong:
-            raise SkysailError(f"port {port.id} has an address that is none: {wrong}") from wrong
-        if not MAC.fullmatch(port.mac) or not 0 < port.tenant < 2**32:
-            raise SkysailError(f"port {port.id} has MAC {port.mac!r} and tenant {port.tenant}, which cannot be")
-        for key in (*addresses, port.mac, tap_name(port.id)):
-            if owners.setdefault(key, port.id) != port.id:
-                raise SkysailError(f"ports {owners[key]} and {port.id} both have {key}")

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from ipaddress import IPv4Address, IPv4Network
+import re
+from collections.abc import Iterable
+from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import msgspec
 
+from skysail.contract.document import Port
 from skysail.kit.config import Config
+from skysail.kit.errors import SkysailError
 
 BRIDGE = "br0"
 UPLINK = "uplink"
 TAP_PREFIX = "sky"
 MTU = 1500
+# Link-local, and so the same on every host: what guests have as their gateway, and the two ends of the transit link.
+GATEWAY_IPV6 = IPv6Address("fe80::1")
+MACHINE_LINK_IPV6, NAMESPACE_LINK_IPV6 = IPv6Address("fe80::2"), IPv6Address("fe80::3")
+UNIQUE_LOCAL = IPv6Network("fc00::/7")
+MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
     """One host's data plane: a network namespace, joined to the machine by the veth pair ``link`` <-> ``uplink``.
 
-    ``transit`` is the /30 between the two, ``private_network`` what guests see, ``public_pool`` where they are seen.
+    ``transit`` is the /30 between the two, ``private_network`` what guests see, ``public_pool`` where they are seen. IPv6 is
+    routed: guests have addresses of ``public_ipv6`` themselves; without that prefix there is no IPv6 in the data plane.
     """
 
     namespace: str
@@ -26,11 +36,13 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     transit: str
     private_network: str
     public_pool: str
+    public_ipv6: str = ""
 
     @classmethod
     def of(cls, config: Config) -> Layout:
         return cls(namespace=config.namespace, link=config.link, transit=config.transit,
-                   private_network=config.private_network, public_pool=config.public_pool)
+                   private_network=config.private_network, public_pool=config.public_pool,
+                   public_ipv6=config.public_ipv6)
 
     @property
     def transit_prefix(self) -> int:
@@ -56,6 +68,21 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         return IPv4Network(self.private_network).prefixlen
 
     @property
+    def namespace_ipv6(self) -> IPv6Address:
+        """What the namespace's router calls itself, as in "time exceeded"; only with a prefix."""
+        return IPv6Network(self.public_ipv6)[1]
+
+    @property
+    def machine_ipv6(self) -> IPv6Address:
+        """What guests see the machine as; only with a prefix."""
+        return IPv6Network(self.public_ipv6)[2]
+
+    @property
+    def masquerades_ipv6(self) -> bool:
+        """Whether guests' addresses mean nothing beyond this machine (RFC 4193)."""
+        return bool(self.public_ipv6) and IPv6Network(self.public_ipv6).subnet_of(UNIQUE_LOCAL)
+
+    @property
     def gateway_mac(self) -> str:
         """The same on every host, and never the lowest tap's: what guests have in their ARP cache stays true."""
         return ":".join(f"{octet:02x}" for octet in (0x02, 0x53, *self.gateway.packed))
@@ -64,3 +91,26 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
 def tap_name(port_id: str) -> str:
     """The tap device of a port; 13 characters, as the kernel takes 15 and ids are longer."""
     return TAP_PREFIX + hashlib.blake2b(port_id.encode(), digest_size=5).hexdigest()
+
+
+def link_local(mac: str) -> IPv6Address:
+    """The link-local address that a card with this MAC gives itself (RFC 4291, appendix A)."""
+    octets = bytes.fromhex(mac.replace(":", ""))
+    return IPv6Address(b"\xfe\x80" + bytes(6) + bytes((octets[0] ^ 2,)) + octets[1:3] + b"\xff\xfe" + octets[3:])
+
+
+def vet(ports: Iterable[Port]) -> None:
+    """Raises SkysailError for a port that cannot be: everything in it has its known form, and belongs to no other port."""
+    owners: dict[str, str] = {}
+    for port in ports:
+        try:
+            addresses = [str(IPv4Address(port.private_ipv4)), str(IPv4Address(port.public_ipv4))]
+            if port.public_ipv6:
+                addresses.append(str(IPv6Address(port.public_ipv6)))
+        except AddressValueError as wrong:
+            raise SkysailError(f"port {port.id} has an address that is none: {wrong}") from wrong
+        if not MAC.fullmatch(port.mac) or not 0 < port.tenant < 2**32:
+            raise SkysailError(f"port {port.id} has MAC {port.mac!r} and tenant {port.tenant}, which cannot be")
+        for key in (*addresses, port.mac, tap_name(port.id)):
+            if owners.setdefault(key, port.id) != port.id:
+                raise SkysailError(f"ports {owners[key]} and {port.id} both have {key}")

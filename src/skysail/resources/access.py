@@ -17,7 +17,7 @@ from skysail.kit.clock import Clock
 from skysail.kit.errors import invalid_input
 from skysail.operations import history
 from skysail.resources import accounts
-from skysail.resources.instances import get_guest, get_row
+from skysail.resources.instances import get_guest, get_row, ipv6_addresses
 from skysail.resources.request import Request
 from skysail.store.schema import guests
 from skysail.store.vault import Vault
@@ -54,7 +54,7 @@ class Access:
         return {"accessDetails": {
             "certKey": certificate.export_certificate().decode().strip(), "privateKey": key.export_private_key().decode(),
             "expiresAt": float(int(now) + CERTIFICATE_SECONDS), "protocol": "ssh", "instanceName": row["name"],
-            "ipAddress": guest["public_ipv4"], "ipv6Addresses": [], "username": row["username"],
+            "ipAddress": guest["public_ipv4"], "ipv6Addresses": ipv6_addresses(guest), "username": row["username"],
             "hostKeys": [_host_key(text, guest["witnessed_at"] or now, guest["public_ipv4"])
                          for text in guest["host_keys"]],
         }}

@@ -30,8 +30,8 @@ from skysail.store.vault import Vault
 MAX_NAMES = 20
 MAX_USER_DATA_BYTES = 16 * 1024
 # What an instance shows of its guest.
-_SHOWN = (guests.c.instance_id, guests.c.private_ipv4, guests.c.public_ipv4, guests.c.vcpus, guests.c.memory_mib,
-          guests.c.disk_gib)
+_SHOWN = (guests.c.instance_id, guests.c.private_ipv4, guests.c.public_ipv4, guests.c.public_ipv6, guests.c.vcpus,
+          guests.c.memory_mib, guests.c.disk_gib)
 DEFAULT_PORTS = (("tcp", 22, 22), ("tcp", 80, 80))
 
 
@@ -48,6 +48,13 @@ def get_row(connection: Connection, request: Request, name: str) -> RowMapping:
 def get_guest(connection: Connection, instance: RowMapping) -> RowMapping:
     """The guest that runs the instance."""
     return connection.execute(select(guests).where(guests.c.instance_id == instance["id"])).mappings().one()
+
+
+def ipv6_addresses(guest: RowMapping) -> list[str]:
+    """The guest's IPv6 addresses as Lightsail writes them: all eight groups."""
+    if not guest["public_ipv6"]:
+        return []
+    return [":".join(f"{int(group, 16):x}" for group in ipaddress.IPv6Address(guest["public_ipv6"]).exploded.split(":"))]
 
 
 class Instances:
@@ -76,7 +83,7 @@ class Instances:
         if asked.get("customImageName"):
             raise invalid_input("customImageName is not offered; import the image as a blueprint instead.")
         if asked.get("ipAddressType") == "ipv6":
-            raise invalid_input("ipAddressType ipv6 is not offered by this cloud yet; use ipv4.")
+            raise invalid_input("ipAddressType ipv6 is not offered by this cloud yet; use dualstack or ipv4.")
         user_data = asked.get("userData") or ""
         if len(user_data.encode()) > MAX_USER_DATA_BYTES:
             raise invalid_input(f"userData is limited to {MAX_USER_DATA_BYTES} bytes.")
@@ -122,6 +129,8 @@ class Instances:
                                 "Choose a smaller bundle, or delete instances.") from full
         private = self._free_address(connection, guests.c.private_ipv4, self._config.private_network)
         public = self._free_address(connection, guests.c.public_ipv4, self._config.public_pool)
+        public6 = self._free_address(connection, guests.c.public_ipv6, self._config.public_ipv6) \
+            if self._config.public_ipv6 and request.params.get("ipAddressType") != "ipv4" else None
         now = self._clock.now()
         connection.execute(insert(instances).values(
             id=identifier, account_id=request.account_id, region=request.region, zone=zone, name=name,
@@ -135,7 +144,7 @@ class Instances:
             id=guest, instance_id=identifier, instance_name=name, account_id=request.account_id, host_id=host,
             role="run", starts=1, reboots=0, vcpus=bundle["cpuCount"], memory_mib=memory_mib,
             disk_gib=bundle["diskSizeInGb"], image=image["digest"],
-            mac=mac, private_ipv4=private, public_ipv4=public,
+            mac=mac, private_ipv4=private, public_ipv4=public, public_ipv6=public6,
             personality=msgspec.to_builtins(personality), host_keys=[]))
         opened = (*DEFAULT_PORTS, ("tcp", 443, 443)) if catalog.is_app(image["blueprint"]) else DEFAULT_PORTS
         connection.execute(insert(ports), [
@@ -201,8 +210,8 @@ class Instances:
             "location": {"availabilityZone": row["region"] + row["zone"], "regionName": row["region"]},
             "resourceType": "Instance", "tags": tagged, "blueprintId": row["blueprint_id"],
             "blueprintName": row["blueprint_name"], "bundleId": row["bundle_id"], "addOns": [], "isStaticIp": False,
-            "privateIpAddress": guest["private_ipv4"], "publicIpAddress": guest["public_ipv4"], "ipv6Addresses": [],
-            "ipAddressType": "ipv4",
+            "privateIpAddress": guest["private_ipv4"], "publicIpAddress": guest["public_ipv4"],
+            "ipv6Addresses": ipv6_addresses(guest), "ipAddressType": "dualstack" if guest["public_ipv6"] else "ipv4",
             "hardware": {
                 "cpuCount": guest["vcpus"], "ramSizeInGb": guest["memory_mib"] / 1024,
                 "disks": [{"createdAt": row["created_at"], "sizeInGb": guest["disk_gib"], "isSystemDisk": True,

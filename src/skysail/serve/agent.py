@@ -27,7 +27,7 @@ from skysail.hypervisor.template import Templates
 from skysail.images.library import Library
 from skysail.kit.config import Config, load
 from skysail.network.linux import LinuxFabric
-from skysail.network.plan import Layout
+from skysail.network.plan import GATEWAY_IPV6, Layout
 from skysail.network.sim import SimFabric
 from skysail.storage.files import FilePool
 from skysail.storage.sim import SimPool
@@ -69,7 +69,8 @@ def capacity(config: Config, accelerator: str) -> HostReport:
 def surroundings(config: Config) -> Surroundings:
     """What guests are told of their network."""
     private = ipaddress.IPv4Network(config.private_network)
-    return Surroundings(prefix=private.prefixlen, gateway=str(private[1]), resolvers=config.resolvers or resolvers())
+    return Surroundings(prefix=private.prefixlen, gateway=str(private[1]), resolvers=config.resolvers or resolvers(),
+                        gateway_ipv6=str(GATEWAY_IPV6) if config.public_ipv6 else "")
 
 
 def resolvers(paths: tuple[str, ...] = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")) -> tuple[str, ...]:

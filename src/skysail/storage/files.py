@@ -7,7 +7,8 @@ from pathlib import Path
 
 from skysail.contract.document import Volume
 from skysail.kit import durable
-from skysail.kit.process import in_thread, run, run_async
+from skysail.kit.errors import ProcessFailed
+from skysail.kit.process import in_thread, run_async
 
 
 class FilePool:
@@ -41,9 +42,9 @@ class FilePool:
 
     async def check(self) -> list[str]:
         try:
-            run(["qemu-img", "--version"])
-        except Exception as missing:
-            return [str(missing)]
+            await run_async(["qemu-img", "--version"])
+        except ProcessFailed as missing:
+            return [f"{missing.what}: {missing.cure}"]
         return []
 
 

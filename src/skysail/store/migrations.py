@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection
 
-from skysail.store.schema import metadata, operations
+from skysail.store.schema import guests, metadata, operations
 
 
 def _foundation(connection: Connection) -> None:
@@ -22,7 +22,14 @@ def _operations_by_page(connection: Connection) -> None:
         index.create(connection, checkfirst=True)
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_foundation, _operations_by_page)
+def _guests_with_ipv6(connection: Connection) -> None:
+    # A database made by this version has it from the foundation on; SQLite adds no unique column, so the index is apart.
+    if "public_ipv6" not in {row[1] for row in connection.exec_driver_sql("PRAGMA table_info(guests)")}:
+        connection.exec_driver_sql("ALTER TABLE guests ADD COLUMN public_ipv6 VARCHAR(39)")
+    next(index for index in guests.indexes if index.unique).create(connection, checkfirst=True)
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_foundation, _operations_by_page, _guests_with_ipv6)
 
 
 def upgrade(connection: Connection) -> int:

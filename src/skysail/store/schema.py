@@ -145,6 +145,7 @@ guests = Table(
     Column("mac", String(17), nullable=False, unique=True),
     Column("private_ipv4", String(15), nullable=False, unique=True),
     Column("public_ipv4", String(15), nullable=False, unique=True),
+    Column("public_ipv6", String(39)),
     Column("personality", JSON, nullable=False),
     Column("observed_state", String(16), nullable=False, default=""),
     Column("observed_starts", Integer, nullable=False, default=0),
@@ -154,6 +155,7 @@ guests = Table(
     Column("witnessed_at", Float),
     Column("rx_bytes", Integer, nullable=False, default=0),
     Column("tx_bytes", Integer, nullable=False, default=0),
+    Index("uq_guests_public_ipv6", "public_ipv6", unique=True),
 )
 
 ports = Table(

@@ -65,9 +65,12 @@ def files(told: Told, root: str) -> None:
     write(root + "/etc/machine-id", told["machine_id"] + "\n", 0o444)
     write(root + "/etc/resolv.conf", "".join(f"nameserver {one}\n" for one in told["resolvers"]))
     # Kept when networkd takes the link over: the addresses were set by hand before it looked.
-    write(root + "/etc/systemd/network/10-skysail.network",
-          f"[Match]\nName=eth0\n\n[Network]\nAddress={told['ipv4']}\nGateway={told['gateway']}\n"
-          "KeepConfiguration=static\nLinkLocalAddressing=no\nIPv6AcceptRA=no\n")
+    network = (f"[Match]\nName=eth0\n\n[Network]\nAddress={told['ipv4']}\nGateway={told['gateway']}\n"
+               f"KeepConfiguration=static\nLinkLocalAddressing={'ipv6' if told['ipv6'] else 'no'}\nIPv6AcceptRA=no\n")
+    if told["ipv6"]:
+        network += (f"\n[Address]\nAddress={told['ipv6']}\nDuplicateAddressDetection=none\n"
+                    f"\n[Route]\nGateway={told['gateway_ipv6']}\nGatewayOnLink=yes\n")
+    write(root + "/etc/systemd/network/10-skysail.network", network)
     keys = told["host_keys"]
     write(root + "/etc/ssh/ssh_host_ed25519_key", keys["private"], 0o600)
     write(root + "/etc/ssh/ssh_host_ed25519_key.pub", keys["public"] + "\n")
@@ -105,7 +108,7 @@ def entropy(seed: bytes) -> None:
 
 
 class Route:
-    """rtnetlink(7) for one link: up, an address, a default route."""
+    """rtnetlink(7) for one link: up, an address, a default route, and the same in IPv6."""
 
     def __init__(self) -> None:
         self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
@@ -147,6 +150,16 @@ class Route:
         route += struct.pack("=HH4s", 8, 5, socket.inet_aton(gateway)) + struct.pack("=HHI", 8, 4, index)
         self.ask(24, 0x500, route)
 
+    def configure_ipv6(self, name: str, address: str, gateway: str) -> None:
+        """Good at once (IFA_F_NODAD): nobody else can have the address. The link is up."""
+        index = socket.if_nametoindex(name)
+        host, _, prefix = address.partition("/")
+        told = socket.inet_pton(socket.AF_INET6, host)
+        self.ask(20, 0x500, struct.pack("=BBBBIHH16s", socket.AF_INET6, int(prefix), 0x82, 0, index, 20, 1, told))
+        route = struct.pack("=BBBBBBBBI", socket.AF_INET6, 0, 0, 0, 254, 4, 0, 1, 0)
+        route += struct.pack("=HH16s", 20, 5, socket.inet_pton(socket.AF_INET6, gateway)) + struct.pack("=HHI", 8, 4, index)
+        self.ask(24, 0x500, route)
+
 
 def personalise(told: Told, route: Route, root: str = "") -> None:
     """Take on an identity; with ``root``, only write its files there."""
@@ -169,6 +182,8 @@ def personalise(told: Told, route: Route, root: str = "") -> None:
     # Before the answer: from then on the host counts on this disk to know who it is.
     os.sync()
     route.configure("eth0", told["ipv4"], told["gateway"])
+    if told["ipv6"]:
+        route.configure_ipv6("eth0", told["ipv6"], told["gateway_ipv6"])
 
 
 def rehearse(route: Route) -> None:
@@ -183,6 +198,7 @@ def rehearse(route: Route) -> None:
         host = {"private": private.read(), "public": shown.read().strip()}
     told = {"hostname": "rehearsal", "machine_id": "0" * 32, "user": user, "authorized_keys": [key], "trusted_user_ca": [],
             "host_keys": host, "ipv4": "192.0.2.2/24", "gateway": "192.0.2.1", "resolvers": ["192.0.2.3"],
+            "ipv6": "2001:db8::2/128", "gateway_ipv6": "fe80::1",
             "epoch": time.time(), "seed_hex": "00" * 64, "user_data": "#!/bin/sh\n", "instance_id": "rehearsal"}
     personalise(told, route, scratch)
     entropy(os.urandom(32))

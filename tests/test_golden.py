@@ -1,0 +1,160 @@
+"""What is handed to QEMU and to the kernel, held still: command lines, rulesets and the network plan as files to read.
+
+``--regenerate-golden`` writes them anew; the difference is then for a human to read.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from conftest import GOLDEN
+from skysail.contract.document import FirewallRule, Port
+from skysail.hypervisor import qemu
+from skysail.kit.config import Config
+from skysail.kit.errors import SkysailError
+from skysail.network import nftables
+from skysail.network.plan import BRIDGE, UPLINK, Layout, link_local, tap_name
+
+Golden = Callable[[str, str], None]
+
+LAYOUT = Layout.of(Config())
+TEMPLATE = qemu.Machine(
+    id="template-0123", accelerator="tcg", vcpus=1, memory_mib=512, folder="/data/templates/0123/run",
+    disk=("/data/templates/0123/disk.qcow2", "/data/images/aa.qcow2"), memory="template", pluggable=True,
+    generation_id="11111111-2222-3333-4444-555555555555", memory_file="/data/templates/0123/memory")
+CLONE = msgspec.structs.replace(
+    TEMPLATE, id="g-1", folder="/data/guests/g-1/run", memory="clone", incoming=True,
+    disk=("/data/volumes/g-1.qcow2", *TEMPLATE.disk))
+COLD = qemu.Machine(
+    id="g-1", accelerator="tcg", vcpus=1, memory_mib=1024, folder="/data/guests/g-1/run", disk=CLONE.disk,
+    generation_id=TEMPLATE.generation_id)
+MACHINES = {
+    "template": TEMPLATE,
+    "template_kvm_2_vcpus": msgspec.structs.replace(TEMPLATE, accelerator="kvm", vcpus=2),
+    "clone": CLONE,
+    "clone_kvm_2_vcpus": msgspec.structs.replace(CLONE, accelerator="kvm", vcpus=2),
+    "cold": COLD,
+    "cold_kvm_2_vcpus": msgspec.structs.replace(COLD, accelerator="kvm", vcpus=2),
+    "cold_with_seed": msgspec.structs.replace(
+        COLD, disk=("/data/volumes/g-1.qcow2", "/data/images/foreign.qcow2"), seed="/data/guests/g-1/seed.iso"),
+}
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_qemus_command_line(golden: Golden, name: str) -> None:
+    words = qemu.argv(MACHINES[name])
+    # An option and its value are one line.
+    lines = [f"{word} {value}" if not value.startswith("-") else word
+             for word, value in zip(words, [*words[1:], "-"], strict=True) if word.startswith("-")]
+    assert " ".join(lines).split() == words, "every argument is in the file"
+    golden(f"qemu/{name}.txt", "\n".join(lines) + "\n")
+
+
+def test_no_guest_carries_a_network_card_or_a_probed_format() -> None:
+    for machine in MACHINES.values():
+        text = " ".join(qemu.argv(machine))
+        assert "virtio-net" not in text and "-netdev" not in text
+        assert text.count("driver=file") == text.count("driver=qcow2") + text.count("driver=raw")
+        assert f"memory-backend-file,id=ram,size={machine.memory_mib}M" in text or machine.memory == "private"
+        assert ("share=on" in text) == (machine.memory == "template"), "only a template writes the memory that clones share"
+
+
+def rule(protocol: str, first: int, last: int, *cidrs: str) -> FirewallRule:
+    """Open to everybody, or to these blocks of either version."""
+    if not cidrs:
+        return FirewallRule(protocol=protocol, from_port=first, to_port=last)
+    return FirewallRule(protocol=protocol, from_port=first, to_port=last, cidrs=tuple(one for one in cidrs if "." in one),
+                        ipv6_cidrs=tuple(one for one in cidrs if ":" in one))
+
+
+def port(number: int, tenant: int, *rules: FirewallRule, ipv6: bool = True) -> Port:
+    return Port(id=f"g-{number}", mac=f"52:54:00:00:00:{number:02x}", tenant=tenant, private_ipv4=f"172.26.0.{number}",
+                public_ipv4=f"100.115.93.{number}", public_ipv6=f"fd53:6b79:7361::{number:x}" if ipv6 else "",
+                firewall=rules)
+
+
+DEFAULTS = (rule("tcp", 22, 22), rule("tcp", 80, 80))
+PLANES = {
+    "no_port": (),
+    "one_port": (port(10, 1, *DEFAULTS),),
+    "several_tenants": (port(10, 1, *DEFAULTS), port(11, 1, *DEFAULTS), port(12, 2, *DEFAULTS, rule("tcp", 443, 443)),
+                        port(13, 3), port(14, 3, *DEFAULTS, ipv6=False)),
+    "every_protocol": (port(10, 1, rule("tcp", 0, 65535), rule("udp", 53, 53), rule("icmp", -1, -1)),
+                       port(11, 1, rule("tcp", 1000, 2000), rule("tcp", 1500, 2500), rule("tcp", 2501, 2501)),
+                       port(12, 2, rule("all", 0, 65535, "192.0.2.0/24", "198.51.100.7/32")),
+                       port(13, 2, rule("all", 0, 65535)),
+                       port(14, 2, rule("icmp", 8, 0), rule("icmp", 3, -1, "192.0.2.0/25", "192.0.2.128/25")),
+                       port(15, 2, rule("icmpv6", -1, -1), rule("udp", 0, 65535, "192.0.2.1/32", "192.0.2.0/24")),
+                       port(16, 2, rule("icmpv6", 128, 0, "2001:db8::/33", "2001:db8:8000::/33"),
+                            rule("tcp", 22, 22, "192.0.2.7/32", "2001:db8::7/128"))),
+}
+LAYOUTS = {"default": LAYOUT, "public_prefix": msgspec.structs.replace(LAYOUT, public_ipv6="2001:db8:1::/64"),
+           "ipv4_only": msgspec.structs.replace(LAYOUT, public_ipv6="")}
+
+
+@pytest.mark.parametrize("name", PLANES)
+def test_the_data_planes_ruleset(golden: Golden, name: str) -> None:
+    golden(f"nftables/{name}.nft", nftables.data_plane(LAYOUT, PLANES[name]))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_machines_ruleset(golden: Golden, name: str) -> None:
+    golden(f"nftables/machine_{name}.nft", nftables.machine(LAYOUTS[name]))
+
+
+def test_without_a_prefix_no_ipv6_passes(golden: Golden) -> None:
+    text = nftables.data_plane(LAYOUTS["ipv4_only"], PLANES["several_tenants"])
+    golden("nftables/ipv4_only.nft", text)
+    assert "fd53" not in text and "fe80" not in text and "ip6 saddr @" not in text
+
+
+def test_the_order_of_ports_and_rules_does_not_change_the_ruleset() -> None:
+    for ports in PLANES.values():
+        turned = [msgspec.structs.replace(one, firewall=tuple(reversed(one.firewall))) for one in reversed(ports)]
+        assert nftables.data_plane(LAYOUT, turned) == nftables.data_plane(LAYOUT, ports)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"mac": "52:54:00:00:00:zz"}, {"mac": '52:54:00:00:00:01" accept'}, {"private_ipv4": "172.26.0.300"},
+    {"public_ipv4": "10.0.0.1; drop"}, {"tenant": 0}, {"tenant": 2**32}, {"firewall": (rule("gre", 0, 0),)},
+    {"mac": "52:54:00:00:00:0b"}, {"private_ipv4": "172.26.0.11"}, {"public_ipv4": "100.115.93.11"},
+    {"public_ipv6": "100.115.93.10"}, {"public_ipv6": "fd53::1 } drop"}, {"public_ipv6": "fd53:6b79:7361::b"}])
+def test_a_port_that_cannot_be_written_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(SkysailError):
+        nftables.data_plane(LAYOUT, [msgspec.structs.replace(port(10, 1), **wrong), port(11, 1)])
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("path", sorted((GOLDEN / "nftables").glob("*.nft")), ids=lambda path: path.stem)
+def test_the_kernel_takes_the_ruleset(path: Path) -> None:
+    done = subprocess.run(["unshare", "--net", "nft", "--check", "-f", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_network_plan(golden: Golden) -> None:
+    layouts = {"default": LAYOUT, "small": Layout(
+        namespace="test-1", link="test1", transit="192.0.2.4/30", private_network="10.1.2.0/24",
+        public_pool="198.51.100.0/25")}
+    derived = ("namespace", "link", "transit", "transit_prefix", "machine_address", "namespace_address", "private_network",
+               "private_prefix", "gateway", "gateway_mac", "public_pool", "public_ipv6", "masquerades_ipv6")
+    routed = ("namespace_ipv6", "machine_ipv6")  # of a prefix
+    lines = [f"{name}.{key} = {getattr(layout, key)}" for name, layout in layouts.items()
+             for key in (*derived, *(routed if layout.public_ipv6 else ()))]
+    lines += [f"{name}.machine_table = {nftables.machine_table(layout)}" for name, layout in layouts.items()]
+    lines += [f"bridge = {BRIDGE}", f"uplink = {UPLINK}",
+              f"link_local(52:54:00:00:00:0a) = {link_local('52:54:00:00:00:0a')}"]
+    lines += [f"tap_name({identifier}) = {tap_name(identifier)}" for identifier in ("g-1", "g-2", "g" * 64)]
+    assert all(len(tap_name(identifier)) <= 15 for identifier in ("g", "g" * 64)), "IFNAMSIZ, with its end"
+    golden("plan.txt", "\n".join(lines) + "\n")
+
+
+def test_every_golden_file_is_held() -> None:
+    """A file that no test compares any more is dead weight that looks like proof."""
+    held = {*(f"qemu/{name}.txt" for name in MACHINES), *(f"nftables/{name}.nft" for name in PLANES),
+            *(f"nftables/machine_{name}.nft" for name in LAYOUTS), "nftables/ipv4_only.nft", "plan.txt"}
+    assert {str(path.relative_to(GOLDEN)) for path in GOLDEN.rglob("*") if path.is_file()} == held

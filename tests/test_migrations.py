@@ -1,0 +1,88 @@
+"""The database: a fresh one and one that grew up with every version end up the same."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+import sqlalchemy.exc
+from sqlalchemy import insert, select
+
+from skysail.store.database import Database
+from skysail.store.migrations import MIGRATIONS
+from skysail.store.schema import accounts, guests, hosts
+
+# As version 2 made it.
+GUESTS_2 = """
+CREATE TABLE guests (
+    id VARCHAR(64) NOT NULL, instance_id VARCHAR(64) NOT NULL, instance_name VARCHAR(255) NOT NULL, account_id VARCHAR(12)
+    NOT NULL, host_id VARCHAR(64) NOT NULL, role VARCHAR(8) NOT NULL, starts INTEGER NOT NULL, reboots INTEGER NOT NULL,
+    force BOOLEAN NOT NULL, vcpus INTEGER NOT NULL, memory_mib INTEGER NOT NULL, disk_gib INTEGER NOT NULL, image VARCHAR(64)
+    NOT NULL, mac VARCHAR(17) NOT NULL, private_ipv4 VARCHAR(15) NOT NULL, public_ipv4 VARCHAR(15) NOT NULL, personality JSON
+    NOT NULL, observed_state VARCHAR(16) NOT NULL, observed_starts INTEGER NOT NULL, observed_reboots INTEGER NOT NULL,
+    reason VARCHAR NOT NULL, host_keys JSON NOT NULL, witnessed_at FLOAT, rx_bytes INTEGER NOT NULL, tx_bytes INTEGER
+    NOT NULL,
+    CONSTRAINT pk_guests PRIMARY KEY (id), CONSTRAINT uq_guests_mac UNIQUE (mac), CONSTRAINT uq_guests_private_ipv4 UNIQUE
+    (private_ipv4), CONSTRAINT uq_guests_public_ipv4 UNIQUE (public_ipv4));
+CREATE INDEX ix_guests_instance_id ON guests (instance_id);
+CREATE INDEX ix_guests_host_id ON guests (host_id);
+INSERT INTO guests VALUES ('g-1', 'i-1', 'one', '1', 'host-1', 'run', 1, 0, 0, 1, 512, 20, '', '52:54:00:00:00:01',
+    '172.26.0.10', '192.0.2.10', '{}', '', 0, 0, '', '[]', NULL, 0, 0);
+PRAGMA user_version = 2;
+"""
+
+
+def shape(path: Path) -> dict[str, set[tuple[object, ...]]]:
+    """Columns and indexes of every table, in no order: a column that was added stands last."""
+    with sqlite3.connect(path) as file:
+        tables = [row[0] for row in file.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return {table: {tuple(row[1:]) for row in file.execute(f"PRAGMA table_info({table})")}
+                | {tuple(row[1:3]) for row in file.execute(f"PRAGMA index_list({table})")} for table in tables}
+
+
+def grown(path: Path) -> Path:
+    """A database of version 2, with a guest in it."""
+    made = Database(path)
+    made.migrate()
+    made.close()
+    with sqlite3.connect(path) as file:
+        file.execute("DROP TABLE guests")
+        file.executescript(GUESTS_2)
+    return path
+
+
+def test_an_old_database_becomes_what_a_fresh_one_is(tmp_path: Path) -> None:
+    fresh, old = Database(tmp_path / "fresh.sqlite"), Database(grown(tmp_path / "old.sqlite"))
+    for database in (fresh, old):
+        for _ in range(2):
+            database.migrate()
+        database.close()
+    assert shape(tmp_path / "fresh.sqlite") == shape(tmp_path / "old.sqlite")
+    with sqlite3.connect(tmp_path / "old.sqlite") as file:
+        assert file.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
+        assert file.execute("SELECT id, public_ipv4, public_ipv6 FROM guests").fetchall() == [("g-1", "192.0.2.10", None)]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_an_ipv6_address_is_one_guests_alone(tmp_path: Path, old: bool) -> None:
+    path = tmp_path / "skysail.sqlite"
+    database = Database(grown(path) if old else path)
+    database.migrate()
+
+    def values(number: int, ipv6: str | None) -> dict[str, object]:
+        return {"id": f"g-{number}", "instance_id": "i", "instance_name": "i", "account_id": "1", "host_id": "h",
+                "role": "run", "vcpus": 1, "memory_mib": 1, "disk_gib": 1, "image": "",
+                "mac": str(number), "private_ipv4": str(number),
+                "public_ipv4": str(number), "public_ipv6": ipv6, "personality": {}}
+
+    with database.transaction() as connection:
+        connection.execute(insert(accounts).values(id="1", tenant=1, name="a", created_at=0.0))
+        connection.execute(insert(hosts).values(id="h", region="r", zone="a", address=""))
+        for number, ipv6 in ((2, None), (3, None), (4, "fd53::a")):
+            connection.execute(insert(guests).values(**values(number, ipv6)))
+    with pytest.raises(sqlalchemy.exc.IntegrityError), database.transaction() as connection:
+        connection.execute(insert(guests).values(**values(5, "fd53::a")))
+    with database.transaction(write=False) as connection:
+        assert len(connection.execute(select(guests.c.id).where(guests.c.public_ipv6.is_(None))).all()) == 2 + old
+    database.close()
