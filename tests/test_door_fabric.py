@@ -4,6 +4,7 @@ its own, see tests/stage.py."""
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import subprocess
 import sys
@@ -357,28 +358,35 @@ def test_a_device_of_somebody_else_is_left_alone(linux: Door) -> None:
 
 
 @pytest.mark.real
-def test_a_route_of_somebody_else_is_not_taken(linux: Door) -> None:
+@pytest.mark.parametrize("key", ["public_pool", "public_ipv6"])
+def test_a_route_of_somebody_else_is_not_taken(linux: Door, key: str) -> None:
     run_in(linux.namespace, "ip", "link", "add", "lan", "type", "bridge")
     run_in(linux.namespace, "ip", "link", "set", "lan", "up")
-    run_in(linux.namespace, "ip", "route", "add", linux.layout.public_pool, "dev", "lan")
-    with pytest.raises(SkysailError, match="already has a route"):
+    run_in(linux.namespace, "ip", "route", "add", getattr(linux.layout, key), "dev", "lan")
+    with pytest.raises(SkysailError, match="already has a route") as caught:
         linux.apply(ONE)
+    assert key in caught.value.cure
 
 
 @pytest.mark.real
-def test_a_network_of_the_machine_that_would_be_hidden_is_found(linux: Door) -> None:
+@pytest.mark.parametrize(("address", "key"), [
+    ("172.26.3.1/24", "private_network"), ("100.115.93.7/32", "public_pool"), ("fd53:6b79:7361::5/64", "public_ipv6")])
+def test_a_network_of_the_machine_that_would_be_hidden_is_found(linux: Door, address: str, key: str) -> None:
     run_in(linux.namespace, "ip", "link", "add", "lan", "type", "bridge")
-    run_in(linux.namespace, "ip", "address", "add", "172.26.3.1/24", "dev", "lan")
+    run_in(linux.namespace, "ip", "address", "add", address, "dev", "lan")
     (problem,) = linux.does(linux.fabric.check)
-    assert "172.26.3.0/24" in problem and "private_network" in problem
+    assert str(ipaddress.ip_interface(address).network) in problem and f"choose another {key} " in problem
 
 
 @pytest.mark.real
-def test_a_foreign_firewall_that_drops_is_found(linux: Door) -> None:
+@pytest.mark.parametrize(("family", "cure"), [("ip", " iptables -I FORWARD"), ("ip6", " ip6tables -I FORWARD")])
+def test_a_foreign_firewall_that_drops_is_found(linux: Door, family: str, cure: str) -> None:
     links.inside(linux.namespace, lambda: links.load(
-        "table ip filter {\nchain FORWARD { type filter hook forward priority 0; policy drop; }\n}\n"))
+        f"table {family} filter {{\nchain FORWARD {{ type filter hook forward priority 0; policy drop; }}\n}}\n"))
     (problem,) = linux.does(linux.fabric.check)
-    assert "FORWARD" in problem and linux.layout.link in problem
+    assert cure in problem and linux.layout.link in problem
+    without = LinuxFabric(msgspec.structs.replace(linux.layout, public_ipv6=""))
+    assert len(linux.does(without.check)) == (family == "ip"), "a network that there is not is not in the way"
 
 
 @pytest.mark.real

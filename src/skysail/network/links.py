@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 import msgspec
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple, NFCTSocket
 
 from skysail.contract.document import Port
 from skysail.kit.errors import ProcessFailed, SkysailError
 from skysail.kit.process import run
+from skysail.network.memory import ensure_neighbours, family_of, forget_connections
 from skysail.network.plan import (
     BRIDGE,
     GATEWAY_IPV6,
@@ -293,7 +293,7 @@ def enable_ipv6(device: str) -> None:
 
 def ensure_addresses(ipr: Any, index: int, *wanted: str) -> None:
     """The device has exactly these addresses (with their prefix lengths), all of one family; none of that family beside."""
-    family = _family(wanted[0])
+    family = family_of(wanted[0])
     held = {f"{found.get_attr('IFA_LOCAL') or found.get_attr('IFA_ADDRESS')}/{found['prefixlen']}"
             for found in ipr.get_addr(family=family, index=index)}
     for other in held - set(wanted):
@@ -333,24 +333,11 @@ def ensure_taps(ipr: Any, layout: Layout, ports: list[Port]) -> None:
         ipr.brport("set", index=index, unicast_flood=0)
         ipr.fdb("replace", ifindex=index, lladdr=port.mac, state=_NUD_NOARP, flags=_NTF_MASTER)
         ipr.link("set", index=index, IFLA_IFALIAS=alias)
-    _ensure_neighbours(ipr, bridge, [(address, port.mac) for port in ports for address in _addresses(Owner.of(port))
-                                     if layout.public_ipv6 or ":" not in address])
+    ensure_neighbours(ipr, bridge, [(address, port.mac) for port in ports for address in _addresses(Owner.of(port))
+                                    if layout.public_ipv6 or ":" not in address])
 
 
-def _ensure_neighbours(ipr: Any, bridge: int, wanted: list[tuple[str, str]]) -> None:
-    """The gateway knows every guest by itself. Looked at each time: a bridge that was down for a moment forgets all."""
-    held = {(entry.get_attr("NDA_DST"), entry.get_attr("NDA_LLADDR")) for family in (socket.AF_INET, socket.AF_INET6)
-            for entry in ipr.get_neighbours(family=family, ifindex=bridge) if entry["state"] & _NUD_PERMANENT}
-    for address, mac in wanted:
-        if (address, mac) not in held:
-            ipr.neigh("replace", dst=address, lladdr=mac, ifindex=bridge, state=_NUD_PERMANENT, family=_family(address))
-
-
-def _family(address: str) -> int:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
-_NUD_NOARP, _NUD_PERMANENT, _NTF_MASTER = 0x40, 0x80, 0x04
+_NUD_NOARP, _NTF_MASTER = 0x40, 0x04
 _DOOMED = 0x736B  # a device group of ours: the kernel deletes a group in one go, and takes 17 ms for each alone
 
 
@@ -367,39 +354,20 @@ def _forget(ipr: Any, bridge: int, former: list[Link]) -> None:
     for index, owner in owners:
         for address in _addresses(owner):
             with contextlib.suppress(NetlinkError):
-                ipr.neigh("del", dst=address, ifindex=bridge, family=_family(address))
+                ipr.neigh("del", dst=address, ifindex=bridge, family=family_of(address))
         with contextlib.suppress(NetlinkError):
             ipr.fdb("del", ifindex=index, lladdr=owner.mac, flags=_NTF_MASTER)
     if owners:
-        _forget_connections(socket.AF_INET, {owner.private_ipv4 for _, owner in owners},
-                            {owner.public_ipv4 for _, owner in owners})
+        forget_connections(socket.AF_INET, {owner.private_ipv4 for _, owner in owners},
+                           {owner.public_ipv4 for _, owner in owners})
     if routed := {owner.public_ipv6 for _, owner in owners if owner.public_ipv6}:
-        _forget_connections(socket.AF_INET6, routed, routed)
+        forget_connections(socket.AF_INET6, routed, routed)
 
 
 def _addresses(owner: Owner) -> tuple[str, ...]:
     """What the gateway reaches a guest by, each bound to its MAC for good: so a guest has nothing to advertise."""
     ipv6 = (owner.public_ipv6, str(link_local(owner.mac))) if owner.public_ipv6 else ()
     return (owner.private_ipv4, *ipv6)
-
-
-def _forget_connections(family: int, sources: set[str], targets: set[str]) -> None:
-    """Drop tracked connections from and to these addresses, which are all that their guests had.
-
-    They would reach the next owner of an address, past that one's firewall. The rules in force make no new ones.
-    """
-    filters: list[Any] = [None]  # every connection is looked at ...
-    if len(sources) <= 8:  # ... unless asking for each address is less work
-        filters = [NFCTAttrTuple(family=family, saddr=address) for address in sources]
-        filters += [NFCTAttrTuple(family=family, daddr=address) for address in targets]
-    with NFCTSocket(nfgen_family=family) as tracker:
-        for filter in filters:
-            for entry in list(tracker.dump(tuple_orig=filter)):
-                first = NFCTAttrTuple.from_netlink(family, entry.get_attr("CTA_TUPLE_ORIG"))
-                # A kernel before 5.8 ignores the filter.
-                if first.saddr in sources or first.daddr in targets:
-                    with contextlib.suppress(NetlinkError):  # ended meanwhile
-                        tracker.entry("del", tuple_orig=first)
 
 
 def attach(name: str, *, persist: bool) -> int:
@@ -569,7 +537,15 @@ def foreign_drops(layout: Layout) -> list[str]:
     """Other programs' rules here that drop what they do not know; ours cannot overrule them. Each with its cure."""
     listed = msgspec.json.decode(run(["nft", "-j", "list", "chains"], timeout=20))["nftables"]
     chains = [item["chain"] for item in listed if "chain" in item]
-    target = "DOCKER-USER" if any(chain["name"] == "DOCKER-USER" for chain in chains) else "FORWARD"
-    return [f"the chain {chain['family']} {chain['table']} {chain['name']} of another program drops guests' packets: run "
-            f"iptables -I {target} -i {layout.link} -j ACCEPT and iptables -I {target} -o {layout.link} -j ACCEPT"
-            for chain in chains if chain.get("hook") == "forward" and chain.get("policy") == "drop"]
+    found = []
+    for chain in chains:
+        six = chain["family"] == "ip6"
+        if chain.get("hook") != "forward" or chain.get("policy") != "drop" or (six and not layout.public_ipv6):
+            continue
+        program = "ip6tables" if six else "iptables"
+        docker = any(other["name"] == "DOCKER-USER" and other["family"] == chain["family"] for other in chains)
+        target = "DOCKER-USER" if docker else "FORWARD"
+        found.append(f"the chain {chain['family']} {chain['table']} {chain['name']} of another program drops guests' "
+                     f"packets: run {program} -I {target} -i {layout.link} -j ACCEPT "
+                     f"and {program} -I {target} -o {layout.link} -j ACCEPT")
+    return found
