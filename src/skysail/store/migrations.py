@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection
 
-from skysail.store.schema import metadata, operations
+from skysail.store.schema import metadata, operations, static_ips
 
 
 def _foundation(connection: Connection) -> None:
@@ -22,7 +22,11 @@ def _operations_by_page(connection: Connection) -> None:
         index.create(connection, checkfirst=True)
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_foundation, _operations_by_page)
+def _static_ips(connection: Connection) -> None:
+    static_ips.create(connection, checkfirst=True)
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_foundation, _operations_by_page, _static_ips)
 
 
 def upgrade(connection: Connection) -> int:
