@@ -34,6 +34,7 @@ from skysail.store.schema import (
     names,
     operations,
     ports,
+    static_ips,
     tags,
 )
 from skysail.store.vault import Vault
@@ -75,8 +76,8 @@ def verify(config: Config, pause_seconds: float = PAUSE_SECONDS) -> list[Differe
 
 def _look(database: Database, config: Config) -> list[Difference]:
     with database.transaction(write=False) as connection:
-        found = [*_database(connection), *_names(connection), *_instances(connection), *_owners(connection),
-                 *_work(connection, time.time()), *_secrets(connection, Vault.at(config.master_key))]
+        found = [*_database(connection), *_names(connection), *_instances(connection), *_addresses(connection),
+                 *_owners(connection), *_work(connection, time.time()), *_secrets(connection, Vault.at(config.master_key))]
         for host in connection.execute(select(hosts)).mappings().all():
             found += _host(connection, host, config)
     return found + list(_images(config))
@@ -100,7 +101,7 @@ def _names(connection: Connection) -> Iterator[Difference]:
     """Each named resource holds its name, and each name is held by a resource."""
     held = {(row.account_id, row.region, row.name): row.resource_id for row in connection.execute(select(names))}
     real: dict[tuple[str, str, str], str] = {}
-    for kind, table in (("Instance", instances), ("KeyPair", key_pairs)):
+    for kind, table in (("Instance", instances), ("KeyPair", key_pairs), ("StaticIp", static_ips)):
         for row in connection.execute(select(table.c.account_id, table.c.region, table.c.name, table.c.id)):
             key = (row.account_id, row.region, row.name)
             real[key] = row.id
@@ -141,6 +142,16 @@ def _instances(connection: Connection) -> Iterator[Difference]:
     for row in connection.execute(select(guests.c.id, guests.c.role, guests.c.instance_id)).mappings():
         if row["instance_id"] not in known and row["role"] != "gone":
             yield Difference(subject=f"guest {row['id']}", saw="no instance owns it", wanted="an instance, or the role gone")
+
+
+def _addresses(connection: Connection) -> Iterator[Difference]:
+    """An attached static IP is its instance's public address, any other one is nobody's."""
+    holders = {row.public_ipv4: row.instance_id for row in connection.execute(
+        select(guests.c.public_ipv4, guests.c.instance_id))}
+    for row in connection.execute(select(static_ips)):
+        if holders.get(row.ipv4) != row.instance_id:
+            yield Difference(subject=f"static IP {row.name}", wanted=f"instance {row.instance_id or 'none'}",
+                             saw=f"instance {holders.get(row.ipv4) or 'none'} has its address")
 
 
 def _owners(connection: Connection) -> Iterator[Difference]:

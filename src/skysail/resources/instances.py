@@ -6,6 +6,7 @@ talked to here.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import secrets
 import uuid
@@ -13,18 +14,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import Column, Connection, RowMapping, func, insert, select, update
+from sqlalchemy import Connection, RowMapping, func, insert, select, update
 
 from skysail.contract.document import Personality
 from skysail.hosts import desired, placement
 from skysail.kit.clock import Clock
 from skysail.kit.config import Config
-from skysail.kit.errors import invalid_input, not_found
+from skysail.kit.errors import ApiError, invalid_input, not_found
 from skysail.operations import history
-from skysail.resources import accounts, catalog, key_pairs, names, paging, tags
+from skysail.resources import accounts, addresses, catalog, key_pairs, names, paging, tags
 from skysail.resources.lifecycle import STATE_CODES, forget
 from skysail.resources.request import Request
-from skysail.store.schema import guests, hosts, images, instances, ports
+from skysail.store.schema import guests, hosts, images, instances, ports, static_ips
 from skysail.store.vault import Vault
 
 MAX_NAMES = 20
@@ -55,6 +56,12 @@ def ipv6_addresses(guest: RowMapping) -> list[str]:
     if not guest["public_ipv6"]:
         return []
     return [":".join(f"{int(group, 16):x}" for group in ipaddress.IPv6Address(guest["public_ipv6"]).exploded.split(":"))]
+
+
+def _static(connection: Connection, identifiers: Sequence[str]) -> set[str]:
+    """Those of the instances that have a static IP."""
+    return set(connection.execute(select(static_ips.c.instance_id).where(
+        static_ips.c.instance_id.in_(identifiers))).scalars())
 
 
 class Instances:
@@ -127,9 +134,9 @@ class Instances:
         except placement.NoHost as full:
             raise invalid_input(f"The bundle {bundle['bundleId']} does not fit this cloud now: {full}.",
                                 "Choose a smaller bundle, or delete instances.") from full
-        private = self._free_address(connection, guests.c.private_ipv4, self._config.private_network)
-        public = self._free_address(connection, guests.c.public_ipv4, self._config.public_pool)
-        public6 = self._free_address(connection, guests.c.public_ipv6, self._config.public_ipv6) \
+        private = addresses.free_private(connection, self._config.private_network)
+        public = addresses.free_public(connection, self._config.public_pool)
+        public6 = addresses.free_public_ipv6(connection, self._config.public_ipv6) \
             if self._config.public_ipv6 and request.params.get("ipAddressType") != "ipv4" else None
         now = self._clock.now()
         connection.execute(insert(instances).values(
@@ -155,14 +162,6 @@ class Instances:
         return history.record(connection, request, now=now, type="CreateInstance", resource_name=name,
                               resource_type="Instance", resource_id=identifier, zone=zone, status="Started",
                               workflow="create", arguments={"guest": guest, "starts": 1})
-
-    def _free_address(self, connection: Connection, column: Column[Any], network: str) -> str:
-        """An address of ``network`` that no guest has in ``column``."""
-        try:
-            return placement.choose_address(network, connection.execute(select(column)).scalars().all(), skip=9)
-        except placement.NoHost as full:
-            raise invalid_input(f"This cloud has no address left: {full}.",
-                                "Delete instances, or give the cloud a larger network in skysail.toml.") from full
 
     def _candidates(self, connection: Connection) -> list[placement.Candidate]:
         promised = dict(connection.execute(
@@ -197,11 +196,12 @@ class Instances:
         for port in connection.execute(select(ports).where(ports.c.instance_id.in_(identifiers))
                                        .order_by(ports.c.protocol, ports.c.from_port)).mappings():
             opened.setdefault(port["instance_id"], []).append(port)
-        return [self._shape(row, running[row["id"]], tagged.get(row["id"], []), opened.get(row["id"], []))
-                for row in rows]
+        static = _static(connection, identifiers)
+        return [self._shape(row, running[row["id"]], tagged.get(row["id"], []), opened.get(row["id"], []),
+                            row["id"] in static) for row in rows]
 
-    def _shape(self, row: RowMapping, guest: RowMapping, tagged: list[dict[str, Any]],
-               opened: list[RowMapping]) -> dict[str, Any]:
+    def _shape(self, row: RowMapping, guest: RowMapping, tagged: list[dict[str, Any]], opened: list[RowMapping],
+               static: bool) -> dict[str, Any]:
         bundle = catalog.get_bundle(row["bundle_id"])
         return {
             "name": row["name"],
@@ -209,7 +209,7 @@ class Instances:
             "supportCode": f"{row['account_id']}/{row['id']}", "createdAt": row["created_at"],
             "location": {"availabilityZone": row["region"] + row["zone"], "regionName": row["region"]},
             "resourceType": "Instance", "tags": tagged, "blueprintId": row["blueprint_id"],
-            "blueprintName": row["blueprint_name"], "bundleId": row["bundle_id"], "addOns": [], "isStaticIp": False,
+            "blueprintName": row["blueprint_name"], "bundleId": row["bundle_id"], "addOns": [], "isStaticIp": static,
             "privateIpAddress": guest["private_ipv4"], "publicIpAddress": guest["public_ipv4"],
             "ipv6Addresses": ipv6_addresses(guest), "ipAddressType": "dualstack" if guest["public_ipv6"] else "ipv4",
             "hardware": {
@@ -236,8 +236,8 @@ class Instances:
             raise invalid_input(f"The instance {row['name']} is {row['state']}; only a stopped one can be started.")
         guest = get_guest(connection, row)
         values: dict[str, Any] = {"role": "run", "starts": guest["starts"] + 1, "force": False}
-        if self._config.public_address == "changes":
-            values["public_ipv4"] = self._free_address(connection, guests.c.public_ipv4, self._config.public_pool)
+        if self._config.public_address == "changes" and not _static(connection, [row["id"]]):
+            values["public_ipv4"] = addresses.free_public(connection, self._config.public_pool)
         return self._change(connection, request, row, guest, "StartInstance", "start", "pending", status="Started",
                             values=values)
 
@@ -262,8 +262,13 @@ class Instances:
         """Gone for its owner at once; the guest is torn down behind the answer."""
         row = get_row(connection, request, request.params["instanceName"])
         guest = get_guest(connection, row)
+        values: dict[str, Any] = {"role": "gone", "force": True}
+        if _static(connection, [row["id"]]):
+            # The static IP is free for another instance at once, also while this one's guest is still going.
+            with contextlib.suppress(ApiError):
+                values["public_ipv4"] = addresses.free_public(connection, self._config.public_pool)
         answer = self._change(connection, request, row, guest, "DeleteInstance", "delete", "stopping",
-                              status="Succeeded", values={"role": "gone", "force": True})
+                              status="Succeeded", values=values)
         forget(connection, row["id"])
         return answer
 

@@ -40,6 +40,7 @@ from skysail.resources.operation_log import OperationLog
 from skysail.resources.public_ports import PublicPorts
 from skysail.resources.regions import Regions
 from skysail.resources.request import Request
+from skysail.resources.static_ips import StaticIps
 from skysail.resources.tags import Tags
 from skysail.store.database import Database
 from skysail.store.schema import hosts
@@ -97,7 +98,7 @@ def action_table(config: Config, clock: Clock,
                  vault: Vault) -> dict[str, Callable[[Connection, Request], dict[str, Any]]]:
     """Every action that is offered."""
     nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), Instances(config, clock, vault),
-             PublicPorts(clock), Access(clock, vault), Tags(clock), OperationLog())
+             PublicPorts(clock), StaticIps(config, clock), Access(clock, vault), Tags(clock), OperationLog())
     return {name: action for noun in nouns for name, action in noun.actions().items()}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection
 
-from skysail.store.schema import guests, metadata, operations
+from skysail.store.schema import guests, metadata, operations, static_ips
 
 
 def _foundation(connection: Connection) -> None:
@@ -29,7 +29,12 @@ def _guests_with_ipv6(connection: Connection) -> None:
     next(index for index in guests.indexes if index.unique).create(connection, checkfirst=True)
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_foundation, _operations_by_page, _guests_with_ipv6)
+def _static_ips(connection: Connection) -> None:
+    static_ips.create(connection, checkfirst=True)
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
+    _foundation, _operations_by_page, _guests_with_ipv6, _static_ips)
 
 
 def upgrade(connection: Connection) -> int:

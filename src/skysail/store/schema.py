@@ -169,6 +169,19 @@ ports = Table(
     Column("cidr_aliases", JSON, nullable=False),
 )
 
+static_ips = Table(
+    "static_ips", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("region", String(32), nullable=False),
+    Column("name", String(255), nullable=False),
+    Column("ipv4", String(15), nullable=False, unique=True),
+    # Whose guest has the address now.
+    Column("instance_id", ForeignKey("instances.id"), unique=True),
+    Column("created_at", Float, nullable=False),
+    UniqueConstraint("account_id", "region", "name"),
+)
+
 # The durable record of work. ``status`` is what the customer sees; ``step`` and ``done`` drive the workflow, which may
 # go on after the customer's answer (a deleted instance's guest is torn down behind a terminal operation).
 operations = Table(
