@@ -34,7 +34,8 @@ from skysail.images.recipe import RECIPES
 from skysail.kit.config import Config, load
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import Layout
-from skysail.serve import endpoint, processes
+from skysail.serve import endpoint
+from skysail.serve.up import end_guests
 
 CACHE = Path(os.environ.get("SKYSAIL_TEST_CACHE", "/var/cache/skysail-tests"))
 SLOTS = 16
@@ -167,8 +168,7 @@ class RealCloud(Cloud):
 
     def remove(self) -> None:
         self.stop()
-        for record in processes.guests(self.config):
-            processes.end(record, 0.1)
+        end_guests(self.config)
         asyncio.run(LinuxFabric(Layout.of(self.config)).teardown())
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from clouds import Cloud
 from skysail import doctor
 from skysail.cli.main import main
 from skysail.kit.config import Config
@@ -122,3 +123,10 @@ def test_the_doctor_names_where_it_looked_and_a_cure_for_all_that_is_not_good(co
 def test_the_doctor_sees_namespaces_and_network(config: Config) -> None:
     assert doctor.namespaces(config).verdict == "good"
     assert doctor.network(config).verdict == "good"
+
+
+def test_a_second_agent_on_the_same_data_is_refused(cloud: Cloud) -> None:
+    second = subprocess.run([sys.executable, "-m", "skysail.serve.agent"], capture_output=True, text=True, timeout=60,
+                            env={**os.environ, "SKYSAIL_DATA": str(cloud.folder)}, check=False)
+    assert second.returncode != 0 and "another agent works in" in second.stderr
+    assert up.healthy(cloud.config, "agent")

@@ -34,8 +34,8 @@ from crashing import (
     whole,
 )
 from skysail.hypervisor import confinement
-from skysail.hypervisor.process import Pid, machine_boot
-from skysail.kit.process import started_at
+from skysail.hypervisor.process import Pid
+from skysail.kit.process import machine_boot, started_at
 from skysail.serve.up import end_guests
 
 

@@ -14,7 +14,7 @@ import msgspec
 from skysail.hypervisor import confinement, qemu
 from skysail.hypervisor.qmp import Monitor
 from skysail.kit.errors import SkysailError
-from skysail.kit.process import in_thread, started_at
+from skysail.kit.process import in_thread, machine_boot, started_at
 
 PROGRAM = "qemu-system-x86_64"
 SERIAL_LIMIT_BYTES = 1 << 20
@@ -29,11 +29,6 @@ class Pid(msgspec.Struct, frozen=True, kw_only=True):
 
     def alive(self) -> bool:
         return started_at(self.pid) == self.started and self.boot in ("", machine_boot())
-
-
-def machine_boot() -> str:
-    """The id of the machine's present boot (proc(5), /proc/sys/kernel/random/boot_id)."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def prepare(folder: Path, uid: int) -> None:

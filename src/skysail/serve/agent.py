@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import grp
 import ipaddress
 import logging
@@ -10,6 +11,7 @@ import os
 import shutil
 import socket
 from pathlib import Path
+from typing import IO
 
 import uvicorn
 
@@ -26,6 +28,7 @@ from skysail.hypervisor.sim import SimHypervisor
 from skysail.hypervisor.template import Templates
 from skysail.images.library import Library
 from skysail.kit.config import Config, load
+from skysail.kit.errors import SkysailError
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import GATEWAY_IPV6, Layout
 from skysail.network.sim import SimFabric
@@ -97,6 +100,22 @@ def _reports(library: Library) -> list[ImageReport]:
                         size_gib=-(-one.size_bytes >> 30), templated=bool(one.recipe)) for one in newest.values()]
 
 
+def hold(config: Config) -> IO[bytes]:
+    """The data folder's lock, held as long as the file is open: two agents would each start the same guests.
+
+    Raises SkysailError while another agent has it.
+    """
+    path = config.root / "agent" / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as taken:
+        lock.close()
+        raise SkysailError(f"another agent works in {config.root}", "see: sudo ./skysail status") from taken
+    return lock
+
+
 def listen(config: Config) -> socket.socket:
     """The agent's socket, for root and the controller's group only."""
     path = config.agent_socket
@@ -119,11 +138,13 @@ def main() -> None:
     # A socket that is not there yet is looked for again: nothing to log.
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
     config = load()
+    alone = hold(config)
     keeper = build(config)
     # qemu.qmp passes descriptors through the event loop's own socket, which uvloop hides.
     server = uvicorn.Server(uvicorn.Config(application(keeper), log_level="warning", access_log=False, loop="asyncio",
                                            timeout_graceful_shutdown=1))
     server.run(sockets=[listen(config)])
+    alone.close()
 
 
 if __name__ == "__main__":

@@ -21,15 +21,16 @@ import msgspec
 from skysail.hypervisor.confinement import holders
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
-from skysail.kit.process import started_at
+from skysail.kit.process import machine_boot, started_at
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """One started process. ``started`` is in clock ticks since boot (proc(5), field 22 of stat); ``digest`` names
-    the program and configuration that it was started from."""
+    """One started process. ``started`` is in clock ticks since boot (proc(5), field 22 of stat), ``boot`` names that boot;
+    ``digest`` the program and configuration that it was started from."""
 
     pid: int
     started: int
+    boot: str = ""
     digest: str = ""
 
 
@@ -49,7 +50,8 @@ def find(config: Config, name: str) -> Record | None:
         record = msgspec.json.decode(record_path(config, name).read_bytes(), type=Record)
     except (FileNotFoundError, msgspec.DecodeError):
         return None
-    return record if started_at(record.pid) == record.started else None
+    same_boot = record.boot in ("", machine_boot())
+    return record if same_boot and started_at(record.pid) == record.started else None
 
 
 def start(config: Config, name: str, argv: Sequence[str], *, env: Mapping[str, str], digest: str = "") -> Record:
@@ -66,7 +68,7 @@ def start(config: Config, name: str, argv: Sequence[str], *, env: Mapping[str, s
     started = started_at(child.pid)
     if started is None:
         raise SkysailError(f"{name} ended at once", cure=f"read {log}")
-    record = Record(pid=child.pid, started=started, digest=digest)
+    record = Record(pid=child.pid, started=started, boot=machine_boot(), digest=digest)
     partial = record_path(config, name).with_suffix(".partial")
     partial.write_bytes(msgspec.json.encode(record))
     partial.replace(record_path(config, name))

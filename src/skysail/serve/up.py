@@ -81,7 +81,7 @@ def end_guests(config: Config) -> int:
     """End every guest as a power cut would, with its cgroup; how many ran."""
     running = processes.guests(config)
     for record in running:
-        processes.end(record, 30.0)
+        processes.end(record, 0.0)
     if config.guests_dir.is_dir():
         for folder in config.guests_dir.iterdir():
             confinement.release(folder.name)
