@@ -13,6 +13,7 @@ from skysail.contract.report import GuestReport
 from skysail.hypervisor import confinement, personality, process
 from skysail.hypervisor.guest import QemuGuest, Record, Workshop
 from skysail.hypervisor.qmp import Gone
+from skysail.kit.config import GUEST_UIDS
 from skysail.kit.errors import ProcessFailed
 from skysail.kit.process import run_async
 
@@ -53,7 +54,7 @@ class Qemu:
     def _new(self, identifier: str) -> QemuGuest:
         taken = {guest.record.uid for guest in self._guests.values()}
         # The first is the templates' own.
-        uid = next(uid for uid in range(self._uid_base + 1, self._uid_base + 60_000) if uid not in taken)
+        uid = next(uid for uid in range(self._uid_base + 1, self._uid_base + GUEST_UIDS) if uid not in taken)
         made = QemuGuest(self._shop, Record(id=identifier, uid=uid, identity=personality.make()))
         made.save()
         self._guests[identifier] = made

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import msgspec
+
+# How many user ids guests may take, from ``guest_uid_base`` on.
+GUEST_UIDS = 60_000
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an operator can choose. Every path derives from ``data``.
 
     ``regions`` maps a region name to the letters of its zones; ``default_region`` is the one that clients are pointed at.
+    ``template_memory`` is how clones come to their template's memory (see ``hypervisor/template.py``).
     """
 
     data: str = "/var/lib/skysail"
@@ -31,6 +36,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     guest_uid_base: int = 200_000
     guest_user: str = "admin"
     engines: str = "real"
+    template_memory: Literal["auto", "mapped", "private"] = "auto"
 
     @property
     def root(self) -> Path:
@@ -63,6 +69,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def guests_dir(self) -> Path:
         return self.root / "guests"
+
+    @property
+    def importer_uid(self) -> int:
+        """Under which foreign images are converted: behind the ones that guests are given."""
+        return self.guest_uid_base + GUEST_UIDS
 
     @property
     def volumes_dir(self) -> Path:
