@@ -41,8 +41,8 @@ def _bundle(size: tuple[Any, ...], generation: int) -> dict[str, Any]:
 BUNDLES = {bundle["bundleId"]: bundle for generation in (3, 1) for size in _SIZES
            for bundle in (_bundle(size, generation),)}
 
-# Blueprints with a recipe of ours: name, group, whether it carries an application.
-RECIPES = {"debian_12": ("Debian 12", "debian", False), "debian_13": ("Debian 13", "debian", False),
+# Blueprints with a recipe of ours: name, group (both as Lightsail shows them), whether it carries an application.
+RECIPES = {"debian_12": ("Debian", "debian_12", False), "debian_13": ("Debian", "debian_13", False),
            "nginx": ("Nginx", "nginx", True)}
 
 
