@@ -128,8 +128,8 @@ class Cloud:
 class RealCloud(Cloud):
     """A cloud whose guests are QEMU processes. :meth:`remove` ends them and takes their network down."""
 
-    def __init__(self, folder: Path, slot: int) -> None:
-        super().__init__(folder, real_settings(slot))
+    def __init__(self, folder: Path, slot: int, more: str = "") -> None:
+        super().__init__(folder, real_settings(slot) + more)
 
     def launch(self, *names: str, blueprint: str = "debian_12", bundle: str = "nano_3_0",
                **more: Any) -> list[dict[str, Any]]:
@@ -151,6 +151,25 @@ class RealCloud(Cloud):
             return found if found["isTerminal"] else None
         found = eventually(ended, seconds, f"operation {operation} ends")
         assert found["status"] == "Succeeded", found
+
+    def guest(self, name: str) -> tuple[Path, dict[str, Any]]:
+        """The folder of the guest that runs the instance, and the record in it."""
+        document = json.loads((self.folder / "agent" / "document.json").read_text())
+        (identifier,) = [guest["id"] for guest in document["guests"]
+                         if guest["instance"] == name and guest["role"] != "gone"]
+        folder = self.config.guests_dir / identifier
+        return folder, json.loads((folder / "guest.json").read_text())
+
+    def operator(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """``skysail WORDS`` on this cloud."""
+        return subprocess.run([sys.executable, "-m", "skysail.cli.main", *words], capture_output=True, text=True,
+                              env={**os.environ, "SKYSAIL_DATA": str(self.folder)}, check=False)
+
+    def delete(self, *names: str) -> None:
+        """Delete instances; their guests go at once behind the answer."""
+        for name in names:
+            for operation in self.client().delete_instance(instanceName=name)["operations"]:
+                self.settled(operation["id"])
 
     def ssh(self, name: str, command: str, seconds: float = 120) -> str:
         """What ``command`` prints in the guest, logged in to by certificate; the login is tried for ``seconds``."""
@@ -222,13 +241,14 @@ def running_cloud(settings: str = "") -> Iterator[Cloud]:
 
 
 @contextlib.contextmanager
-def running_real_cloud(progress: Callable[[str], None] = lambda step: None) -> Iterator[RealCloud]:
-    """Agent and controller over real engines, removed with everything that they made. Needs root."""
+def running_real_cloud(progress: Callable[[str], None] = lambda step: None, more: str = "") -> Iterator[RealCloud]:
+    """Agent and controller over real engines, removed with everything that they made; ``more`` goes to skysail.toml. Needs
+    root."""
     ensure_image("debian_12", progress)
     folder = Path(tempfile.mkdtemp(prefix="sky"))
     folder.chmod(0o755)
     with taken_slot() as slot:
-        made = RealCloud(folder, slot)
+        made = RealCloud(folder, slot, more)
         try:
             made.start("agent")
             made.start("controller")

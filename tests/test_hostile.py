@@ -111,7 +111,7 @@ class Controller:
             write_report(connection, HOST, HostReport(
                 host=HOST, boot="b", sequence=1, generation=document.generation, vcpus=8, memory_mib=2**24,
                 disk_gib=2**20, accelerator="sim",
-                images=(ImageReport(digest="0" * 64, blueprint="debian_12", name="Debian 12", user="admin", version="12",
+                images=(ImageReport(digest="0" * 64, blueprint="debian_12", name="Debian", user="admin", version="12",
                                     size_gib=2, templated=True),),
                 guests=tuple(GuestReport(id=guest.id, state=state[guest.role], starts=guest.starts,
                                          reboots=guest.reboots) for guest in document.guests)), self.clock.now())

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from skysail.images.library import Library, file_digest
 from skysail.images.sources import derive
-from skysail.kit.errors import SkysailError
-from skysail.kit.process import run
 
 
 def test_sources_follow_the_machine(tmp_path: Path) -> None:
@@ -23,13 +18,3 @@ def test_sources_follow_the_machine(tmp_path: Path) -> None:
     made = derive("trixie", tmp_path, release)
     assert made == ["deb http://one.test/debian trixie main", "deb http://one.test/debian trixie-updates main",
                     "deb http://one.test/debian trixie-backports main", "deb http://two.test/sec trixie-security main"]
-
-
-def test_import_checks_the_checksum_and_lists(tmp_path: Path) -> None:
-    raw = tmp_path / "x.raw"
-    run(["qemu-img", "create", "-f", "raw", str(raw), "1M"])
-    library = Library(tmp_path)
-    with pytest.raises(SkysailError):
-        library.import_file(raw, "0" * 64, "mine", "Mine", "admin", "raw")
-    made = library.import_file(raw, file_digest(raw), "mine", "Mine", "admin", "raw")
-    assert library.latest("mine") == made == library.find(made.digest)

@@ -17,6 +17,7 @@ from skysail.kit.clock import HandClock
 from skysail.kit.config import Config
 from skysail.kit.errors import ApiError
 from skysail.resources import accounts, catalog, names, paging, tags
+from skysail.resources.instances import Instances
 from skysail.resources.key_pairs import DEFAULT_NAME, KeyPairs, public_key
 from skysail.resources.regions import Regions
 from skysail.resources.request import Request
@@ -38,7 +39,8 @@ class Shop:
         self.account = accounts.create_account(connection, "first", self.clock.now())
         self.actions = {
             **catalog.Catalog().actions(), **Regions(Config(zones=("a", "b"))).actions(), **names.Names().actions(),
-            **tags.Tags(self.clock).actions(), **KeyPairs(self.clock, self.vault).actions()}
+            **tags.Tags(self.clock).actions(), **KeyPairs(self.clock, self.vault).actions(),
+            **Instances(Config(zones=("a", "b")), self.clock, self.vault).actions()}
 
     def request(self, action: str = "", account: str = "", region: str = REGION, **params: Any) -> Request:
         return Request(account or self.account, region, action, params)
@@ -78,10 +80,22 @@ def test_blueprints_are_active_once_a_host_has_the_image(shop: Shop) -> None:
     assert shop("GetBlueprints")["blueprints"] == []
     shop.connection.execute(insert(hosts).values(id="h", region=REGION, zone="a", address="x"))
     shop.connection.execute(insert(images).values(
-        host_id="h", digest="0" * 64, blueprint="debian_12", name="Debian 12", user="admin", version="12.1", size_gib=2))
-    assert [b["blueprintId"] for b in shop("GetBlueprints")["blueprints"]] == ["debian_12"]
+        host_id="h", digest="0" * 64, blueprint="debian_12", name="Debian", user="admin", version="12.1", size_gib=2))
+    [one] = shop("GetBlueprints")["blueprints"]
+    assert {name: one[name] for name in ("blueprintId", "name", "group", "type", "version", "platform", "isActive")} == {
+        "blueprintId": "debian_12", "name": "Debian", "group": "debian_12", "type": "os", "version": "12.1",
+        "platform": "LINUX_UNIX", "isActive": True}
     found = shop("GetBlueprints", includeInactive=True)["blueprints"]
     assert {b["blueprintId"]: b["isActive"] for b in found} == {"debian_12": True, "debian_13": False, "nginx": False}
+
+
+def test_an_image_that_does_not_fit_the_bundles_disk_is_refused(shop: Shop) -> None:
+    shop.connection.execute(insert(hosts).values(id="h", region=REGION, zone="a", address="x", vcpus=4, memory_mib=8192))
+    shop.connection.execute(insert(images).values(
+        host_id="h", digest="0" * 64, blueprint="vast", name="Vast", user="admin", version="1", size_gib=21))
+    asked = {"instanceNames": ["big"], "availabilityZone": f"{REGION}a", "blueprintId": "vast"}
+    assert "needs a disk of 21 GB" in shop.refused("CreateInstances", bundleId="nano_3_0", **asked).what
+    assert shop("CreateInstances", bundleId="micro_3_0", **asked)["operations"][0]["status"] == "Started"
 
 
 def test_regions_give_zones_only_when_asked(shop: Shop) -> None:

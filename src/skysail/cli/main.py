@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import cyclopts
 from cyclopts import Parameter
 
 from skysail import doctor as doctors
 from skysail.cli import show
+from skysail.images import foreign
 from skysail.kit import config as configuration
 from skysail.kit.errors import SkysailError
 from skysail.serve import blueprints, customer, endpoint, tour
@@ -133,7 +133,9 @@ def revoke_key(key: str) -> None:
 def list_images(*, json: Json = False) -> None:
     """Images that this machine holds."""
     found = blueprints.held(configuration.load())
-    show.as_json(found) if json else show.table(found, ["blueprint", "name", "version", "digest"])
+    show.as_json(found) if json else show.table(
+        [blueprints.summary(image) for image in found],
+        ["blueprint", "version", "size", "packages", "built (UTC)", "template", "offered"])
 
 
 @images.command(name="build")
@@ -143,9 +145,12 @@ def build_image(blueprint: str = "debian_12") -> None:
 
 
 @images.command(name="import")
-def import_image(file: Path, *, sha256: str, blueprint: str, user: str = "debian") -> None:
-    """Make a blueprint of a qcow2 or raw cloud image."""
-    blueprints.bring_in(configuration.load(), file, sha256, blueprint, user, show.step)
+def import_image(source: str, *, sha256: str, blueprint: str, name: str = "", user: str = "debian",
+                 format: Literal["raw", "qcow2"] | None = None) -> None:
+    """Make a blueprint of a qcow2 or raw cloud image: a file, or an http(s) address."""
+    blueprints.bring_in(
+        configuration.load(), foreign.Origin(source=source, sha256=sha256, format=format),
+        foreign.Blueprint(id=blueprint, name=name or blueprint, user=user), show.step, show.detail)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -161,6 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     except cyclopts.CycloptsError:
         return 2
     except KeyboardInterrupt:
+        show.finish(well=False)
         return 130
     finally:
         show.finish()

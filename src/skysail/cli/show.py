@@ -63,6 +63,7 @@ class _Steps:
     def __init__(self) -> None:
         self._progress: Progress | None = None
         self._task = TaskID(0)
+        self._text = ""
 
     def begin(self, text: str) -> None:
         if not _err.is_terminal:
@@ -75,6 +76,11 @@ class _Steps:
         else:
             self._progress.update(self._task, total=1, completed=1)
         self._task = self._progress.add_task(text, total=None)
+        self._text = text
+
+    def detail(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, description=f"{self._text}: {text}")
 
     def end(self, well: bool = True) -> None:
         if self._progress is not None:
@@ -90,6 +96,11 @@ _steps = _Steps()
 def step(text: str) -> None:
     """Say, on standard error, what happens now; the step before it is done."""
     _steps.begin(text)
+
+
+def detail(text: str) -> None:
+    """Say, on a terminal, how far the running step is."""
+    _steps.detail(text)
 
 
 def finish(well: bool = True) -> None:

@@ -13,6 +13,7 @@ from skysail.contract.report import GuestReport
 from skysail.hypervisor import confinement, personality, process
 from skysail.hypervisor.guest import QemuGuest, Record, Workshop, remove
 from skysail.hypervisor.qmp import Gone
+from skysail.kit.config import GUEST_UIDS
 from skysail.kit.errors import ProcessFailed, SkysailError
 from skysail.kit.process import run_async
 
@@ -68,7 +69,7 @@ class Qemu:
                                f"bring {self._shop.guests / guest.id / 'guest.json'} back, or delete the instance")
         taken = {held.record.uid for held in self._guests.values()} | set(self._damaged.values())
         # The first is the templates' own.
-        uid = next(uid for uid in range(self._uid_base + 1, self._uid_base + 60_000) if uid not in taken)
+        uid = next(uid for uid in range(self._uid_base + 1, self._uid_base + GUEST_UIDS) if uid not in taken)
         made = QemuGuest(self._shop, Record(id=guest.id, uid=uid, identity=personality.make()))
         # Taken before the first await: a second guest that is made at this moment gets another user id.
         self._guests[guest.id] = made

@@ -251,7 +251,7 @@ class QemuGuest:
         volume = await self._shop.make_volume(guest.volume, template.disk, template.disk_bytes, self.record.uid)
         self._stages["volume"] = time.monotonic() - began
         machine = self._machine(guest, (str(volume), str(template.disk), str(image.path)), pluggable=True, incoming=True,
-                                memory="clone", memory_file=str(template.memory),
+                                memory="clone" if template.memory else "private", memory_file=str(template.memory),
                                 memory_mib=qemu.TEMPLATE_MEMORY_MIB)
         monitor = await self._spawn(guest, machine)
         self._stages["spawned"] = time.monotonic() - began
@@ -277,6 +277,9 @@ class QemuGuest:
 
     async def _grow(self, guest: Guest, monitor: Monitor) -> None:
         """From the template's size to the plan's; repeatable, because an agent may die between the two halves."""
+        if self.record.process is not None:
+            # It was started with the template's memory as its bound.
+            confinement.limit(guest.id, self.record.process.pid, vcpus=guest.vcpus, memory_mib=guest.memory_mib)
         await monitor.execute("block_resize", {"node-name": "disk", "size": guest.volume.size_gib << 30})
         more = guest.memory_mib - qemu.TEMPLATE_MEMORY_MIB
         if more > 0 and not await monitor.execute("query-memory-devices"):

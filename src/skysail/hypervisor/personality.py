@@ -1,7 +1,7 @@
 """Who a guest is: what is made fresh on the host for each one, and its two forms: a message to the personaliser inside a
 clone, and a NoCloud seed for a guest that boots cold.
 
-Source: cloud-init documentation, "NoCloud" and "Network configuration, version 2".
+Source: cloud-init documentation, "NoCloud", "User data formats" and "Network configuration, version 2".
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import os
 import secrets
 import tempfile
 import time
+from email.mime.multipart import MIMEMultipart
+from email.mime.text import MIMEText
 from pathlib import Path
 from typing import Any
 
@@ -76,20 +78,44 @@ def launch_script(user_data: str) -> str:
     return "#!/bin/sh\n" + user_data
 
 
+# The early half of a seed, before sshd starts. It is a part of its own, because whatever keys of cloud-config we used, the
+# owner's user data may use them too, and would then replace ours. Once per instance: what the owner changes stays changed.
+_BOOTHOOK = """#!/bin/sh
+mark=/var/lib/skysail/seeded
+[ "$(cat $mark 2>/dev/null)" = "$INSTANCE_ID" ] && exit 0
+mkdir -p /var/lib/skysail /etc/ssh/sshd_config.d
+cat > /etc/ssh/skysail_user_ca.pub <<'END'
+%s
+END
+line='TrustedUserCAKeys /etc/ssh/skysail_user_ca.pub'
+if grep -q '^Include /etc/ssh/sshd_config.d/' /etc/ssh/sshd_config; then
+    echo "$line" > /etc/ssh/sshd_config.d/10-skysail.conf
+else
+    sed -i "1i $line" /etc/ssh/sshd_config
+fi
+if command -v restorecon >/dev/null; then restorecon -R /etc/ssh; fi
+echo "$INSTANCE_ID" > $mark
+"""
+
+
 def seed(guest: Guest, identity: Identity, around: Surroundings) -> dict[str, str]:
     """The files of a NoCloud seed. The owner's user data stays as it is, ours goes into vendor data, so that
-    cloud-init itself merges the two."""
+    cloud-init itself merges the two.
+
+    A guest that boots cold comes to the same state as a clone, but for its machine-id: the host can give one only to a
+    disk that it writes, so an image that carries none makes its own at its first boot, as on other clouds.
+    """
     person = guest.personality
-    vendor = {
+    settings = {
         "ssh_keys": {"ed25519_private": identity.host_private, "ed25519_public": identity.host_public},
-        "ssh_deletekeys": True, "ssh_authorized_keys": list(person.authorized_keys), "disable_root": True,
-        "ssh_pwauth": False, "growpart": {"mode": "auto", "devices": ["/"]}, "resize_rootfs": True,
-        "write_files": [
-            {"path": "/etc/ssh/skysail_user_ca.pub", "content": "".join(f"{key}\n" for key in person.trusted_user_ca)},
-            {"path": "/etc/ssh/sshd_config.d/10-skysail.conf",
-             "content": "TrustedUserCAKeys /etc/ssh/skysail_user_ca.pub\n"}],
-        "runcmd": [["systemctl", "reload-or-restart", "ssh"]],
+        "ssh_deletekeys": True, "disable_root": True, "ssh_pwauth": False,
+        "growpart": {"mode": "auto", "devices": ["/"]}, "resize_rootfs": True,
+        # Whatever the image calls its default user, it is named as the API says.
+        "user": {"name": person.user},
     }
+    vendor = MIMEMultipart()
+    vendor.attach(MIMEText(_BOOTHOOK % "\n".join(person.trusted_user_ca), "cloud-boothook"))
+    vendor.attach(MIMEText(json.dumps(settings), "cloud-config"))
     addresses = [f"{guest.port.private_ipv4}/{around.prefix}"]
     routes: list[dict[str, Any]] = [{"to": "0.0.0.0/0", "via": around.gateway}]
     if ipv6 := around.ipv6(guest):
@@ -102,17 +128,20 @@ def seed(guest: Guest, identity: Identity, around: Surroundings) -> dict[str, st
             "nameservers": {"addresses": list(around.resolvers)}}},
     }
     return {
-        "meta-data": json.dumps({"instance-id": guest.id, "local-hostname": person.hostname}),
+        "meta-data": json.dumps({"instance-id": guest.id, "local-hostname": person.hostname,
+                                 "public-keys": list(person.authorized_keys)}),
         "user-data": launch_script(person.user_data) or "#cloud-config\n{}\n",
-        "vendor-data": "#cloud-config\n" + json.dumps(vendor), "network-config": json.dumps(network),
+        "vendor-data": vendor.as_string(), "network-config": json.dumps(network),
     }
 
 
 def write_seed(files: dict[str, str], target: Path) -> None:
-    """Burn the seed into an ISO 9660 image labelled CIDATA, atomically."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    """Burn the seed into an ISO 9660 image labelled CIDATA, atomically, and for its owner's eyes only: it holds a key."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+        content, disk = Path(work) / "content", Path(work) / "seed.iso"
+        content.mkdir()
         for name, text in files.items():
-            (Path(folder) / name).write_text(text)
-        half = target.with_suffix(".new")
-        run(["xorriso", "-as", "genisoimage", "-quiet", "-V", "CIDATA", "-J", "-r", "-o", str(half), folder])
-        half.replace(target)
+            (content / name).write_text(text)
+        run(["xorriso", "-as", "genisoimage", "-quiet", "-V", "CIDATA", "-J", "-r", "-o", str(disk), str(content)])
+        disk.chmod(0o600)
+        disk.replace(target)

@@ -3,6 +3,10 @@
 A launch maps the memory copy-on-write and loads the state, so it is a clone and not a boot. A template is made of one
 image, one number of processors (they cannot be plugged in under emulation), one QEMU and one machine type; when any of
 them changes, its key changes and a new one is made. Templates are immutable (mode 0444) and appear by rename.
+
+There are two ways to the memory. ``mapped``: it is a file of its own, opened read-only by every clone. QEMU before 10
+opens such a file for writing even when it maps it privately, and to let a clone do that would let it change what all
+others share; there the way is ``private``: the memory is part of the saved state, and each clone loads a copy of it.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import secrets
 import shutil
 import time
@@ -33,23 +38,30 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 BOOT_SECONDS = 300.0
-LOAD_SECONDS = 30.0
+LOAD_SECONDS = 60.0
+# The first QEMU whose memory-backend-file takes readonly=on,rom=off.
+MAPS_READ_ONLY = 10
+# QEMU's own bound is meant for a network that others use too.
+SAVE_BYTES_PER_SECOND = 1 << 40
+Way = Literal["mapped", "private"]
 # The state has to carry everything but the memory, which is in its own shared file.
 CAPABILITIES = {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
 
 
 class Template(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished template: ``disk`` is the parent of its clones' volumes, ``disk_bytes`` their size at the restore."""
+    """A finished template: ``disk`` is the parent of its clones' volumes, ``disk_bytes`` their size at the restore.
+    ``memory`` is the file that clones map; None where each has a copy of its own in the ``state``."""
 
     key: str
     disk: Path
     disk_bytes: int
-    memory: Path
+    memory: Path | None
     state: Path
 
     async def load(self, monitor: Monitor) -> None:
         """Load the device state into a QEMU that waits for it; raises SkysailError when QEMU refuses the state."""
-        await monitor.execute("migrate-set-capabilities", CAPABILITIES)
+        if self.memory is not None:
+            await monitor.execute("migrate-set-capabilities", CAPABILITIES)
         descriptor = os.open(self.state, os.O_RDONLY)
         try:
             await monitor.pass_descriptor("state", descriptor)
@@ -63,17 +75,40 @@ class Template(msgspec.Struct, frozen=True, kw_only=True):
             await asyncio.sleep(0.002)
 
 
+def choose_way(wanted: Literal["auto", "mapped", "private"], version: str) -> Way:
+    """How clones come to their memory under the QEMU that calls itself ``version``; raises SkysailError when they cannot
+    as ``wanted``."""
+    found = re.search(r"version (\d+)", version)
+    maps = found is not None and int(found[1]) >= MAPS_READ_ONLY
+    if wanted == "mapped" and not maps:
+        raise SkysailError(f"{version} cannot map a template's memory read-only",
+                           f"install QEMU {MAPS_READ_ONLY}, or set template_memory to auto")
+    return "mapped" if maps and wanted != "private" else "private"
+
+
+def held(folder: Path) -> dict[str, list[int]]:
+    """For each image (by digest) that has templates under ``folder``, their numbers of processors."""
+    found: dict[str, set[int]] = {}
+    for path in folder.glob("*/template.json"):
+        with contextlib.suppress(FileNotFoundError):  # it went while we looked
+            told = msgspec.json.decode(path.read_bytes())
+            found.setdefault(told["image"], set()).add(told["vcpus"])
+    return {image: sorted(sizes) for image, sizes in found.items()}
+
+
 class Templates:
     """The templates under ``folder``; each is made at its first use, once, however many ask for it."""
 
     def __init__(self, folder: Path, accelerator: Literal["kvm", "tcg"], uid: int,
+                 memory: Literal["auto", "mapped", "private"] = "auto",
                  progress: Callable[[str], None] = log.info) -> None:
         self._folder = folder
         self._accelerator = accelerator
         self._uid = uid
+        self._memory = memory
         self._progress = progress
         self._builds: dict[str, asyncio.Task[None]] = {}
-        self._version = ""
+        self._version: tuple[int, str] | None = None
 
     def sweep(self) -> None:
         """End and remove what an agent that died was making. Only its own: the folder may be shared with other clouds."""
@@ -89,21 +124,29 @@ class Templates:
 
     async def ensure(self, image: Image, vcpus: int) -> Template:
         """The template of ``image`` with ``vcpus`` processors; raises SkysailError when it cannot be made."""
-        if not self._version:
-            self._version = (await run_async([process.PROGRAM, "--version"])).decode().splitlines()[0]
-        facts = (image.digest, vcpus, self._version, qemu.MACHINE, self._accelerator, qemu.TEMPLATE_MEMORY_MIB)
+        version = await self._qemu_version()
+        way = choose_way(self._memory, version)
+        facts = (image.digest, vcpus, version, qemu.MACHINE, self._accelerator, qemu.TEMPLATE_MEMORY_MIB, way)
         key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         folder = self._folder / key
         if not folder.exists():
             # A task of its own: one launch that is called off does not take the others' template with it.
             if key not in self._builds or self._builds[key].done():
-                self._builds[key] = asyncio.create_task(self._build(key, image, vcpus, folder))
+                self._builds[key] = asyncio.create_task(self._build(key, image, vcpus, version, way, folder))
             await asyncio.shield(self._builds[key])
         size = msgspec.json.decode((folder / "template.json").read_bytes())["disk_bytes"]
-        return Template(key=key, disk=folder / "disk.qcow2", disk_bytes=size, memory=folder / "memory",
-                        state=folder / "state")
+        return Template(key=key, disk=folder / "disk.qcow2", disk_bytes=size, state=folder / "state",
+                        memory=folder / "memory" if way == "mapped" else None)
 
-    async def _build(self, key: str, image: Image, vcpus: int, folder: Path) -> None:
+    async def _qemu_version(self) -> str:
+        """What the QEMU that would start now calls itself; asked again when its file was replaced under a running agent."""
+        program = shutil.which(process.PROGRAM)
+        seen = Path(program).stat().st_mtime_ns if program else 0
+        if self._version is None or self._version[0] != seen:
+            self._version = (seen, (await run_async([process.PROGRAM, "--version"])).decode().splitlines()[0])
+        return self._version[1]
+
+    async def _build(self, key: str, image: Image, vcpus: int, version: str, way: Way, folder: Path) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         work = self._folder / f"{self._mark}{key}-{secrets.token_hex(3)}"
         work.mkdir(mode=0o711)
@@ -114,33 +157,43 @@ class Templates:
                 ["qemu-img", "info", "-f", "qcow2", "--output=json", str(image.path)]))
             disk = work / "disk.qcow2"
             await run_async(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(image.path), str(disk)])
-            memory = work / "memory"
-            memory.touch()
-            os.truncate(memory, qemu.TEMPLATE_MEMORY_MIB << 20)
-            for path in (disk, memory):
+            files = [disk]
+            if way == "mapped":
+                files.append(work / "memory")
+                files[-1].touch()
+                os.truncate(files[-1], qemu.TEMPLATE_MEMORY_MIB << 20)
+            for path in files:
                 os.chown(path, self._uid, self._uid)
             machine = qemu.Machine(
                 id=f"template-{key}", accelerator=self._accelerator, vcpus=vcpus,
                 memory_mib=qemu.TEMPLATE_MEMORY_MIB, folder=str(work / "run"), disk=(str(disk), str(image.path)),
-                generation_id=str(uuid.uuid4()), memory="template", memory_file=str(memory), pluggable=True)
+                generation_id=str(uuid.uuid4()), memory="template" if way == "mapped" else "private",
+                memory_file=str(work / "memory"), pluggable=True)
             process.prepare(work / "run", self._uid)
             pid, monitor = await process.start(machine, self._uid)
             try:
-                await self._boot_and_save(monitor, work)
+                await self._boot_and_save(monitor, work, way)
             finally:
                 await monitor.close()
                 await process.end(pid, machine.id)
             (work / "template.json").write_bytes(msgspec.json.encode(
-                {"disk_bytes": told["virtual-size"], "image": image.digest, "vcpus": vcpus, "qemu": self._version}))
+                {"disk_bytes": told["virtual-size"], "image": image.digest, "vcpus": vcpus, "qemu": version,
+                 "memory": way}))
             shutil.rmtree(work / "run")
-            for path in (disk, memory, work / "state"):
+            (work / "run.qemu.log").unlink(missing_ok=True)
+            for path in (*files, work / "state"):
                 os.chown(path, 0, 0)
                 path.chmod(0o444)
             work.chmod(0o755)
             # On the disk before it has its name: a power cut leaves a whole template or none.
             for path in (*work.iterdir(), work):
                 await in_thread(durable.sync, path)
-            work.rename(folder)
+            try:
+                work.rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+                shutil.rmtree(work)  # another agent that shares these templates made the same one meanwhile
             durable.sync(self._folder)
             self._progress(f"template {key}: ready after {time.monotonic() - began:.0f} s")
         except BaseException:
@@ -149,7 +202,7 @@ class Templates:
             shutil.rmtree(work, ignore_errors=True)
             raise
 
-    async def _boot_and_save(self, monitor: Monitor, work: Path) -> None:
+    async def _boot_and_save(self, monitor: Monitor, work: Path, way: Way) -> None:
         await monitor.execute("cont")
         await _answers(work / "run" / "agent.sock", {"execute": "guest-ping"})
         channel = await Channel.connect(work / "run" / "clone.sock")
@@ -160,7 +213,9 @@ class Templates:
                 raise SkysailError(f"the personaliser in the template answered {answer}")
             await asyncio.sleep(1.0)
             await monitor.execute("stop")
-            await monitor.execute("migrate-set-capabilities", CAPABILITIES)
+            if way == "mapped":
+                await monitor.execute("migrate-set-capabilities", CAPABILITIES)
+            await monitor.execute("migrate-set-parameters", {"max-bandwidth": SAVE_BYTES_PER_SECOND})
             descriptor = os.open(work / "state", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             try:
                 await monitor.pass_descriptor("state", descriptor)

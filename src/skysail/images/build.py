@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from skysail.images.disk import write_disk
+from skysail.images import disk
 from skysail.images.library import Library, Manifest, file_digest
 from skysail.images.recipe import BASE, RECIPES, Recipe
 from skysail.images.sources import derive
+from skysail.kit.errors import ProcessFailed, SkysailError
 from skysail.kit.process import run
 
+# mmdebstrap mounts /dev/shm, /sys and more of this machine below the tree. Alone with its mounts and its processes, it takes
+# them with it however it ends: whoever removes the tree of a build that was cut off must not reach through them.
+_ALONE = ("setpriv", "--pdeathsig", "KILL", "--", "unshare", "--mount", "--pid", "--mount-proc", "--fork",
+          "--kill-child=KILL", "--")
+# A tree, its sparse disk and the image, with room to spare.
+NEEDED_BYTES = 3 << 30
 # What runs inside every image of ours: see guest/personalise.py.
 GUEST = Path(__file__).parent / "guest"
 # Two sources are named, so that cloud-init looks for a seed and stays off where there is none, as in a template.
@@ -27,16 +34,37 @@ _CLOUD = "datasource_list: [NoCloud, ConfigDrive]\nsystem_info: {default_user: {
 def fingerprint(recipe: Recipe) -> str:
     """The sha256 of all that an image of ``recipe`` is made from here: an image with another one is to be built anew."""
     whole = hashlib.sha256(recipe.digest().encode() + repr(BASE).encode())
-    for path in (Path(__file__), *sorted(path for path in GUEST.iterdir() if path.is_file())):
+    for path in (Path(__file__), Path(disk.__file__), *sorted(path for path in GUEST.iterdir() if path.is_file())):
         whole.update(path.read_bytes())
     return whole.hexdigest()
 
 
 def bootstrap(recipe: Recipe, tree: Path) -> None:
-    """Install the recipe's packages into ``tree``."""
+    """Install the recipe's packages into ``tree``, with the archives' lists that they were chosen by left in it.
+
+    Raises :class:`SkysailError` with what apt said.
+    """
     wanted = ",".join((*BASE, recipe.kernel, *recipe.packages))
-    run(["mmdebstrap", "--mode=root", "--variant=minbase", f"--include={wanted}",
-         '--aptopt=APT::Install-Recommends "false"', recipe.suite, str(tree), *derive(recipe.suite)])
+    try:
+        run([*_ALONE, "mmdebstrap", "--mode=root", "--variant=minbase", "--skip=cleanup/apt/lists", f"--include={wanted}",
+             '--aptopt=APT::Install-Recommends "false"', recipe.suite, str(tree), *derive(recipe.suite)])
+    except ProcessFailed as failed:
+        said = [line for line in failed.stderr.splitlines() if line.startswith(("E:", "Err:", "dpkg: error"))]
+        raise SkysailError(f"the packages of {recipe.blueprint} could not be installed: {'; '.join(said[:4]) or failed.what}",
+                           "see whether this machine's own apt works: sudo apt-get update") from failed
+
+
+def archives(tree: Path) -> tuple[tuple[str, str], ...]:
+    """The archives' signed indexes as (file name, sha256), taken out of ``tree``.
+
+    They and the recipe decide which packages are installed: two builds from the same ones give the same list.
+    """
+    lists = tree / "var/lib/apt/lists"
+    found = tuple((path.name, file_digest(path)) for path in sorted(lists.glob("*Release")))
+    for path in lists.iterdir():
+        if path.is_file():
+            path.unlink()
+    return found
 
 
 def furnish(recipe: Recipe, tree: Path, root_uuid: str) -> None:
@@ -85,27 +113,41 @@ def packages(tree: Path) -> tuple[tuple[str, str, str], ...]:
     return tuple((row[0], row[1], row[2]) for row in rows)
 
 
+def release(recipe: Recipe, tree: Path, installed: tuple[tuple[str, str, str], ...]) -> str:
+    """The version that a blueprint shows, such as "12.12", or "1.22.1" of an application's package."""
+    if not recipe.versioned_by:
+        return (tree / "etc/debian_version").read_text().strip()
+    whole = next(version for name, version, _ in installed if name == recipe.versioned_by)
+    return whole.rpartition(":")[2].rpartition("-")[0] or whole
+
+
 def build(recipe: Recipe, library: Library, progress: Callable[[str], None] = lambda step: None,
           tree: Path | None = None) -> Manifest:
-    """Build ``recipe`` into ``library``; with ``tree``, from packages already installed there."""
-    library.directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=library.directory) as scratch:
-        work = Path(scratch)
+    """Build ``recipe`` into ``library``; with ``tree``, from packages already installed there.
+
+    A build that fails or is killed leaves no image, and its scratch goes at the latest with the next one. Raises
+    :class:`SkysailError`.
+    """
+    said = f"{recipe.blueprint}: {{}}".format
+    with library.workplace() as work:
+        if shutil.disk_usage(work).free < NEEDED_BYTES:
+            raise SkysailError(f"{library.directory} has less than {NEEDED_BYTES >> 30} GiB free", "free some space there")
         if tree is None:
             tree = work / "tree"
-            progress("installing packages")
+            progress(said(f"installing Debian packages ({recipe.suite})"))
             bootstrap(recipe, tree)
-        root_uuid = str(uuid.uuid4())
+        progress(said("putting Skysail's own files in"))
+        indexes, installed, root_uuid = archives(tree), packages(tree), str(uuid.uuid4())
         furnish(recipe, tree, root_uuid)
-        progress("writing the disk")
-        write_disk(tree, work / "disk.raw", recipe.size_mib, root_uuid)
-        progress("compressing")
+        progress(said("writing the disk"))
+        disk.write_disk(tree, work / "disk.raw", recipe.size_mib, root_uuid)
+        progress(said("compressing the disk"))
         out = work / "disk.qcow2"
         run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd",
              str(work / "disk.raw"), str(out)])
         made = Manifest(digest=file_digest(out), blueprint=recipe.blueprint, name=recipe.name, group=recipe.group,
-                        version=recipe.version, user=recipe.user, size_bytes=recipe.size_mib << 20, built=time.time(),
-                        recipe=fingerprint(recipe), packages=packages(tree))
+                        version=release(recipe, tree, installed), user=recipe.user, size_bytes=recipe.size_mib << 20,
+                        built=time.time(), recipe=fingerprint(recipe), packages=installed, archives=indexes)
         library.add(out, made)
     return made
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
-import time
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from skysail.kit.errors import SkysailError
-from skysail.kit.process import run
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What an image is: identity, origin, the package list as (name, version, architecture); ``built`` is Unix time."""
+    """What an image is: identity, origin, the package list as (name, version, architecture); ``built`` is Unix time.
+
+    ``recipe`` is the fingerprint of what it was built from, empty for a foreign image; that one has an ``origin`` (the
+    address or name, and the sha256 of what was taken in). ``archives`` are the package indexes that a build saw.
+    """
 
     digest: str
     blueprint: str
@@ -25,7 +32,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     built: float
     recipe: str = ""
+    origin: tuple[str, str] = ("", "")
     packages: tuple[tuple[str, str, str], ...] = ()
+    archives: tuple[tuple[str, str], ...] = ()
 
 
 class Library:
@@ -51,31 +60,79 @@ class Library:
         """The newest image of a blueprint, if any."""
         return next((one for one in reversed(self.list()) if one.blueprint == blueprint), None)
 
+    @contextlib.contextmanager
+    def workplace(self) -> Iterator[Path]:
+        """A folder in which an image comes to be. It goes when the context ends; one that was left by a process that was
+        killed goes when the next one is asked for."""
+        with self._locked():
+            for left in self.directory.glob(".work-*"):
+                # Its maker holds a lock on it for as long as it lives.
+                with _lock(left, fcntl.LOCK_EX | fcntl.LOCK_NB) as abandoned:
+                    if abandoned:
+                        shutil.rmtree(left, ignore_errors=True)
+            work = Path(tempfile.mkdtemp(prefix=".work-", dir=self.directory))
+            held = contextlib.ExitStack()
+            held.enter_context(_lock(work, fcntl.LOCK_EX))
+        with held:
+            try:
+                yield work
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+
     def add(self, qcow2: Path, manifest: Manifest) -> Path:
-        """Move a finished image in, the image first, its manifest last; both by rename."""
+        """Move a finished image in; it is there, whole, with the last rename.
+
+        Raises :class:`SkysailError` when the same bytes are held as another blueprint: a digest names one image only.
+        """
         target = self.path(manifest.digest)
-        qcow2.replace(target)
-        draft = target.with_suffix(".draft")
-        draft.write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
-        draft.replace(target.with_suffix(".json"))
+        with self._locked():
+            held = self.find(manifest.digest)
+            if held is not None and held.blueprint != manifest.blueprint:
+                raise SkysailError(f"this very image is here already, as the blueprint {held.blueprint}",
+                                   f"launch instances with the blueprint {held.blueprint}")
+            draft = target.with_suffix(".draft")
+            draft.write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+            qcow2.chmod(0o444)
+            for path in (draft, qcow2):
+                _sync(path)
+            draft.replace(target.with_suffix(".json"))
+            qcow2.replace(target)
+            _sync(self.directory)
         return target
 
-    def import_file(self, path: Path, sha256: str, blueprint: str, name: str, user: str, format: str) -> Manifest:
-        """Take in a foreign image of an explicit format ("raw" or "qcow2"); its checksum must be ``sha256``."""
-        if format not in ("raw", "qcow2"):
-            raise SkysailError("an image is raw or qcow2")
-        if file_digest(path) != sha256.lower():
-            raise SkysailError(f"{path.name} does not have the given checksum")
-        told = msgspec.json.decode(run(["qemu-img", "info", "-f", format, "--output=json", str(path)]))
-        if told.get("backing-filename") or told.get("format-specific", {}).get("data", {}).get("data-file"):
-            raise SkysailError("an image must not refer to other files")
-        draft = self.directory / f".import-{os.getpid()}"
-        run(["qemu-img", "convert", "-f", format, "-O", "qcow2", "-o", "compression_type=zstd", "-c", str(path),
-             str(draft)])
-        made = Manifest(digest=file_digest(draft), blueprint=blueprint, name=name, group=blueprint, version="",
-                        user=user, size_bytes=int(told["virtual-size"]), built=time.time())
-        self.add(draft, made)
-        return made
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process at a time changes the directory."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with _lock(self.directory, fcntl.LOCK_EX):
+            yield
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, how: int) -> Iterator[bool]:
+    """Hold ``folder`` by flock(2); says whether it could be had. The kernel lets go when the process dies."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, how)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def file_digest(path: Path) -> str:

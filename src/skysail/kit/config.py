@@ -11,6 +11,9 @@ import msgspec
 
 from skysail.kit.errors import SkysailError
 
+# How many user ids guests may take, from ``guest_uid_base`` on.
+GUEST_UIDS = 60_000
+
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an operator can choose. Every path derives from ``data``.
@@ -20,6 +23,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     addresses that the endpoint's certificate is good for. ``public_address`` says whether an instance keeps its public
     IPv4 address over stop and start, or gets another one at each start, as on Lightsail. Each guest has one address of the
     IPv6 prefix ``public_ipv6``: a unique local one (RFC 4193) leaves the machine masqueraded, '' gives none.
+    ``template_memory`` is how clones come to their template's memory (see ``hypervisor/template.py``).
     """
 
     data: str = "/var/lib/skysail"
@@ -42,6 +46,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     controller_user: str = "skysail"
     guest_uid_base: int = 200_000
     engines: Literal["real", "sim"] = "real"
+    template_memory: Literal["auto", "mapped", "private"] = "auto"
 
     @property
     def root(self) -> Path:
@@ -83,6 +88,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def guests_dir(self) -> Path:
         return self.root / "guests"
+
+    @property
+    def importer_uid(self) -> int:
+        """Under which foreign images are converted: behind the ones that guests are given."""
+        return self.guest_uid_base + GUEST_UIDS
 
     @property
     def volumes_dir(self) -> Path:

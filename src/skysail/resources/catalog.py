@@ -47,8 +47,8 @@ def _bundle(generation: str, active: bool, plan: tuple[str, float, float, int, i
 BUNDLES = {bundle["bundleId"]: bundle for generation, active, plans in _PLANS for plan in plans
            for bundle in (_bundle(generation, active, plan),)}
 
-# Blueprints with a recipe of ours: name, group, whether it carries an application.
-RECIPES = {"debian_12": ("Debian 12", "debian", False), "debian_13": ("Debian 13", "debian", False),
+# Blueprints with a recipe of ours: name, group (both as Lightsail shows them), whether it carries an application.
+RECIPES = {"debian_12": ("Debian", "debian_12", False), "debian_13": ("Debian", "debian_13", False),
            "nginx": ("Nginx", "nginx", True)}
 
 

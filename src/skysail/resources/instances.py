@@ -97,6 +97,9 @@ class Instances:
         zone = self._zone(asked["availabilityZone"])
         bundle = catalog.get_bundle(asked["bundleId"])
         image = self._image(connection, asked["blueprintId"])
+        if image["size_gib"] > bundle["diskSizeInGb"]:
+            raise invalid_input(f"The blueprint {image['blueprint']} needs a disk of {image['size_gib']} GB, the bundle "
+                                f"{bundle['bundleId']} has {bundle['diskSizeInGb']} GB.", "Choose a larger bundle.")
         key_name = asked.get("keyPairName") or key_pairs.DEFAULT_NAME
         public_key = key_pairs.public_key(connection, self._vault, request, key_name, self._clock.now())
         authority = accounts.ensure_authority(connection, self._vault, request.region)

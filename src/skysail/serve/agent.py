@@ -39,7 +39,7 @@ HOST = "host-1"
 # A simulated host is as large as a small cluster, so that limits come from the controller and not from it.
 _SIM = HostReport(host=HOST, boot="", sequence=0, generation=0, vcpus=4, memory_mib=16 * 1024 * 1024,
                   disk_gib=1024 * 1024, accelerator="sim")
-_SIM_IMAGE = ImageReport(digest="0" * 64, blueprint="debian_12", name="Debian 12", user="admin", version="12",
+_SIM_IMAGE = ImageReport(digest="0" * 64, blueprint="debian_12", name="Debian", user="admin", version="12.0",
                          size_gib=2, templated=True)
 
 
@@ -56,8 +56,9 @@ def build(config: Config) -> Keeper:
     pool, fabric = FilePool(config.volumes_dir), LinuxFabric(Layout.of(config))
     workshop = Workshop(
         guests=config.guests_dir, accelerator=accelerator, find_image=lambda digest: _image(library, digest),
-        templates=Templates(config.templates_dir, accelerator, config.guest_uid_base), make_volume=pool.ensure,
-        drop_volume=pool.remove, volumes=pool.observe, open_port=fabric.open_port, around=surroundings(config))
+        templates=Templates(config.templates_dir, accelerator, config.guest_uid_base, config.template_memory),
+        make_volume=pool.ensure, drop_volume=pool.remove, volumes=pool.observe, open_port=fabric.open_port,
+        around=surroundings(config))
     return Keeper(capacity(config, accelerator), Qemu(workshop, config.guest_uid_base), pool, fabric,
                   lambda: _reports(library), ledger, traffic)
 

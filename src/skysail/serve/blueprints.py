@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import msgspec
-
+from skysail.hypervisor import template
+from skysail.images import foreign
 from skysail.images.build import build as build_image
 from skysail.images.library import Library
 from skysail.images.recipe import RECIPES
@@ -17,8 +17,30 @@ from skysail.serve import up as machine
 
 
 def held(config: Config) -> list[dict[str, Any]]:
-    """Images in the library."""
-    return [msgspec.to_builtins(manifest) for manifest in Library(config.images_dir).list()]
+    """Images in the library, oldest first. ``offered``: new instances are made of it, the newest of its blueprint;
+    ``templates``: the numbers of processors for which there is a template to clone."""
+    library = Library(config.images_dir)
+    newest = {one.blueprint: one.digest for one in library.list()}
+    ready = template.held(config.templates_dir)
+    return [{
+        "blueprint": one.blueprint, "name": one.name, "version": one.version, "digest": one.digest,
+        "offered": newest[one.blueprint] == one.digest, "disk_bytes": one.size_bytes,
+        "file_bytes": library.path(one.digest).stat().st_size, "packages": len(one.packages),
+        "built": datetime.datetime.fromtimestamp(one.built, datetime.UTC).isoformat(timespec="seconds"),
+        "templated": bool(one.recipe), "templates": ready.get(one.digest, []),
+    } for one in library.list()]
+
+
+def summary(image: dict[str, Any]) -> dict[str, str]:
+    """An image of :func:`held` in the few words that a list shows."""
+    sizes = ", ".join(map(str, image["templates"]))
+    ready = f"{sizes} vCPU" if sizes else "none yet"
+    return {
+        "blueprint": image["blueprint"], "version": image["version"] or "unknown",
+        "size": f"{image['file_bytes'] >> 20} MiB", "packages": str(image["packages"] or "unknown"),
+        "built (UTC)": image["built"][:16].replace("T", " "), "template": ready if image["templated"] else "boots cold",
+        "offered": "yes" if image["offered"] else "replaced",
+    }
 
 
 def build(config: Config, blueprint: str, progress: Callable[[str], None]) -> None:
@@ -26,17 +48,17 @@ def build(config: Config, blueprint: str, progress: Callable[[str], None]) -> No
     recipe = RECIPES.get(blueprint)
     if recipe is None:
         raise SkysailError(f"there is no recipe for {blueprint}", cure=f"one of: {', '.join(sorted(RECIPES))}")
+    machine.require_root()
     made = build_image(recipe, Library(config.images_dir), progress)
     _announce(config, made.digest, blueprint, progress)
 
 
-def bring_in(config: Config, file: Path, sha256: str, blueprint: str, user: str,
-             progress: Callable[[str], None]) -> None:
-    """Make a blueprint of the cloud image ``file`` (SHA-256 ``sha256``); the ending of its name says its format."""
-    image_format = "raw" if file.suffix in (".raw", ".img") else "qcow2"
-    progress(f"importing {file} as {image_format}")
-    made = Library(config.images_dir).import_file(file, sha256, blueprint, blueprint, user, image_format)
-    _announce(config, made.digest, blueprint, progress)
+def bring_in(config: Config, origin: foreign.Origin, blueprint: foreign.Blueprint, progress: Callable[[str], None],
+             detail: Callable[[str], None]) -> None:
+    """Make a blueprint of the foreign image at ``origin``. Raises :class:`SkysailError` when it is not to be trusted."""
+    machine.require_root()
+    made = foreign.take_in(origin, blueprint, Library(config.images_dir), config.importer_uid, progress, detail)
+    _announce(config, made.digest, blueprint.id, progress)
 
 
 def _announce(config: Config, digest: str, blueprint: str, progress: Callable[[str], None]) -> None:

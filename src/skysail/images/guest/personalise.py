@@ -28,6 +28,7 @@ import zlib
 PORT = "/dev/virtio-ports/org.skysail.clone.0"
 DONE = "/var/lib/skysail/personalised"
 SECTOR = 512
+LIBC = ctypes.CDLL(None, use_errno=True)
 TYPE_CHECKING = False  # typing itself is 20 ms under emulation
 if TYPE_CHECKING:
     from typing import Any
@@ -36,9 +37,8 @@ if TYPE_CHECKING:
 
 CLOUD = """# Written by Skysail: what the host has done already is not done again.
 network: {config: disabled}
-preserve_hostname: true
 ssh_deletekeys: false
-ssh_genkeytypes: []
+ssh_genkeytypes: [ed25519]
 growpart: {mode: 'off'}
 resize_rootfs: false
 """
@@ -107,6 +107,15 @@ def entropy(seed: bytes) -> None:
         os.close(descriptor)
 
 
+def renew_boot_id() -> None:
+    """The kernel keeps the template's boot id in every clone and has no way to set another: lay a fresh one over it."""
+    fresh = os.urandom(16).hex()
+    write("/run/skysail/boot_id", "-".join((fresh[:8], fresh[8:12], fresh[12:16], fresh[16:20], fresh[20:])) + "\n", 0o444)
+    bind = 0x1000  # MS_BIND
+    if LIBC.mount(b"/run/skysail/boot_id", b"/proc/sys/kernel/random/boot_id", None, bind, None):
+        raise OSError(ctypes.get_errno(), "the boot id could not be renewed")
+
+
 class Route:
     """rtnetlink(7) for one link: up, an address, a default route, and the same in IPv6."""
 
@@ -167,18 +176,13 @@ def personalise(told: Told, route: Route, root: str = "") -> None:
         time.clock_settime(time.CLOCK_REALTIME, told["epoch"])
         entropy(bytes.fromhex(told["seed_hex"][:64]))
         socket.sethostname(told["hostname"])
+        renew_boot_id()
     files(told, root)
     person(told, root)
     write(root + DONE, told["instance_id"] + "\n")
     if root:
         return
-    # Up to OpenSSH 9.7 each connection reads the host keys anew; later ones are handed them by the listener.
-    if os.path.exists("/usr/lib/openssh/sshd-session"):
-        try:
-            with open("/run/sshd.pid") as file:
-                os.kill(int(file.read()), signal.SIGHUP)
-        except (OSError, ValueError):
-            pass
+    renew_sshd()
     # Before the answer: from then on the host counts on this disk to know who it is.
     os.sync()
     route.configure("eth0", told["ipv4"], told["gateway"])
@@ -186,8 +190,36 @@ def personalise(told: Told, route: Route, root: str = "") -> None:
         route.configure_ipv6("eth0", told["ipv6"], told["gateway_ipv6"])
 
 
+def renew_sshd(seconds: float = 20) -> None:
+    """Let sshd show its new host key from the first connection on.
+
+    Up to OpenSSH 9.7 each connection reads the host keys anew; later ones are handed them by the listener, which reads them
+    when it starts. Returns once the new listener is there: only then may anybody reach this guest.
+    """
+    if not os.path.exists("/usr/lib/openssh/sshd-session"):
+        return
+    before = listeners()
+    try:
+        with open("/run/sshd.pid") as file:
+            os.kill(int(file.read()), signal.SIGHUP)
+    except (OSError, ValueError):
+        return
+    end = time.monotonic() + seconds
+    while not listeners() - before and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def listeners() -> set[str]:
+    """The inodes of the sockets that listen on port 22 (proc(5), /proc/net/tcp)."""
+    with open("/proc/net/tcp") as file:
+        rows = [line.split() for line in file]
+    return {row[9] for row in rows if row[1].endswith(":0016") and row[3] == "0A"}
+
+
 def rehearse(route: Route) -> None:
     """Walk the whole way once, so that a clone finds every page of it in memory; leaves nothing behind."""
+    # Whatever the image starts is to be running in the memory that is saved.
+    subprocess.run(["systemctl", "is-system-running", "--wait"], check=False, stdout=subprocess.DEVNULL, timeout=240)
     scratch = "/run/skysail-rehearsal"
     user = "".join(one.pw_name for one in pwd.getpwall() if one.pw_uid == 1000)
     public = "/etc/ssh/ssh_host_ed25519_key"
