@@ -314,7 +314,11 @@ def _sealed(header: bytearray, table: bytearray, mine: int, other: int, entries:
 
 
 def settle(told: Told) -> None:
-    """What the owner need not wait for: the disk's size, networkd's and the journal's view, the launch script."""
+    """What the owner need not wait for: the disk's size, networkd's and the journal's view, the launch script.
+
+    It takes the processors that nobody else wants (sched(7), SCHED_IDLE): the first login comes at the same time.
+    """
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     end = time.monotonic() + 60
     size = os.path.dirname(_root()) + "/size"
     while _number(size) * SECTOR < told["disk_bytes"] and time.monotonic() < end:
