@@ -26,6 +26,7 @@ from skysail.images.library import Library
 from skysail.kit.config import load
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import Layout
+from skysail.resources.catalog import BUNDLES
 from skysail.serve import processes
 from skysail.serve.agent import surroundings
 from skysail.storage.files import FilePool
@@ -42,7 +43,8 @@ class SimHouse:
 
     def guest(self) -> Guest:
         return Guest(
-            id="g-1", instance="one", role="run", starts=1, reboots=0, vcpus=1, memory_mib=512,
+            id="g-1", instance="one", role="run", starts=1, reboots=0,
+            vcpus=BUNDLES["nano_3_0"]["cpuCount"], memory_mib=512,  # one template for all tests
             volume=Volume(id="g-1", image="0" * 64, size_gib=20), personality=Personality(hostname="one", user="admin"),
             port=Port(id="g-1", mac="52:54:00:00:00:0a", tenant=1, private_ipv4="172.26.0.10", public_ipv4="192.0.2.10"))
 

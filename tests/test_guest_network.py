@@ -46,9 +46,13 @@ def test_instances_of_one_account_reach_each_other_privately(real_cloud: RealClo
 
 def test_a_guest_reaches_nothing_of_the_machine(real_cloud: RealCloud, two: Two) -> None:
     layout = Layout.of(real_cloud.config)
-    for address in (str(layout.machine_address), "169.254.169.254", str(layout.gateway), str(layout.machine_ipv6)):
-        for port in (real_cloud.port, 22, 8700):
-            assert not connects(real_cloud, "left", address, port, 3), f"{address} port {port}"
+    barred = [(address, port) for port in (real_cloud.port, 22, 8700) for address in (
+        str(layout.machine_address), str(layout.machine_ipv6), "169.254.169.254", str(layout.gateway))]
+    tried = [*barred, (two[1]["privateIpAddress"], 22)]
+    answered = real_cloud.ssh("left", "".join(
+        f"timeout 15 bash -c '</dev/tcp/{address}/{port}' 2>/dev/null && echo {address} {port} & " for address, port in tried)
+        + "wait")
+    assert answered == f"{two[1]['privateIpAddress']} 22\n", "one's own neighbour, and nothing else"
     assert "yes" in real_cloud.ssh("left", f"ping -c 1 -W 30 {layout.gateway} >/dev/null && echo yes")
 
 
