@@ -64,6 +64,7 @@ class Controller:
         self.config = load(str(folder))
         self.held = initialise(self.config)
         self.clock = SystemClock()
+        self.vault = Vault.at(self.config.master_key)
         self.database = Database(self.config.database)
         self.engine = Engine(self.database, lifecycle.WORKFLOWS, self.clock)
         self.loop = asyncio.Runner()
@@ -106,7 +107,8 @@ class Controller:
     def settle(self) -> None:
         """What a host does: take the document as it comes over the wire, do all of it, report; then the workflows run."""
         with self.database.transaction() as connection:
-            document = msgspec.json.decode(msgspec.json.encode(desired.compile(connection, HOST)), type=HostDocument)
+            sent = msgspec.json.encode(desired.compile(connection, HOST, self.vault))
+            document = msgspec.json.decode(sent, type=HostDocument)
             state = {"run": "running", "stop": "stopped", "gone": "gone"}
             write_report(connection, HOST, HostReport(
                 host=HOST, boot="b", sequence=1, generation=document.generation, vcpus=8, memory_mib=2**24,

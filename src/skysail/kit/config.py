@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from skysail.kit.errors import SkysailError
+
+_HOST_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -18,7 +21,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ``default_region`` is the region that clients are pointed at, ``zones`` the letters of its zones. ``tls`` is on by itself
     where the API listens beyond this machine, for its answers carry private keys; ``tls_names`` are further host names and
     addresses that the endpoint's certificate is good for. ``public_address`` says whether an instance keeps its public
-    IPv4 address over stop and start, or gets another one at each start, as on Lightsail.
+    IPv4 address over stop and start, or gets another one at each start, as on Lightsail. ``dns_listen`` and ``dns_port`` say
+    where the name server answers, ``dns_api_port`` where its REST API does on the loopback address; ``name_servers`` are the
+    host names that domains are delegated to.
     """
 
     data: str = "/var/lib/skysail"
@@ -40,6 +45,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     controller_user: str = "skysail"
     guest_uid_base: int = 200_000
     engines: Literal["real", "sim"] = "real"
+    dns: Literal["powerdns", "sim"] | None = None
+    dns_listen: str = "127.0.0.1"
+    dns_port: int = 5300
+    dns_api_port: int = 5301
+    dns_user: str = "skysail-dns"
+    name_servers: tuple[str, ...] = ("ns1.skysail.internal", "ns2.skysail.internal")
+
+    def __post_init__(self) -> None:
+        if not self.name_servers or not all(_HOST_NAME.fullmatch(name) and len(name) <= 253 for name in self.name_servers):
+            raise ValueError("name_servers takes host names such as ns1.example.com, in lower case, without a final dot")
 
     @property
     def root(self) -> Path:
@@ -49,6 +64,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def secure(self) -> bool:
         """Whether the API speaks TLS."""
         return self.tls if self.tls is not None else not (self.listen == "localhost" or _is_loopback(self.listen))
+
+    @property
+    def powerdns(self) -> bool:
+        """Whether a PowerDNS answers for the domains, or a simulation."""
+        return (self.dns or ("sim" if self.engines == "sim" else "powerdns")) == "powerdns"
+
+    @property
+    def dns_dir(self) -> Path:
+        return self.root / "dns"
+
+    @property
+    def dns_key_file(self) -> Path:
+        return self.dns_dir / "api.key"
 
     @property
     def certificates(self) -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection
 
-from skysail.store.schema import metadata, operations
+from skysail.store.schema import domain_entries, domains, metadata, operations, zone_reports
 
 
 def _foundation(connection: Connection) -> None:
@@ -22,7 +22,11 @@ def _operations_by_page(connection: Connection) -> None:
         index.create(connection, checkfirst=True)
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_foundation, _operations_by_page)
+def _domains(connection: Connection) -> None:
+    metadata.create_all(connection, tables=[domains, domain_entries, zone_reports], checkfirst=True)
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_foundation, _operations_by_page, _domains)
 
 
 def upgrade(connection: Connection) -> int:

@@ -1,0 +1,111 @@
+"""The zones of this host: holds its name server to what the document says of them, in one task, zone by zone.
+
+As with guests, a zone that is missing from the document is left as it is; only the role ``gone`` removes one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+
+import msgspec
+
+from skysail.contract.document import Zone
+from skysail.contract.report import HeldZone, ZoneReport
+from skysail.dns import Zones
+from skysail.kit.errors import SkysailError
+
+log = logging.getLogger(__name__)
+# How often the name server is looked at without a reason, and how soon a zone that could not be written is tried again.
+LOOK_SECONDS = 15.0
+RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0, 15.0)
+
+
+class ZoneKeeper:
+    """Converges zones. ``changed`` is awaited after a pass that has news."""
+
+    def __init__(self, zones: Zones, changed: Callable[[], Awaitable[None]]) -> None:
+        self._zones = zones
+        self._changed = changed
+        self._wanted: dict[str, Zone] = {}
+        self._applied: dict[str, Zone] = {}
+        self._reports: dict[str, ZoneReport] = {}
+        self._wake = asyncio.Event()
+
+    def take(self, zones: Iterable[Zone]) -> None:
+        """The document's zones. Documents that come faster than zones are written are met by their last one."""
+        named = set()
+        for zone in zones:
+            named.add(zone.name)
+            if self._wanted.get(zone.name) != zone:
+                self._wanted[zone.name] = zone
+                known = self._reports.get(zone.name, ZoneReport(id="", name=zone.name, state="pending"))
+                self._reports[zone.name] = msgspec.structs.replace(known, id=zone.id, state="pending")
+                self._wake.set()
+        for name in [name for name, report in self._reports.items() if report.state == "gone" and name not in named]:
+            # The controller read that it is gone and dropped it: nothing is left to say.
+            del self._reports[name], self._wanted[name]
+            self._applied.pop(name, None)
+
+    def reports(self) -> tuple[ZoneReport, ...]:
+        """Each zone that a document named, as it is now."""
+        return tuple(self._reports.values())
+
+    async def inventory(self) -> tuple[HeldZone, ...]:
+        """What the name server really holds; nothing when it cannot be asked."""
+        try:
+            return tuple(await self._zones.observe())
+        except SkysailError as silent:
+            log.warning("the zones could not be looked at: %s", silent)
+            return ()
+
+    async def run(self) -> None:
+        """Converge until cancelled."""
+        failures = 0
+        while True:
+            self._wake.clear()
+            before = dict(self._reports)
+            clean = await self._pass()
+            if self._reports != before:
+                await self._changed()
+            failures = 0 if clean else failures + 1
+            pause = LOOK_SECONDS if clean else RETRY_SECONDS[min(failures, len(RETRY_SECONDS)) - 1]
+            try:
+                await asyncio.wait_for(self._wake.wait(), pause)
+            except TimeoutError:
+                await self._look()
+
+    async def _pass(self) -> bool:
+        """Bring every zone that differs to what is wanted; says whether none failed."""
+        clean = True
+        for zone in [zone for name, zone in self._wanted.items() if self._applied.get(name) != zone]:
+            report = ZoneReport(id=zone.id, name=zone.name, state="gone")
+            try:
+                if zone.role == "gone":
+                    await self._zones.remove(zone.name)
+                else:
+                    held = await self._zones.apply(zone)
+                    report = ZoneReport(id=zone.id, name=zone.name, state="served", serial=held.serial, ds=held.ds)
+                self._applied[zone.name] = zone
+            except Exception as failure:  # one zone's trouble is not another's
+                clean = False
+                log.warning("zone %s did not converge: %s", zone.name, failure)
+                report = msgspec.structs.replace(self._reports[zone.name], id=zone.id, state="failed",
+                                                 reason=str(failure)[:500])
+            if self._wanted.get(zone.name) == zone:  # else the document changed meanwhile, and the next pass speaks
+                self._reports[zone.name] = report
+        return clean
+
+    async def _look(self) -> None:
+        """Forget what was applied where the name server holds something else: its database was lost, or put back."""
+        if not self._wanted:
+            return
+        try:
+            serials = await self._zones.serials()
+        except SkysailError:
+            return  # it is away; what it holds did not change
+        for name, zone in self._wanted.items():
+            held = serials.get(name)
+            if held != (self._reports[name].serial if zone.role == "serve" else None):
+                self._applied.pop(name, None)
