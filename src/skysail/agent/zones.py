@@ -13,7 +13,7 @@ import msgspec
 
 from skysail.contract.document import Zone
 from skysail.contract.report import HeldZone, ZoneReport
-from skysail.dns import Zones
+from skysail.dns import NameServerAway, Zones
 from skysail.kit.errors import SkysailError
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,9 @@ class ZoneKeeper:
                     held = await self._zones.apply(zone)
                     report = ZoneReport(id=zone.id, name=zone.name, state="served", serial=held.serial, ds=held.ds)
                 self._applied[zone.name] = zone
+            except NameServerAway as away:
+                self._fail(str(away))
+                return False
             except Exception as failure:  # one zone's trouble is not another's
                 clean = False
                 log.warning("zone %s did not converge: %s", zone.name, failure)
@@ -96,6 +99,13 @@ class ZoneKeeper:
             if self._wanted.get(zone.name) == zone:  # else the document changed meanwhile, and the next pass speaks
                 self._reports[zone.name] = report
         return clean
+
+    def _fail(self, reason: str) -> None:
+        """No zone can be written now: each that should be says so."""
+        log.warning("%s", reason)
+        for name, zone in self._wanted.items():
+            if self._applied.get(name) != zone:
+                self._reports[name] = msgspec.structs.replace(self._reports[name], state="failed", reason=reason[:500])
 
     async def _look(self) -> None:
         """Forget what was applied where the name server holds something else: its database was lost, or put back."""

@@ -156,7 +156,7 @@ def list_zones(*, json: Json = False) -> None:
     from skysail.serve import zones as operator
 
     found = operator.listed(configuration.load())
-    show.as_json(found) if json else show.table(found, ["name", "state", "serial", "entries", "ds", "reason"])
+    show.as_json(found) if json else show.table(found, ["name", "state", "serial", "entries", "signed", "reason"])
 
 
 @zones.command(name="export")

@@ -7,10 +7,15 @@ from typing import Protocol
 
 from skysail.contract.document import Zone
 from skysail.contract.report import HeldZone
+from skysail.kit.errors import SkysailError
+
+
+class NameServerAway(SkysailError):
+    """The name server cannot be asked at all: what fails with one zone would fail with each."""
 
 
 class Zones(Protocol):
-    """Holds zones. Every method raises SkysailError when the name server cannot be asked, or refuses."""
+    """Holds zones. Every method raises :class:`NameServerAway`, or SkysailError when the name server refuses."""
 
     async def apply(self, zone: Zone) -> HeldZone:
         """Make the zone answer exactly what ``zone`` says, and say what is held then. All record sets that differ change

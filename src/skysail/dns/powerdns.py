@@ -17,7 +17,7 @@ import httpx
 
 from skysail.contract.document import SOA_TIMES, RecordSet, Zone
 from skysail.contract.report import HeldZone
-from skysail.dns import next_serial
+from skysail.dns import NameServerAway, next_serial
 from skysail.kit.errors import SkysailError
 
 # SQL that makes the backend's tables; with the package, so that it fits the server.
@@ -120,10 +120,11 @@ class PowerDns:
             key = self._key_file.read_text().strip()
             answer = await self._http.request(method, path, json=body, headers={"X-API-Key": key})
         except OSError as missing:
-            raise SkysailError(f"the name server's API key cannot be read: {missing}", "run: sudo ./skysail up") from missing
+            raise NameServerAway(f"the name server's API key cannot be read: {missing}",
+                                 "run: sudo ./skysail up") from missing
         except httpx.HTTPError as silent:
-            raise SkysailError(f"the name server does not answer: {silent or type(silent).__name__}",
-                               "run: sudo ./skysail up") from silent
+            raise NameServerAway(f"the name server does not answer: {silent or type(silent).__name__}",
+                                 "run: sudo ./skysail up") from silent
         if absent and answer.status_code == 404:
             return None
         if answer.status_code != expected:

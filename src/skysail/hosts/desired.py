@@ -53,7 +53,7 @@ def zones(connection: Connection, vault: Vault) -> Iterator[Zone]:
     addresses = _addresses(connection)
     owners = {row.id: row.account_id for row in connection.execute(select(domains.c.id, domains.c.account_id))}
     for row in connection.execute(select(domain_entries)):
-        records = [row.record] if not row.alias else addresses.get((owners[row.domain_id], row.alias), [])
+        records = [row.record] if not row.alias else addresses.get((owners[row.domain_id], row.alias, row.type), [])
         if records:
             _, gathered = entries.setdefault(row.domain_id, {}).setdefault((row.name, row.type), (row.ttl, []))
             gathered += records
@@ -69,8 +69,8 @@ def zones(connection: Connection, vault: Vault) -> Iterator[Zone]:
             signing_key=vault.open(row.signing_sealed, f"zone:{row.id}") if row.signing_sealed else "")
 
 
-def _addresses(connection: Connection) -> dict[tuple[str, str], list[str]]:
-    """What an alias may point at, by account and name: public addresses of instances."""
-    return {(row.account_id, row.name): [row.public_ipv4] for row in connection.execute(
+def _addresses(connection: Connection) -> dict[tuple[str, str, str], list[str]]:
+    """What an alias may point at, by account, name and type of record: public addresses of instances."""
+    return {(row.account_id, row.name, "A"): [row.public_ipv4] for row in connection.execute(
         select(instances.c.account_id, instances.c.name, guests.c.public_ipv4)
         .join(guests, guests.c.instance_id == instances.c.id))}

@@ -39,7 +39,8 @@ def listed(config: Config) -> list[dict[str, Any]]:
             .outerjoin(zone_reports, zone_reports.c.domain_id == rows.c.id).order_by(rows.c.name)).mappings().all()
         return [{"name": row["name"], "account": row["account_id"],
                  "state": (row["state"] or "pending") if row["role"] == "serve" else "leaving", "serial": row["served"] or 0,
-                 "entries": counts[row["id"]], "ds": row["ds"], "reason": row["reason"] or ""} for row in found]
+                 "entries": counts[row["id"]], "ds": row["ds"],
+                 "signed": "yes" if row["ds"] else "no", "reason": row["reason"] or ""} for row in found]
 
 
 def export(config: Config, name: str) -> str:
