@@ -15,16 +15,20 @@ import boto3
 import httpx
 import pytest
 from botocore.exceptions import ClientError
+from sqlalchemy import insert, select
 
 from conftest import Cloud, eventually, running_cloud
 from name_servers import NameServer, free_port
 from skysail.cli.main import main
+from skysail.hosts import desired
 from skysail.inspect.verify import verify
 from skysail.kit.config import load
 from skysail.kit.errors import SkysailError
-from skysail.resources import accounts, zone_files
+from skysail.resources import accounts, domains, zone_files
+from skysail.resources.records import Entry
 from skysail.serve import endpoint
 from skysail.store.database import Database
+from skysail.store.schema import hosts
 from skysail.store.vault import Vault
 
 LONG = "a" * 64
@@ -302,6 +306,42 @@ def test_a_zone_file_is_read_whole_or_not_at_all() -> None:
     for nothing in ("", "\x00", "www A 192.0.2.1\n", "$ORIGIN .\n@ 60 TXT x\n"):
         with pytest.raises(SkysailError):
             zone_files.read(nothing)
+
+
+def test_hosts_get_a_document_when_what_an_alias_follows_moves_on_another(tmp_path: Path) -> None:
+    database = Database(tmp_path / "skysail.sqlite")
+    database.migrate()
+    with database.transaction() as connection:
+        account = accounts.create_account(connection, "first", 0.0)
+        connection.execute(insert(hosts), [{"id": name, "region": "us-east-1", "zone": "a", "address": "x"}
+                                           for name in ("one", "two")])
+
+        def generations() -> list[int]:
+            return [*connection.execute(select(hosts.c.generation).order_by(hosts.c.id)).scalars()]
+
+        row = domains.create(connection, account, "example.com", ["ns1.example.net"], 100.0)
+        assert generations() == [2, 2]
+        domains.replace_entries(connection, row, [Entry("a.example.com", "A", "192.0.2.1", "192.0.2.1")], 100.0)
+        desired.bump(connection, "one")
+        assert generations() == [4, 3]
+        domains.replace_entries(connection, row, [Entry("a.example.com", "A", "web-1", alias="web-1")], 100.0)
+        desired.bump(connection, "one")
+        assert generations() == [6, 5]
+        assert [one.name for one in next(desired.zones(connection, Vault(bytes(32)))).record_sets] == ["example.com."]
+    database.close()
+
+
+def test_a_database_from_before_domains_gets_their_tables(tmp_path: Path) -> None:
+    database = Database(tmp_path / "skysail.sqlite")
+    database.migrate()
+    with database.transaction() as connection:
+        for table in ("zone_reports", "domain_entries", "domains"):
+            connection.exec_driver_sql(f"DROP TABLE {table}")
+        connection.exec_driver_sql("PRAGMA user_version = 2")
+    database.migrate()
+    with database.transaction(write=False) as connection:
+        assert [*desired.zones(connection, Vault(bytes(32)))] == []
+    database.close()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import msgspec
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, or_, select, update
 
 from skysail.contract.document import FirewallRule, Guest, HostDocument, Personality, Port, RecordSet, Volume, Zone
 from skysail.store.schema import accounts, domain_entries, domains, guests, hosts, instances, ports
@@ -15,8 +15,10 @@ NAME_SERVER_TTL = 3600
 
 
 def bump(connection: Connection, host_id: str) -> None:
-    """The host's document changed: give it the next generation."""
-    connection.execute(update(hosts).where(hosts.c.id == host_id).values(generation=hosts.c.generation + 1))
+    """The host's document changed: give it the next generation. Where there are aliases, every host's did: they may follow
+    what changed."""
+    aliases = select(domain_entries.c.id).where(domain_entries.c.alias != "").exists()
+    connection.execute(update(hosts).where(or_(hosts.c.id == host_id, aliases)).values(generation=hosts.c.generation + 1))
 
 
 def bump_zones(connection: Connection) -> None:
@@ -52,11 +54,12 @@ def zones(connection: Connection, vault: Vault) -> Iterator[Zone]:
     entries: dict[str, dict[tuple[str, str], tuple[int, list[str]]]] = {}
     addresses = _addresses(connection)
     owners = {row.id: row.account_id for row in connection.execute(select(domains.c.id, domains.c.account_id))}
-    for row in connection.execute(select(domain_entries)):
-        records = [row.record] if not row.alias else addresses.get((owners[row.domain_id], row.alias, row.type), [])
+    columns = (domain_entries.c.domain_id, domain_entries.c.name, domain_entries.c.type, domain_entries.c.ttl,
+               domain_entries.c.record, domain_entries.c.alias)
+    for domain, name, kind, ttl, record, alias in connection.execute(select(*columns)):
+        records = [record] if not alias else addresses.get((owners[domain], alias, kind), [])
         if records:
-            _, gathered = entries.setdefault(row.domain_id, {}).setdefault((row.name, row.type), (row.ttl, []))
-            gathered += records
+            entries.setdefault(domain, {}).setdefault((name, kind), (ttl, []))[1].extend(records)
     for row in connection.execute(select(domains).order_by(domains.c.name)):
         apex = row.name + "."
         servers = tuple(f"{name}." for name in row.name_servers)
