@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -23,11 +24,11 @@ from conftest import eventually
 from name_servers import NameServer, free_port
 from skysail.agent.zones import ZoneKeeper
 from skysail.contract.document import RecordSet, Zone
-from skysail.dns import Zones
+from skysail.dns import NameServerAway, Zones
 from skysail.dns.powerdns import PowerDns
 from skysail.dns.sim import SimZones
 from skysail.kit.config import Config
-from skysail.kit.errors import ApiError, SkysailError
+from skysail.kit.errors import ApiError
 from skysail.resources import records, zone_keys
 
 
@@ -290,18 +291,33 @@ def test_a_keeper_heals_a_lost_zone_and_never_removes_what_is_not_named(monkeypa
 
 def test_a_name_server_that_is_away_is_said_and_tried_again(tmp_path: Path) -> None:
     async def look() -> None:
-        keeper = ZoneKeeper(PowerDns(free_port(), tmp_path / "none"), _nothing)
+        keeper = ZoneKeeper(PowerDns(free_port(), tmp_path / "api.key"), _nothing)
         task = asyncio.create_task(keeper.run())
         keeper.take([zone("away.test.")])
         await _until(lambda: [report.state for report in keeper.reports()] == ["failed"])
         assert "API key" in keeper.reports()[0].reason
-        (tmp_path / "none").write_text("key")
+        (tmp_path / "pdns.conf").touch()
+        (tmp_path / "api.key").write_text("key")
         await _until(lambda: "does not answer" in keeper.reports()[0].reason)
         assert await keeper.inventory() == ()
         task.cancel()
     run(look())
-    with pytest.raises(SkysailError):
-        run(PowerDns(free_port(), tmp_path / "none").serials())
+
+
+@pytest.mark.real
+def test_the_key_is_not_said_to_a_stranger_who_has_the_port(tmp_path: Path) -> None:
+    (tmp_path / "api.key").write_text("key")
+    (tmp_path / "pdns.conf").touch()
+    os.chown(tmp_path / "pdns.conf", 65_534, 65_534)
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        stranger.setblocking(False)
+        zones = PowerDns(stranger.getsockname()[1], tmp_path / "api.key")
+        with pytest.raises(NameServerAway, match="another user"):
+            run(zones.serials())
+        with pytest.raises(BlockingIOError):
+            stranger.accept()
 
 
 async def _until(seen: Callable[[], bool]) -> None:

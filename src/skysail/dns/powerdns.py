@@ -29,13 +29,31 @@ _NSEC3 = "1 0 0 -"
 _NOT_OURS = ("SOA", "DNSKEY", "CDS", "CDNSKEY", "NSEC", "NSEC3", "NSEC3PARAM", "RRSIG")
 
 
+def api_key(port: int, key_file: Path) -> str:
+    """The key of the API on ``port`` of the loopback address, for as long as it is safe to be said there: the listener is the
+    process of the user to whom the ``pdns.conf`` beside the key belongs. Any user of the machine could take the port of a
+    name server that is away, and collect the key. Raises :class:`NameServerAway`."""
+    try:
+        key, owner = key_file.read_text().strip(), key_file.with_name("pdns.conf").stat().st_uid
+        sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    except OSError as missing:
+        raise NameServerAway(f"the name server's API key cannot be read: {missing}",
+                             "run: sudo ./skysail up") from missing
+    # proc(5): local address and port in hexadecimal, state (0A listens), user.
+    listeners = {int(words[7]) for words in sockets if words[3] == "0A" and words[1].endswith(f":{port:04X}")}
+    if listeners - {owner}:
+        raise NameServerAway(f"port {port} belongs to a process of another user", "set dns_api_port in skysail.toml")
+    return key
+
+
 class PowerDns:
-    """The server whose API answers on ``port`` of the loopback address. Its key is read from ``key_file`` at each call, for
-    that may be made after us."""
+    """The server whose API answers on ``port`` of the loopback address; its key is looked up at each call, for it may be made
+    after us."""
 
     def __init__(self, port: int, key_file: Path) -> None:
         self._http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}/api/v1/servers/localhost", timeout=30.0,
                                        trust_env=False)
+        self._port = port
         self._key_file = key_file
 
     async def apply(self, zone: Zone) -> HeldZone:
@@ -116,12 +134,9 @@ class PowerDns:
     async def _call(self, method: str, path: str, expected: int, body: Mapping[str, Any] | None = None,
                     absent: bool = False) -> Any:
         """The answer's JSON, None where there is none; with ``absent`` also where the API finds no such zone."""
+        key = api_key(self._port, self._key_file)
         try:
-            key = self._key_file.read_text().strip()
             answer = await self._http.request(method, path, json=body, headers={"X-API-Key": key})
-        except OSError as missing:
-            raise NameServerAway(f"the name server's API key cannot be read: {missing}",
-                                 "run: sudo ./skysail up") from missing
         except httpx.HTTPError as silent:
             raise NameServerAway(f"the name server does not answer: {silent or type(silent).__name__}",
                                  "run: sudo ./skysail up") from silent

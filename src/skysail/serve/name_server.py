@@ -17,7 +17,8 @@ from pathlib import Path
 
 import httpx
 
-from skysail.dns.powerdns import SCHEMA
+from skysail.dns import NameServerAway
+from skysail.dns.powerdns import SCHEMA, api_key
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
 
@@ -115,7 +116,7 @@ def healthy(config: Config) -> bool:
     """Does the API answer, with our key?"""
     try:
         answer = httpx.get(f"http://127.0.0.1:{config.dns_api_port}/api/v1/servers/localhost", timeout=2, trust_env=False,
-                           headers={"X-API-Key": config.dns_key_file.read_text()})
-    except (httpx.HTTPError, OSError):
+                           headers={"X-API-Key": api_key(config.dns_api_port, config.dns_key_file)})
+    except (httpx.HTTPError, NameServerAway):
         return False
     return answer.status_code == 200
