@@ -285,6 +285,12 @@ def test_a_keeper_heals_a_lost_zone_and_never_removes_what_is_not_named(monkeypa
         assert "one.test." not in await engine.serials()
         keeper.take([two])
         assert [report.name for report in keeper.reports()] == ["two.test."]
+        keeper.take([zone("two.test.", a("www.two.test.", "192.0.2.1"))])
+        keeper.take([two])
+        await _until(lambda: [report.state for report in keeper.reports()] == ["served"])
+        many = [zone(f"z{number}.test.") for number in range(120)]
+        keeper.take(many)
+        await _until(lambda: {report.state for report in keeper.reports()} == {"served"} and len(keeper.reports()) == 121)
         task.cancel()
     run(look())
 

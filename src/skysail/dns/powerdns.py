@@ -2,7 +2,7 @@
 
 One change of a zone is one PATCH, which PowerDNS makes in one transaction of its database: a resolver sees the zone before it
 or after it. What PowerDNS holds is read before it is written, so nothing is assumed of what an interrupted change left.
-Source: PowerDNS documentation, "HTTP API"; tried with 4.7 and its SQLite backend.
+Source: PowerDNS documentation, "HTTP API"; tried with 4.7 and 4.9 and their SQLite backend.
 """
 
 from __future__ import annotations
