@@ -195,6 +195,7 @@ def real_settings(slot: int) -> str:
     """The configuration of a cloud of real guests in ``slot``, beside others on this machine."""
     return (f'engines = "real"\nnamespace = "skytest{slot}"\nlink = "skytest{slot}"\n'
             f'transit = "100.115.90.{4 * slot}/30"\npublic_pool = "100.115.{100 + slot}.0/24"\n'
+            f'dns_port = {5310 + 2 * slot}\ndns_api_port = {5311 + 2 * slot}\n'
             f'public_ipv6 = "fd53:6b79:7361:{0x100 + slot:x}::/64"\n'
             f'guest_uid_base = {2_000_000 + 100_000 * slot}\nimages = "{CACHE}/images"\ntemplates = "{CACHE}/templates"\n')
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,26 @@ def test_the_doctor_names_where_it_looked_and_a_cure_for_all_that_is_not_good(co
     for finding in (look(config) for look in looks):
         assert finding.saw and finding.where
         assert finding.verdict == "good" or finding.cure
+
+
+@pytest.mark.real
+def test_the_doctor_sees_a_name_servers_address_that_another_has(config: Config) -> None:
+    with socket.socket(type=socket.SOCK_DGRAM) as other:
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        found = doctor.name_server(Config(data=config.data, dns_port=port, dns_api_port=1))
+        assert found.verdict == "bad" and str(port) in found.where and "dns_port" in found.cure
+    assert doctor.name_server(Config(data=config.data, dns_port=port, dns_api_port=1)).verdict == "good"
+    assert doctor.name_server(Config(data=config.data, dns_port=53, dns_listen="192.0.2.1", dns_api_port=1)).verdict == "bad"
+
+
+def test_the_name_server_has_one_capability_at_most_in_both_ways_to_start_it(config: Config) -> None:
+    low = Config(data=config.data, dns_port=53)
+    assert "--bounding-set=-all" in up.command(config, "dns")
+    assert "--bounding-set=-all,+net_bind_service" in up.command(low, "dns")
+    assert "CapabilityBoundingSet=\n" in up.unit(config, "dns") and "User=skysail-dns" in up.unit(config, "dns")
+    assert "AmbientCapabilities=CAP_NET_BIND_SERVICE\n" in up.unit(low, "dns")
+    assert "dns" not in up.names(Config(data=config.data, engines="sim"))
 
 
 @pytest.mark.real

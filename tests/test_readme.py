@@ -57,7 +57,7 @@ def newcomer(request: pytest.FixtureRequest) -> Iterator[Newcomer]:
         try:
             yield made
         finally:
-            for name in ("controller", "agent"):
+            for name in ("controller", "agent", "dns"):
                 processes.stop(made.config, name)
             made.remove()
             shutil.rmtree(folder, ignore_errors=True)

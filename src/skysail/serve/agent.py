@@ -20,6 +20,9 @@ from skysail.agent.keeper import Keeper
 from skysail.agent.ledger import Ledger
 from skysail.agent.traffic import Traffic
 from skysail.contract.report import HostReport, ImageReport
+from skysail.dns import Zones
+from skysail.dns.powerdns import PowerDns
+from skysail.dns.sim import SimZones
 from skysail.hypervisor.accelerator import probe
 from skysail.hypervisor.engine import Qemu
 from skysail.hypervisor.guest import Image, Workshop
@@ -48,7 +51,8 @@ def build(config: Config) -> Keeper:
     ledger, traffic = Ledger(config.root / "agent" / "document.json"), Traffic(config.root / "agent" / "traffic.json")
     if config.engines == "sim":
         volumes = SimPool()
-        return Keeper(_SIM, SimHypervisor(volumes.ensure), volumes, SimFabric(), lambda: [_SIM_IMAGE], ledger, traffic)
+        return Keeper(_SIM, SimHypervisor(volumes.ensure), volumes, SimFabric(), lambda: [_SIM_IMAGE], ledger, traffic,
+                      name_server(config))
     library = Library(config.images_dir)
     for folder in (config.images_dir, config.templates_dir, config.guests_dir, config.volumes_dir):
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +64,12 @@ def build(config: Config) -> Keeper:
         make_volume=pool.ensure, drop_volume=pool.remove, volumes=pool.observe, open_port=fabric.open_port,
         around=surroundings(config))
     return Keeper(capacity(config, accelerator), Qemu(workshop, config.guest_uid_base), pool, fabric,
-                  lambda: _reports(library), ledger, traffic)
+                  lambda: _reports(library), ledger, traffic, name_server(config))
+
+
+def name_server(config: Config) -> Zones:
+    """The engine that the configuration names."""
+    return PowerDns(config.dns_api_port, config.dns_key_file) if config.powerdns else SimZones()
 
 
 def capacity(config: Config, accelerator: str) -> HostReport:

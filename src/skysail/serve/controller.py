@@ -30,9 +30,10 @@ from skysail.hosts.watch import Watch
 from skysail.kit.clock import Clock, SystemClock
 from skysail.kit.config import Config, load
 from skysail.operations.engine import Engine
-from skysail.resources import accounts, lifecycle
+from skysail.resources import accounts, domains, lifecycle
 from skysail.resources.access import Access
 from skysail.resources.catalog import Catalog
+from skysail.resources.domains import Domains
 from skysail.resources.instances import Instances
 from skysail.resources.key_pairs import KeyPairs
 from skysail.resources.names import Names
@@ -98,7 +99,8 @@ def action_table(config: Config, clock: Clock,
                  vault: Vault) -> dict[str, Callable[[Connection, Request], dict[str, Any]]]:
     """Every action that is offered."""
     nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), Instances(config, clock, vault),
-             PublicPorts(clock), StaticIps(config, clock), Access(clock, vault), Tags(clock), OperationLog())
+             PublicPorts(clock), StaticIps(config, clock), Access(clock, vault), Tags(clock), Domains(config, clock),
+             OperationLog())
     return {name: action for noun in nouns for name, action in noun.actions().items()}
 
 
@@ -109,7 +111,10 @@ def build(config: Config, clock: Clock | None = None,
     vault = Vault.at(config.master_key)
     database = Database(config.database)
     database.migrate()
+    with database.transaction() as connection:
+        domains.delegate(connection, config.name_servers, clock.now())
     watches: list[Watch] = []
+    generations: list[Any] = []
     loop_of: list[asyncio.AbstractEventLoop] = []
 
     def touched() -> None:
@@ -118,9 +123,15 @@ def build(config: Config, clock: Clock | None = None,
 
     engine = Engine(database, lifecycle.WORKFLOWS, clock, touched)
 
-    def follow() -> int:
+    def follow() -> bool:
+        """Whether some document changed: by following, or by the operator's tools, which write rows beside this process."""
         with database.transaction() as connection:
-            return lifecycle.follow(connection, clock.now())
+            lifecycle.follow(connection, clock.now())
+            domains.follow(connection)
+            now = connection.execute(select(hosts.c.id, hosts.c.generation)).all()
+        changed = now != generations
+        generations[:] = now
+        return changed
 
     def observed() -> None:
         engine.wake()
@@ -146,7 +157,7 @@ def build(config: Config, clock: Clock | None = None,
         with database.transaction(write=False) as connection:
             rows = connection.execute(select(hosts)).all()
         for row in rows:
-            watches.append(Watch(row.id, client(row.address), database, clock, observed))
+            watches.append(Watch(row.id, client(row.address), database, clock, vault, observed))
         tasks = [asyncio.create_task(watch.run()) for watch in watches]
         tasks += [asyncio.create_task(engine.run()), asyncio.create_task(follow_guests())]
         try:

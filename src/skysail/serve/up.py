@@ -33,18 +33,17 @@ from skysail.kit.errors import SkysailError
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import Layout
 from skysail.resources.catalog import BUNDLES
-from skysail.serve import endpoint, processes
+from skysail.serve import endpoint, name_server, processes
 
 Progress = Callable[[str], None]
 
-NAMES = ("agent", "controller")
 FIRST_BLUEPRINT, FIRST_BUNDLE = "debian_12", "nano_3_0"
 UNITS = Path("/etc/systemd/system")
 NEEDED_FREE_GIB = 6
 
 
 def up(config: Config, progress: Progress) -> None:
-    """Build what is missing, start agent and controller, wait until both are healthy. Needs root."""
+    """Build what is missing, start name server, agent and controller, wait until all are healthy. Needs root."""
     require_root()
     require_disk(config)
     ensure_user(config)
@@ -52,19 +51,26 @@ def up(config: Config, progress: Progress) -> None:
     digest = install_program(config)
     initialise_store(config, progress)
     ensure_image(config, progress)
-    for name in NAMES:
-        if not (healthy(config, name) and _current(config, name, digest)):
+    for name in names(config):
+        # The name server goes on through an upgrade of ours: only its own configuration makes it start again.
+        wanted = name_server.prepare(config) if name == "dns" else digest
+        if not (healthy(config, name) and _current(config, name, wanted)):
             progress(f"{name}: starting")
-            _start(config, name, digest)
+            _start(config, name, wanted)
             wait_healthy(config, name)
         if name == "agent":
             ensure_template(config, progress)
 
 
+def names(config: Config) -> tuple[str, ...]:
+    """This cloud's processes, in the order in which they start."""
+    return ("dns", "agent", "controller") if config.powerdns else ("agent", "controller")
+
+
 def down(config: Config, progress: Progress, guests: bool = False) -> None:
-    """Stop controller and agent; with ``guests`` end the QEMU processes too (as a power cut, their disks stay)."""
+    """Stop controller, agent and name server; with ``guests`` end the guests too (as a power cut, their disks stay)."""
     require_root()
-    for name in reversed(NAMES):
+    for name in reversed(names(config)):
         if _systemd():
             unit = UNITS / f"skysail-{name}.service"
             if unit.exists():
@@ -92,9 +98,9 @@ def status(config: Config) -> dict[str, Any]:
     """How the cloud stands: its processes, its health, its guests' number, its endpoint."""
     answer: dict[str, Any] = {"data": config.data, "endpoint": endpoint.url(config),
                               "guests": len(processes.guests(config))}
-    for name in NAMES:
+    for name in names(config):
         answer[name] = {"pid": _pid(config, name), "healthy": healthy(config, name)}
-    answer["running"] = all(answer[name]["healthy"] for name in NAMES)
+    answer["running"] = all(answer[name]["healthy"] for name in names(config))
     return answer
 
 
@@ -119,12 +125,13 @@ def require_disk(config: Config) -> None:
 
 
 def ensure_user(config: Config) -> None:
-    """The unprivileged user that the controller runs as."""
-    try:
-        pwd.getpwnam(config.controller_user)
-    except KeyError:
-        process.run(["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", config.data,
-                     "--shell", "/usr/sbin/nologin", config.controller_user])
+    """The unprivileged users that controller and name server run as."""
+    for name in (config.controller_user, *([config.dns_user] if config.powerdns else [])):
+        try:
+            pwd.getpwnam(name)
+        except KeyError:
+            process.run(["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", config.data,
+                         "--shell", "/usr/sbin/nologin", name])
 
 
 def ensure_folders(config: Config) -> None:
@@ -217,6 +224,8 @@ def healthy(config: Config, name: str) -> bool:
             context = ssl.create_default_context(cafile=trusted) if trusted else True
             return httpx.get(f"{endpoint.url(config)}/healthz", timeout=2, trust_env=False,
                              verify=context).status_code == 200
+        if name == "dns":
+            return name_server.healthy(config)
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(config.agent_socket)), timeout=2) as client:
             return client.get("http://agent/healthz").status_code == 200
     except (httpx.HTTPError, OSError):
@@ -243,6 +252,8 @@ def command(config: Config, name: str) -> list[str]:
     program = [sys.executable, "-m", f"skysail.serve.{name}"]
     if name == "agent":
         return program
+    if name == "dns":
+        return name_server.command(config)
     user = config.controller_user
     return ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--inh-caps=-all", "--bounding-set=-all",
             "--no-new-privs", "--", *program]
@@ -250,6 +261,8 @@ def command(config: Config, name: str) -> list[str]:
 
 def unit(config: Config, name: str) -> str:
     """The systemd unit of ``name``. Guests are never in the way of a restart: only the main process is ended."""
+    if name == "dns":
+        return name_server.unit(config, processes.log_path(config, name))
     who = config.controller_user
     user = f"User={who}\nGroup={who}\nNoNewPrivileges=yes\nCapabilityBoundingSet=\n" if name == "controller" else ""
     order = "After=skysail-agent.service" if name == "controller" else "After=network.target"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection
 
-from skysail.store.schema import guests, metadata, operations, static_ips
+from skysail.store.schema import domain_entries, domains, guests, metadata, operations, static_ips, zone_reports
 
 
 def _foundation(connection: Connection) -> None:
@@ -33,8 +33,12 @@ def _static_ips(connection: Connection) -> None:
     static_ips.create(connection, checkfirst=True)
 
 
+def _domains(connection: Connection) -> None:
+    metadata.create_all(connection, tables=[domains, domain_entries, zone_reports], checkfirst=True)
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
-    _foundation, _operations_by_page, _guests_with_ipv6, _static_ips)
+    _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains)
 
 
 def upgrade(connection: Connection) -> int:
