@@ -281,6 +281,10 @@ class Keeper:
             volumes=tuple(sorted(await self._pool.observe())), ports=tuple(sorted(await self._fabric.observe())),
             strays=tuple(await self._hypervisor.strays()), zones=await self.zones.inventory())
 
+    def wanted(self) -> dict[str, Guest]:
+        """The guests that documents named, as the last one wants them."""
+        return dict(self._wanted)
+
     def document(self) -> HostDocument | None:
         """The document that this host holds to; None before the first one."""
         return self._ledger.read()

@@ -63,7 +63,8 @@ class Personality(msgspec.Struct, frozen=True, kw_only=True):
 class Guest(msgspec.Struct, frozen=True, kw_only=True):
     """One QEMU process that shall exist (or not). ``starts`` and ``reboots`` count the owner's requests: a guest that
     powered itself off stays off until ``starts`` grows; a reboot is due while the agent has done fewer than ``reboots``.
-    ``force`` skips the orderly shutdown when the role is ``stop``."""
+    ``force`` skips the orderly shutdown when the role is ``stop``. ``baseline_percent`` of each processor is what its plan
+    gives for good, more is burst; 100 for a plan without burst."""
 
     id: Id
     instance: str
@@ -76,6 +77,7 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
     port: Port
     personality: Personality
     force: bool = False
+    baseline_percent: float = 100.0
 
 
 class RecordSet(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ import msgspec
 from sqlalchemy import Connection, or_, select, update
 
 from skysail.contract.document import FirewallRule, Guest, HostDocument, Personality, Port, RecordSet, Volume, Zone
+from skysail.hosts import plans
 from skysail.store.schema import accounts, domain_entries, domains, guests, hosts, instances, ports
 from skysail.store.vault import Vault
 
@@ -44,9 +45,11 @@ def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
                       private_ipv4=row["private_ipv4"], public_ipv4=row["public_ipv4"],
                       public_ipv6=row["public_ipv6"] or "",
                       firewall=tuple(rules.get(row["instance_id"], ()))),
-            personality=msgspec.convert(row["personality"], Personality))
-        for row in connection.execute(select(guests).where(guests.c.host_id == host_id).order_by(guests.c.id))
-        .mappings())
+            personality=msgspec.convert(row["personality"], Personality),
+            baseline_percent=plans.baseline_percent(row["bundle_id"]))
+        for row in connection.execute(
+            select(guests, instances.c.bundle_id).outerjoin(instances, instances.c.id == guests.c.instance_id)
+            .where(guests.c.host_id == host_id).order_by(guests.c.id)).mappings())
     return HostDocument(host=host_id, generation=generation, guests=found, zones=tuple(zones(connection, vault)))
 
 

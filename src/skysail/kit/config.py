@@ -28,6 +28,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ``template_memory`` is how clones come to their template's memory (see ``hypervisor/template.py``).
     ``dns_listen`` and ``dns_port`` say where the name server answers, ``dns_api_port`` where its REST API does on the
     loopback address; ``name_servers`` are the host names that domains are delegated to.
+    ``sample_seconds``: how often guests are measured. ``cpu_burst``: whether a guest that spent its credits is held to its
+    plan's baseline, as on Lightsail.
     """
 
     data: str = "/var/lib/skysail"
@@ -58,7 +60,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     dns_user: str = "skysail-dns"
     name_servers: tuple[str, ...] = ("ns1.skysail.internal", "ns2.skysail.internal")
 
+    sample_seconds: float = 60.0
+    cpu_burst: bool = False
+
     def __post_init__(self) -> None:
+        if not 0.1 <= self.sample_seconds <= 300:
+            raise ValueError("sample_seconds takes 0.1 to 300")
         if not self.name_servers or not all(_HOST_NAME.fullmatch(name) and len(name) <= 253 for name in self.name_servers):
             raise ValueError("name_servers takes host names such as ns1.example.com, in lower case, without a final dot")
 

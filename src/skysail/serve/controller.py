@@ -26,16 +26,18 @@ from skysail.api.gateway import application
 from skysail.api.tls import Certificates
 from skysail.api.wire import Wire
 from skysail.hosts.client import AgentClient
+from skysail.hosts.collector import Collector
 from skysail.hosts.watch import Watch
 from skysail.kit.clock import Clock, SystemClock
 from skysail.kit.config import Config, load
 from skysail.operations.engine import Engine
-from skysail.resources import accounts, domains, lifecycle
+from skysail.resources import accounts, domains, lifecycle, metering
 from skysail.resources.access import Access
 from skysail.resources.catalog import Catalog
 from skysail.resources.domains import Domains
 from skysail.resources.instances import Instances
 from skysail.resources.key_pairs import KeyPairs
+from skysail.resources.metrics import Metrics
 from skysail.resources.names import Names
 from skysail.resources.operation_log import OperationLog
 from skysail.resources.public_ports import PublicPorts
@@ -49,6 +51,9 @@ from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
 HOST = "host-1"
+# How often samples are asked for at the least; how often old ones are looked for, and the rest between two portions of them.
+COLLECT_SECONDS = 5.0
+SWEEP_SECONDS, SWEEP_PAUSE_SECONDS = 600.0, 0.2
 
 
 def initialise(config: Config, clock: Clock | None = None) -> dict[str, str]:
@@ -100,7 +105,7 @@ def action_table(config: Config, clock: Clock,
     """Every action that is offered."""
     nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), Instances(config, clock, vault),
              PublicPorts(clock), StaticIps(config, clock), Access(clock, vault), Tags(clock), Domains(config, clock),
-             OperationLog())
+             Metrics(clock), OperationLog())
     return {name: action for noun in nouns for name, action in noun.actions().items()}
 
 
@@ -151,6 +156,19 @@ def build(config: Config, clock: Clock | None = None,
                 log.exception("following the guests failed; it is repeated")
             await asyncio.sleep(1.0)
 
+    def sweep() -> int:
+        with database.transaction() as connection:
+            return metering.sweep(connection, clock.now())
+
+    async def forget_old() -> None:
+        while True:
+            try:
+                while await asyncio.to_thread(sweep):
+                    await asyncio.sleep(SWEEP_PAUSE_SECONDS)
+            except Exception:
+                log.exception("old measurements could not be deleted; it is tried again")
+            await asyncio.sleep(SWEEP_SECONDS)
+
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         loop_of.append(asyncio.get_running_loop())
@@ -158,8 +176,11 @@ def build(config: Config, clock: Clock | None = None,
             rows = connection.execute(select(hosts)).all()
         for row in rows:
             watches.append(Watch(row.id, client(row.address), database, clock, vault, observed))
+        collectors = [Collector(row.id, client(row.address), database, metering.take_in,
+                                min(config.sample_seconds, COLLECT_SECONDS)) for row in rows]
         tasks = [asyncio.create_task(watch.run()) for watch in watches]
-        tasks += [asyncio.create_task(engine.run()), asyncio.create_task(follow_guests())]
+        tasks += [asyncio.create_task(collector.run()) for collector in collectors]
+        tasks += [asyncio.create_task(work) for work in (engine.run(), follow_guests(), forget_old())]
         try:
             yield
         finally:

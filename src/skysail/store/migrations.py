@@ -9,7 +9,22 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection
 
-from skysail.store.schema import domain_entries, domains, guests, metadata, operations, static_ips, zone_reports
+from skysail.store.schema import (
+    alarms,
+    contact_methods,
+    deliveries,
+    domain_entries,
+    domains,
+    guests,
+    measurements,
+    metadata,
+    meters,
+    operations,
+    sample_cursors,
+    static_ips,
+    transfers,
+    zone_reports,
+)
 
 
 def _foundation(connection: Connection) -> None:
@@ -37,8 +52,15 @@ def _domains(connection: Connection) -> None:
     metadata.create_all(connection, tables=[domains, domain_entries, zone_reports], checkfirst=True)
 
 
+def _metrics(connection: Connection) -> None:
+    metadata.create_all(connection, checkfirst=True, tables=[
+        sample_cursors, meters, measurements, transfers, alarms, contact_methods, deliveries])
+    # Documents say more of each guest from here on.
+    connection.exec_driver_sql("UPDATE hosts SET generation = generation + 1")
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
-    _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains)
+    _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _metrics)
 
 
 def upgrade(connection: Connection) -> int:
