@@ -28,13 +28,18 @@ from skysail.store.database import Database
 from skysail.store.schema import (
     access_keys,
     accounts,
+    alarms,
     authorities,
+    contact_methods,
+    deliveries,
     domain_entries,
     domains,
     guests,
     hosts,
     instances,
     key_pairs,
+    measurements,
+    meters,
     names,
     operations,
     ports,
@@ -81,7 +86,8 @@ def verify(config: Config, pause_seconds: float = PAUSE_SECONDS) -> list[Differe
 def _look(database: Database, config: Config) -> list[Difference]:
     with database.transaction(write=False) as connection:
         found = [*_database(connection), *_names(connection), *_instances(connection), *_addresses(connection),
-                 *_owners(connection), *_work(connection, time.time()), *_secrets(connection, Vault.at(config.master_key))]
+                 *_owners(connection), *_metrics(connection), *_work(connection, time.time()),
+                 *_secrets(connection, Vault.at(config.master_key))]
         for host in connection.execute(select(hosts)).mappings().all():
             found += _host(connection, host, config)
     return found + list(_images(config))
@@ -105,7 +111,7 @@ def _names(connection: Connection) -> Iterator[Difference]:
     """Each named resource holds its name, and each name is held by a resource."""
     held = {(row.account_id, row.region, row.name): row.resource_id for row in connection.execute(select(names))}
     real: dict[tuple[str, str, str], str] = {}
-    for kind, table in (("Instance", instances), ("KeyPair", key_pairs), ("StaticIp", static_ips)):
+    for kind, table in (("Instance", instances), ("KeyPair", key_pairs), ("StaticIp", static_ips), ("Alarm", alarms)):
         for row in connection.execute(select(table.c.account_id, table.c.region, table.c.name, table.c.id)):
             key = (row.account_id, row.region, row.name)
             real[key] = row.id
@@ -165,13 +171,27 @@ def _addresses(connection: Connection) -> Iterator[Difference]:
 
 def _owners(connection: Connection) -> Iterator[Difference]:
     """What belongs to a resource goes with it."""
-    known = set(connection.execute(select(instances.c.id)).scalars()) | set(
-        connection.execute(select(key_pairs.c.id)).scalars()) | set(
-        connection.execute(select(domains.c.id).where(domains.c.role == "serve")).scalars())
+    known = set(connection.execute(select(domains.c.id).where(domains.c.role == "serve")).scalars())
+    for owners in (instances, key_pairs, static_ips, alarms, contact_methods):
+        known |= set(connection.execute(select(owners.c.id)).scalars())
     for table, column in ((tags, tags.c.resource_id), (ports, ports.c.instance_id),
                           (domain_entries, domain_entries.c.domain_id)):
         for owner in set(connection.execute(select(column)).scalars()) - known:
             yield Difference(subject=f"{table.name} of {owner}", saw="their resource is gone", wanted="none")
+
+
+def _metrics(connection: Connection) -> Iterator[Difference]:
+    """What is measured can be swept, and notices reach somebody."""
+    swept = select(meters.c.instance_id)
+    for owner in connection.execute(select(measurements.c.instance_id).where(
+            measurements.c.instance_id.not_in(swept)).distinct()).scalars():
+        yield Difference(subject=f"measurements of {owner}", saw="no meter, so that they never go", wanted="none")
+    for row in connection.execute(select(deliveries).where(deliveries.c.due_at.is_(None))):
+        yield Difference(subject=f"notice {row.subject!r} to {row.endpoint}", wanted="a receiver",
+                         saw=f"given up after {row.attempts} attempts: {row.error}")
+    senders = select(contact_methods.c.id)
+    for row in connection.execute(select(deliveries.c.id).where(deliveries.c.contact_method_id.not_in(senders))):
+        yield Difference(subject=f"notice {row.id}", saw="its contact method is gone", wanted="none")
 
 
 def _work(connection: Connection, now: float) -> Iterator[Difference]:

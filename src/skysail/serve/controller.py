@@ -30,10 +30,15 @@ from skysail.hosts.collector import Collector
 from skysail.hosts.watch import Watch
 from skysail.kit.clock import Clock, SystemClock
 from skysail.kit.config import Config, load
+from skysail.notices.smtp import Smtp
+from skysail.notices.webhook import Webhook
 from skysail.operations.engine import Engine
 from skysail.resources import accounts, domains, lifecycle, metering
+from skysail.resources import alarms as alarm_rows
 from skysail.resources.access import Access
+from skysail.resources.alarms import Alarms
 from skysail.resources.catalog import Catalog
+from skysail.resources.contact_methods import ContactMethods
 from skysail.resources.domains import Domains
 from skysail.resources.instances import Instances
 from skysail.resources.key_pairs import KeyPairs
@@ -45,12 +50,15 @@ from skysail.resources.regions import Regions
 from skysail.resources.request import Request
 from skysail.resources.static_ips import StaticIps
 from skysail.resources.tags import Tags
+from skysail.serve import confirmation, endpoint
+from skysail.serve.courier import Courier
 from skysail.store.database import Database
 from skysail.store.schema import hosts
 from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
 HOST = "host-1"
+ALARM_SECONDS = 5.0
 # How often samples are asked for at the least; how often old ones are looked for, and the rest between two portions of them.
 COLLECT_SECONDS = 5.0
 SWEEP_SECONDS, SWEEP_PAUSE_SECONDS = 600.0, 0.2
@@ -105,8 +113,13 @@ def action_table(config: Config, clock: Clock,
     """Every action that is offered."""
     nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), Instances(config, clock, vault),
              PublicPorts(clock), StaticIps(config, clock), Access(clock, vault), Tags(clock), Domains(config, clock),
-             Metrics(clock), OperationLog())
+             Metrics(clock), Alarms(clock), ContactMethods(config, clock, confirmation_page(config)), OperationLog())
     return {name: action for noun in nouns for name, action in noun.actions().items()}
+
+
+def confirmation_page(config: Config) -> str:
+    """Where those who get notices confirm that they want them."""
+    return (config.public_url.rstrip("/") or endpoint.url(config)) + confirmation.PATH
 
 
 def build(config: Config, clock: Clock | None = None,
@@ -127,6 +140,8 @@ def build(config: Config, clock: Clock | None = None,
             watch.touch()
 
     engine = Engine(database, lifecycle.WORKFLOWS, clock, touched)
+
+    courier = Courier(database, clock, Smtp(config), Webhook())
 
     def follow() -> bool:
         """Whether some document changed: by following, or by the operator's tools, which write rows beside this process."""
@@ -160,6 +175,18 @@ def build(config: Config, clock: Clock | None = None,
         with database.transaction() as connection:
             return metering.sweep(connection, clock.now())
 
+    def look_at_alarms() -> int:
+        with database.transaction() as connection:
+            return alarm_rows.follow(connection, clock.now())
+
+    async def follow_alarms() -> None:
+        while True:
+            try:
+                await asyncio.to_thread(look_at_alarms)
+            except Exception:
+                log.exception("the alarms could not be looked at; it is tried again")
+            await asyncio.sleep(ALARM_SECONDS)
+
     async def forget_old() -> None:
         while True:
             try:
@@ -180,7 +207,8 @@ def build(config: Config, clock: Clock | None = None,
                                 min(config.sample_seconds, COLLECT_SECONDS)) for row in rows]
         tasks = [asyncio.create_task(watch.run()) for watch in watches]
         tasks += [asyncio.create_task(collector.run()) for collector in collectors]
-        tasks += [asyncio.create_task(work) for work in (engine.run(), follow_guests(), forget_old())]
+        tasks += [asyncio.create_task(work) for work in (
+            engine.run(), follow_guests(), follow_alarms(), forget_old(), courier.run())]
         try:
             yield
         finally:
@@ -201,7 +229,7 @@ def build(config: Config, clock: Clock | None = None,
             committed()
 
     dispatcher = Dispatcher(action_table(config, clock, vault), transaction)
-    return application(dispatcher, find_secret, clock=clock, lifespan=lifespan)
+    return application(dispatcher, find_secret, clock=clock, lifespan=lifespan, beside=confirmation.routes(database))
 
 
 def main() -> None:

@@ -294,6 +294,7 @@ contact_methods = Table(
     Column("endpoint", String(256), nullable=False),
     Column("status", String(24), nullable=False),
     Column("code_digest", String(64), nullable=False, index=True),
+    Column("asked_at", Float, nullable=False),
     Column("created_at", Float, nullable=False),
     UniqueConstraint("account_id", "region", "protocol"),
 )
