@@ -147,6 +147,47 @@ def test_nothing_is_lost_and_nothing_counted_twice(acts: list[str]) -> None:
         house.database.close()
 
 
+def test_a_guest_bursts_until_its_credits_are_spent_and_earns_them_back(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    house.wanted = {"g-1": guest(baseline_percent=5.0)}  # a tenth of a processor of its two
+    life = house.hypervisor._lives["g-1"]
+    life.cpu = 2.0
+
+    def burnt() -> float:
+        """Processors that it used in the next minute."""
+        house.sample()
+        (sample,) = house.sampler.page(house.sampler._log.ring, house.sampler._log.last - 1).samples
+        return sample.guests[0].cpu_seconds / 60
+
+    def balance() -> float:
+        return house.sampler.page(house.sampler._log.ring, house.sampler._log.last - 1).samples[0].guests[0].balance_seconds
+
+    minutes = 0
+    while burnt() > 1.9:
+        minutes += 1
+        assert minutes < 60
+    # 30 minutes of each of its two processors, spent at 1.9 of them.
+    assert minutes == pytest.approx(3600 / 1.9 / 60, abs=1) and balance() == 0
+    for _ in range(5):
+        assert burnt() == pytest.approx(0.1, abs=0.01)
+    # An agent that is killed neither forgets the debt nor lets it burst; one that finds it unbound binds it again.
+    house.start_agent()
+    life.processors = float("inf")
+    house.sample()
+    assert burnt() == pytest.approx(0.1, abs=0.01)
+    # It rests: a tenth of a processor second each second, kept for 24 hours at most.
+    life.cpu = 0.0
+    held = []
+    for _ in range(26 * 60):
+        house.sample()
+        held.append(balance())
+    assert held == sorted(held) and held[-1] == 0.1 * 86400
+    life.cpu = 2.0
+    house.sample()
+    assert burnt() == pytest.approx(2.0)
+    house.database.close()
+
+
 def test_the_log_is_bounded_and_its_numbering_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "SEGMENT_BYTES", 3000)
     log = SampleLog(tmp_path / "samples.jsonl")

@@ -50,7 +50,7 @@ from skysail.resources.regions import Regions
 from skysail.resources.request import Request
 from skysail.resources.static_ips import StaticIps
 from skysail.resources.tags import Tags
-from skysail.serve import confirmation, endpoint
+from skysail.serve import confirmation, endpoint, prometheus
 from skysail.serve.courier import Courier
 from skysail.store.database import Database
 from skysail.store.schema import hosts
@@ -229,7 +229,8 @@ def build(config: Config, clock: Clock | None = None,
             committed()
 
     dispatcher = Dispatcher(action_table(config, clock, vault), transaction)
-    return application(dispatcher, find_secret, clock=clock, lifespan=lifespan, beside=confirmation.routes(database))
+    return application(dispatcher, find_secret, clock=clock, lifespan=lifespan, 
+                       beside=(*confirmation.routes(database), prometheus.route(config, database)))
 
 
 def main() -> None:
