@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import shutil
@@ -399,6 +400,21 @@ def test_from_the_reply_to_dig_and_an_alias_that_follows(served: tuple[Cloud, Na
     made.client.delete_instance(instanceName="web-1")
     seen("example.com", "A", "")
     assert len(made.entries()) == 2, "the entry stays its owner's"
+
+    made.client.allocate_static_ip(staticIpName="front")
+    fixed = made.client.get_static_ip(staticIpName="front")["staticIp"]["ipAddress"]
+    made.add("front.example.com", "A", "front", isAlias=True)
+    made.add("fixed.example.com", "A", fixed, isAlias=True)
+    seen("front.example.com", "A", f"{fixed}\n")
+    made.client.attach_static_ip(staticIpName="front", instanceName="web-2")
+    seen("fixed.example.com", "A", f"{fixed}\n")
+    made.client.detach_static_ip(staticIpName="front")
+    made.client.release_static_ip(staticIpName="front")
+    seen("front.example.com", "A", "")
+    (ipv6,) = made.client.get_instance(instanceName="web-2")["instance"]["ipv6Addresses"]
+    made.add("six.example.com", "AAAA", "web-2", isAlias=True)
+    eventually(lambda: ipaddress.IPv6Address(power.dig("six.example.com", "AAAA").strip() or "::")
+               == ipaddress.IPv6Address(ipv6))
 
     made.client.delete_domain(domainName="example.com")
     eventually(lambda: "REFUSED" in power.dig("example.com", "SOA", "+noall", "+comments"))

@@ -53,7 +53,7 @@ def newcomer(request: pytest.FixtureRequest) -> Iterator[Newcomer]:
         ensure_image(blueprint)
     folder = Path(tempfile.mkdtemp(prefix="sky"))
     with taken_slot() as slot:
-        made = Newcomer(folder, slot)
+        made = Newcomer(folder, slot, dns="powerdns")
         try:
             yield made
         finally:

@@ -156,11 +156,14 @@ def test_a_guest_bursts_until_its_credits_are_spent_and_earns_them_back(tmp_path
     def burnt() -> float:
         """Processors that it used in the next minute."""
         house.sample()
-        (sample,) = house.sampler.page(house.sampler._log.ring, house.sampler._log.last - 1).samples
-        return sample.guests[0].cpu_seconds / 60
+        return newest().cpu_seconds / 60
+
+    def newest() -> GuestSample:
+        log = house.sampler._log
+        return log.page(log.ring, log.last - 1).samples[0].guests[0]
 
     def balance() -> float:
-        return house.sampler.page(house.sampler._log.ring, house.sampler._log.last - 1).samples[0].guests[0].balance_seconds
+        return newest().balance_seconds
 
     minutes = 0
     while burnt() > 1.9:

@@ -54,13 +54,15 @@ def _careful(subject: str, look: Callable[[Config], Finding], config: Config) ->
         return Finding(subject=subject, verdict="bad", saw=str(failed), where=subject)
 
 
-def qemu_version(_config: Config) -> Finding:
-    """Is QEMU here, and new enough to map a template's memory read-only and to migrate its state from a file?"""
+def qemu_version(config: Config) -> Finding:
+    """Is QEMU here, and new enough to map a template's memory read-only? An old one that emulates is no use at all: its
+    cmpxchg16b sets the wrong flags, on which the kernels of our images panic."""
     said = process.run(["qemu-system-x86_64", "--version"], timeout=20).decode()
     match = re.search(r"version (\d+)\.(\d+)", said)
     version = (int(match[1]), int(match[2])) if match else (0, 0)
     fits = version >= (10, 0)
-    return Finding(subject="qemu", verdict="good" if fits else "weak", saw=said.splitlines()[0],
+    verdict: Verdict = "good" if fits else "weak" if probe(config.accelerator_file).accelerator == "kvm" else "bad"
+    return Finding(subject="qemu", verdict=verdict, saw=said.splitlines()[0],
                    where="qemu-system-x86_64 --version",
                    cure="" if fits else "QEMU 10 or newer: run sudo ./skysail up (takes it from backports)")
 

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, or_, select, update
 
 from skysail.contract.document import FirewallRule, Guest, HostDocument, Personality, Port, RecordSet, Volume, Zone
 from skysail.hosts import plans
-from skysail.store.schema import accounts, domain_entries, domains, guests, hosts, instances, ports
+from skysail.store.schema import accounts, domain_entries, domains, guests, hosts, instances, ports, static_ips
 from skysail.store.vault import Vault
 
 NAME_SERVER_TTL = 3600
@@ -77,7 +77,14 @@ def zones(connection: Connection, vault: Vault) -> Iterator[Zone]:
 
 
 def _addresses(connection: Connection) -> dict[tuple[str, str, str], list[str]]:
-    """What an alias may point at, by account, name and type of record: public addresses of instances."""
-    return {(row.account_id, row.name, "A"): [row.public_ipv4] for row in connection.execute(
-        select(instances.c.account_id, instances.c.name, guests.c.public_ipv4)
-        .join(guests, guests.c.instance_id == instances.c.id))}
+    """What an alias may point at, by account, name and type of record: public addresses of instances, and static IPs."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for row in connection.execute(
+            select(instances.c.account_id, instances.c.name, guests.c.public_ipv4, guests.c.public_ipv6)
+            .join(guests, guests.c.instance_id == instances.c.id)):
+        found[row.account_id, row.name, "A"] = [row.public_ipv4]
+        if row.public_ipv6:
+            found[row.account_id, row.name, "AAAA"] = [row.public_ipv6]
+    for row in connection.execute(select(static_ips)):
+        found[row.account_id, row.name, "A"] = [row.ipv4]
+    return found

@@ -22,7 +22,7 @@ from skysail.operations import history
 from skysail.resources import names, paging, records, tags
 from skysail.resources.records import Entry
 from skysail.resources.request import Request
-from skysail.store.schema import domain_entries, domains, guests, hosts, instances, zone_reports
+from skysail.store.schema import domain_entries, domains, guests, hosts, instances, static_ips, zone_reports
 
 MAX_ENTRIES = 10_000
 
@@ -239,20 +239,24 @@ class Domains:
         if not given.get("isAlias"):
             return records.read(domain["name"], name, kind, target, ttl)
         owner = records.owner_name(domain["name"], name)
-        if kind != "A":
-            raise records.malformed(f"{kind} {owner}", "an alias has the type A.")
-        return Entry(owner, kind, target, alias=self._aliased(connection, domain, owner, target), ttl=ttl)
+        if kind not in ("A", "AAAA"):
+            raise records.malformed(f"{kind} {owner}", "an alias has the type A or AAAA.")
+        return Entry(owner, kind, target, alias=self._aliased(connection, domain, f"{kind} {owner}", target), ttl=ttl)
 
-    def _aliased(self, connection: Connection, domain: RowMapping, owner: str, target: str) -> str:
-        """The name of the owner's instance that ``target`` names, by its name or its public address of this moment."""
-        found: str | None = connection.execute(
-            select(instances.c.name).join(guests, guests.c.instance_id == instances.c.id)
-            .where(instances.c.account_id == domain["account_id"],
-                   or_(instances.c.name == target, guests.c.public_ipv4 == target))).scalars().first()
-        if found is None:
-            raise records.malformed(f"A {owner}", f"{target[:80]!r} is no instance that an alias could follow.",
-                                    "An alias has an instance's name or its public address as its target.")
-        return found
+    def _aliased(self, connection: Connection, domain: RowMapping, what: str, target: str) -> str:
+        """The name of the owner's static IP or instance that ``target`` names, by its name or its public address of this
+        moment. An address that is a static IP's is followed as that: it may move to another instance."""
+        fixed = select(static_ips.c.name).where(
+            static_ips.c.account_id == domain["account_id"], or_(static_ips.c.name == target, static_ips.c.ipv4 == target))
+        moving = select(instances.c.name).join(guests, guests.c.instance_id == instances.c.id).where(
+            instances.c.account_id == domain["account_id"],
+            or_(instances.c.name == target, guests.c.public_ipv4 == target, guests.c.public_ipv6 == target))
+        for query in (fixed, moving):
+            found: str | None = connection.execute(query).scalars().first()
+            if found is not None:
+                return found
+        raise records.malformed(what, f"{target[:80]!r} is no instance or static IP that an alias could follow.",
+                                "An alias has the name or the public address of one as its target.")
 
     def _alike(self, connection: Connection, domain: RowMapping, entry: Entry) -> Sequence[RowMapping]:
         """The entries that have the entry's name."""

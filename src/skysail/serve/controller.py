@@ -11,10 +11,8 @@ import contextlib
 import gc
 import json
 import logging
-import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -28,6 +26,7 @@ from skysail.api.wire import Wire
 from skysail.hosts.client import AgentClient
 from skysail.hosts.collector import Collector
 from skysail.hosts.watch import Watch
+from skysail.kit import durable
 from skysail.kit.clock import Clock, SystemClock
 from skysail.kit.config import Config, load
 from skysail.notices.smtp import Smtp
@@ -84,8 +83,9 @@ def initialise(config: Config, clock: Clock | None = None) -> dict[str, str]:
                 account = accounts.find_account(connection, "admin") or accounts.create_account(
                     connection, "admin", clock.now())
                 key, secret = accounts.create_access_key(connection, vault, account, clock.now())
-                _write_private(str(credentials), {"access_key_id": key, "secret_access_key": secret,
-                                                  "account_id": account, "region": config.default_region})
+                durable.replace(credentials, json.dumps({
+                    "access_key_id": key, "secret_access_key": secret, "account_id": account,
+                    "region": config.default_region}).encode())
     finally:
         database.close()
     found: dict[str, str] = json.loads(credentials.read_text())
@@ -97,15 +97,6 @@ def served_names(config: Config) -> list[str]:
     everywhere = config.listen in ("0.0.0.0", "::")
     own = [socket.gethostname()] if everywhere else [config.listen]
     return list(dict.fromkeys((*config.tls_names, *own, "localhost", "127.0.0.1", "::1")))
-
-
-def _write_private(path: str, content: dict[str, str]) -> None:
-    descriptor = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(path + ".new").replace(path)
 
 
 def action_table(config: Config, clock: Clock,

@@ -19,6 +19,7 @@ import httpx
 
 from skysail.dns import NameServerAway
 from skysail.dns.powerdns import SCHEMA, api_key
+from skysail.kit import durable
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
 
@@ -62,9 +63,9 @@ def prepare(config: Config) -> str:
     folder.chmod(0o700)
     os.chown(folder, account.pw_uid, account.pw_gid)
     if not config.dns_key_file.exists():
-        _write(config.dns_key_file, secrets.token_urlsafe(32), 0, 0)
+        durable.replace(config.dns_key_file, secrets.token_urlsafe(32).encode(), owner=(0, 0))
     text = settings(config, config.dns_key_file.read_text())
-    _write(config.dns_dir / "pdns.conf", text, account.pw_uid, account.pw_gid)
+    durable.replace(config.dns_dir / "pdns.conf", text.encode(), owner=(account.pw_uid, account.pw_gid))
     _ensure_database(folder / "zones.sqlite", account.pw_uid, account.pw_gid)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -78,17 +79,6 @@ def _ensure_database(path: Path, uid: int, gid: int) -> None:
         connection.executescript(SCHEMA.read_text())
     half.chmod(0o600)
     os.chown(half, uid, gid)
-    half.replace(path)
-
-
-def _write(path: Path, text: str, uid: int, gid: int) -> None:
-    half = path.with_name(path.name + ".new")
-    descriptor = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        os.fchown(file.fileno(), uid, gid)
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
     half.replace(path)
 
 
