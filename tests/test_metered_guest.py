@@ -1,14 +1,12 @@
-"""A real guest under load: what it burns and moves is what GetInstanceMetricData says, also when everything else is killed."""
+"""A real guest under load: what it burns and moves is what GetInstanceMetricData says, also over kill -9 of all else."""
 
 from __future__ import annotations
 
 import json
-import socket
 import sqlite3
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 import pytest
 
@@ -28,31 +26,6 @@ def metered() -> Iterator[RealCloud]:
     with running_real_cloud(more="sample_seconds = 0.5\ncpu_burst = true\n") as cloud:
         cloud.launch("one")
         yield cloud
-
-
-@contextmanager
-def sink(cloud: RealCloud) -> Iterator[tuple[str, int, list[int]]]:
-    """Where a guest can send bytes to: the data plane's own end of the transit network, and how many came."""
-    layout, counted = Layout.of(cloud.config), [0]
-    listener = links.inside(layout.namespace, lambda: socket.socket())
-    listener.bind(("0.0.0.0", 0))
-    listener.listen()
-
-    def take() -> None:
-        try:
-            while True:
-                client, _ = listener.accept()
-                with client:
-                    while got := client.recv(1 << 16):
-                        counted[0] += len(got)
-        except OSError:
-            return
-    threading.Thread(target=take, daemon=True).start()
-    try:
-        yield str(layout.gateway), listener.getsockname()[1], counted
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
 
 
 def counters(cloud: RealCloud) -> tuple[int, int]:
@@ -106,8 +79,7 @@ def test_load_is_measured_and_survives_kill_9(metered: RealCloud) -> None:
     cloud.start("controller")
     eventually(lambda: counters(cloud) == kernel(cloud), 60, "they still do")
 
-    for metric in ("StatusCheckFailed", "StatusCheckFailed_System"):
-        assert total(cloud, metric) == 0 or metric == "StatusCheckFailed"
+    assert total(cloud, "StatusCheckFailed_System") == 0
     assert 0 < data(cloud, "BurstCapacityPercentage", ("Average",))[-1]["average"] <= 100
 
     # A guest whose debt is on its account is held to its baseline by its cgroup.
@@ -130,7 +102,5 @@ def test_load_is_measured_and_survives_kill_9(metered: RealCloud) -> None:
         return 0
     # Five percent of each of two processors.
     eventually(lambda: bound() == confinement.PERIOD_MICROSECONDS // 10, 60, "it is throttled")
-    assert data(cloud, "BurstCapacityTime", ("Minimum",))[-1]["minimum"] == 0
-
-    # A process that is gone while it should run is a failed system check.
+    eventually(lambda: data(cloud, "BurstCapacityTime", ("Minimum",))[-1]["minimum"] == 0, 60, "and that is seen")
     assert eventually(lambda: verify(cloud.config, 0.5) == [], 60)

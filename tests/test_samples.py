@@ -178,13 +178,18 @@ def test_a_guest_bursts_until_its_credits_are_spent_and_earns_them_back(tmp_path
     life.processors = float("inf")
     house.sample()
     assert burnt() == pytest.approx(0.1, abs=0.01)
+    # The operator who does not want that any more has it undone.
+    house.sampler._throttles = False
+    house.sample()
+    assert burnt() == pytest.approx(2.0)
+    house.sampler._throttles = True
     # It rests: a tenth of a processor second each second, kept for 24 hours at most.
     life.cpu = 0.0
     held = []
     for _ in range(26 * 60):
         house.sample()
         held.append(balance())
-    assert held == sorted(held) and held[-1] == 0.1 * 86400
+    assert held == sorted(held) and held[0] == 0 and held[-1] == 0.1 * 86400
     life.cpu = 2.0
     house.sample()
     assert burnt() == pytest.approx(2.0)

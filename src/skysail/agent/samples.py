@@ -172,8 +172,7 @@ class Sampler:
                 measured.append(one)
         sample = Sample(sequence=self._log.last + 1, at=now - self._interval, guests=tuple(measured))
         await in_thread(self._log.append, sample, marks)
-        if self._throttles:
-            await self._throttle(marks)
+        await self._throttle(marks)
         return sample
 
     async def _throttle(self, marks: Mapping[str, Mark]) -> None:
@@ -181,10 +180,15 @@ class Sampler:
             guest = self._wanted().get(identifier)
             if guest is None or not mark.process or mark.balance_seconds is None:
                 continue
-            spent = burst.spent(mark.balance_seconds)
-            # A process begins unbound; an agent that comes later does not know how the last one left it.
+            spent = self._throttles and burst.spent(mark.balance_seconds)
+            # A process begins with its whole processors; an agent that comes later does not know how the last one left it,
+            # perhaps when guests were still to be throttled.
             if self._held.get(identifier) != (mark.process, spent):
-                await self._hypervisor.bound(identifier, guest.vcpus * (guest.baseline_percent / 100 if spent else 1.0))
+                try:
+                    await self._hypervisor.bound(identifier, guest.vcpus * (guest.baseline_percent / 100 if spent else 1.0))
+                except SkysailError as refused:
+                    log.warning("guest %s is not bound to its plan; it is tried again: %s", identifier, refused)
+                    continue
                 self._held[identifier] = (mark.process, spent)
 
     def page(self, ring: str, after: int) -> SamplePage:

@@ -22,7 +22,7 @@ DAY_SECONDS = 86400
 KEPT_SECONDS = {60: 15 * DAY_SECONDS, 300: 455 * DAY_SECONDS}
 
 
-class Stats(msgspec.Struct, array_like=True):
+class Stats(msgspec.Struct):
     """What is kept of a metric's values in some time."""
 
     count: int
@@ -39,8 +39,21 @@ class Stats(msgspec.Struct, array_like=True):
 
 
 Rolled = dict[str, Stats]
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Rolled).decode
+# A row has a metric's number in place of its name: there are 150,000 rows of an instance. Numbers are never given again.
+NUMBERS = {"CPUUtilization": 1, "NetworkIn": 2, "NetworkOut": 3, "StatusCheckFailed": 4, "StatusCheckFailed_Instance": 5,
+           "StatusCheckFailed_System": 6, "BurstCapacityPercentage": 7, "BurstCapacityTime": 8}
+_NAMES = {number: name for name, number in NUMBERS.items()}
+_decoder = msgspec.msgpack.Decoder(dict[int, tuple[int, float, float, float]])
+
+
+def _encode(row: Rolled) -> bytes:
+    # A whole number takes fewer bytes as one.
+    return msgspec.msgpack.encode({NUMBERS[metric]: [int(part) if part == int(part) else part for part in (
+        stats.count, stats.sum, stats.minimum, stats.maximum)] for metric, stats in row.items()})
+
+
+def _decode(encoded: bytes) -> Rolled:
+    return {_NAMES[number]: Stats(*parts) for number, parts in _decoder.decode(encoded).items() if number in _NAMES}
 
 
 def values(sample: GuestSample) -> dict[str, float]:
