@@ -17,6 +17,7 @@ from skysail.agent.ledger import Ledger
 from skysail.agent.traffic import Traffic
 from skysail.contract.document import Guest, HostDocument, Personality, Port, Volume
 from skysail.contract.report import GuestReport, HostReport
+from skysail.dns.sim import SimZones
 from skysail.hypervisor.sim import SimHypervisor
 from skysail.kit.errors import SkysailError
 from skysail.network.sim import SimFabric
@@ -61,7 +62,7 @@ class Host:
         self.hypervisor = hypervisor or Watched()
         self.fabric = Fabric()
         self.keeper = Keeper(CAPACITY, self.hypervisor, SimPool(), self.fabric, lambda: [], Ledger(folder / "document.json"),
-                             Traffic(folder / "traffic.json"))
+                             Traffic(folder / "traffic.json"), SimZones())
 
     def seen(self, name: str = "g-1") -> GuestReport | None:
         return next((guest for guest in self.keeper.report().guests if guest.id == name), None)
@@ -255,3 +256,25 @@ def test_a_document_cannot_name_a_guest_by_a_path(name: str) -> None:
     honest = msgspec.json.encode(document(1, guest()))
     with pytest.raises(msgspec.ValidationError):
         msgspec.json.decode(honest.replace(b'"id":"g-1"', b'"id":' + msgspec.json.encode(name)), type=HostDocument)
+
+
+def test_a_network_that_another_program_took_away_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "NETWORK_SECONDS", 0.02)
+
+    async def play() -> None:
+        host = Host(tmp_path)
+        await host.keeper.start()
+        await host.keeper.accept(document(1, guest()))
+        await host.until(lambda: host.state() == "running")
+        tending = asyncio.create_task(host.keeper.tend_network())
+        for broken in (False, True):
+            await host.fabric.apply([])
+            host.fabric.broken = broken  # it may fail for a while, too
+            await asyncio.sleep(0.1)
+            host.fabric.broken = False
+            async with asyncio.timeout(30):
+                while "g-1" not in await host.fabric.observe():
+                    await asyncio.sleep(0.01)
+        tending.cancel()
+
+    asyncio.run(play())

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection
 
-from skysail.store.schema import domain_entries, domains, guests, metadata, operations, static_ips, zone_reports
+from skysail.store.schema import authorities, domain_entries, domains, guests, metadata, operations, static_ips, zone_reports
 
 
 def _foundation(connection: Connection) -> None:
@@ -37,8 +37,18 @@ def _domains(connection: Connection) -> None:
     metadata.create_all(connection, tables=[domains, domain_entries, zone_reports], checkfirst=True)
 
 
+def _authorities_of_accounts(connection: Connection) -> None:
+    # There was one per region, when there was one account.
+    authorities.create(connection, checkfirst=True)
+    if connection.exec_driver_sql("SELECT 1 FROM sqlite_master WHERE name = 'authorities'").first() is not None:
+        connection.exec_driver_sql(
+            "INSERT INTO account_authorities (account_id, region, public_key, private_sealed) "
+            "SELECT (SELECT id FROM accounts ORDER BY tenant LIMIT 1), region, public_key, private_sealed FROM authorities")
+        connection.exec_driver_sql("DROP TABLE authorities")
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
-    _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains)
+    _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts)
 
 
 def upgrade(connection: Connection) -> int:
