@@ -75,7 +75,7 @@ class QemuHouse(SimHouse):
             guests=self.config.guests_dir, accelerator=accelerator, make_volume=pool.ensure, drop_volume=pool.remove,
             templates=Templates(self.config.templates_dir, accelerator, self.config.guest_uid_base),
             find_image=lambda digest: Image(digest=digest, path=library.path(digest), ours=True),
-            open_port=self.fabric.open_port, around=surroundings(self.config)), self.config.guest_uid_base)
+            open_port=self.fabric.open_port, around=lambda: surroundings(self.config)), self.config.guest_uid_base)
 
     def guest(self) -> Guest:
         plain = super().guest()

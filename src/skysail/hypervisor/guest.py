@@ -80,7 +80,7 @@ class Workshop(msgspec.Struct, frozen=True, kw_only=True):
     drop_volume: Callable[[str], Awaitable[None]]
     volumes: Callable[[], Awaitable[dict[str, Path]]]
     open_port: OpenPort
-    around: Surroundings
+    around: Callable[[], Surroundings]  # asked at each launch: a machine's resolvers may change
 
 
 class QemuGuest:
@@ -235,7 +235,7 @@ class QemuGuest:
             await self._clone(guest, image, template, began)
         else:
             self.save(parent=str(image.path))
-            await in_thread(personality.write_seed, personality.seed(guest, self.record.identity, self._shop.around),
+            await in_thread(personality.write_seed, personality.seed(guest, self.record.identity, self._shop.around()),
                             self._seed)
             os.chown(self._seed, self.record.uid, self.record.uid)
             await self._cold(guest, await self._shop.make_volume(guest.volume, image.path, guest.volume.size_gib << 30,
@@ -269,7 +269,7 @@ class QemuGuest:
             await monitor.execute("cont")
             self._stages["running"] = time.monotonic() - began
             answer = await channel.ask(
-                personality.message(guest, self.record.identity, self._shop.around), CLONE_SECONDS)
+                personality.message(guest, self.record.identity, self._shop.around()), CLONE_SECONDS)
         finally:
             channel.close()
         if not answer.get("ready"):
@@ -380,14 +380,7 @@ class QemuGuest:
         if not (self.record.leaving and present and present != self.record.leaving):
             if present:
                 self.save(leaving=present)
-            monitor.forget_events()
-            asked = False
-            if answers:
-                # An answer to guest-shutdown never comes: the agent goes down with its guest.
-                with contextlib.suppress(Gone, Refused):
-                    await ask(self._agent, {"execute": "guest-shutdown", "arguments": {"mode": "reboot"}}, 1.0)
-                asked = await self._saw_reset(monitor)
-            if not asked:
+            if not (answers and await self._shut_down_to_reboot(monitor)):
                 await monitor.execute("system_reset")
         if image.ours:
             await self._await_agent(monitor)
@@ -418,14 +411,18 @@ class QemuGuest:
         except (Gone, Refused, KeyError, TypeError, ValueError):
             return ""
 
-    async def _saw_reset(self, monitor: Monitor) -> bool:
-        try:
-            async with asyncio.timeout(SHUTDOWN_SECONDS):
-                while (await monitor.event())["event"] != "RESET":
-                    continue
-                return True
-        except TimeoutError:
-            return False
+    async def _shut_down_to_reboot(self, monitor: Monitor) -> bool:
+        """Ask the guest to reboot by itself; whether its reset came."""
+        with monitor.listening("RESET") as resets:
+            # An answer to guest-shutdown never comes: the agent goes down with its guest.
+            with contextlib.suppress(Gone, Refused):
+                await ask(self._agent, {"execute": "guest-shutdown", "arguments": {"mode": "reboot"}}, 1.0)
+            try:
+                async with asyncio.timeout(SHUTDOWN_SECONDS):
+                    await monitor.heard(resets)
+                    return True
+            except TimeoutError:
+                return False
 
 
 async def clear(folder: Path) -> None:

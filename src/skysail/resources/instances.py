@@ -64,6 +64,11 @@ def _static(connection: Connection, identifiers: Sequence[str]) -> set[str]:
         static_ips.c.instance_id.in_(identifiers))).scalars())
 
 
+def _hostname(name: str) -> str:
+    """What the instance calls itself: a name may be longer than Linux takes (64), and have what a host name may not."""
+    return name.replace("_", "-")[:63].rstrip("-.")
+
+
 class Instances:
     """The actions on instances."""
 
@@ -102,13 +107,13 @@ class Instances:
                                 f"{bundle['bundleId']} has {bundle['diskSizeInGb']} GB.", "Choose a larger bundle.")
         key_name = asked.get("keyPairName") or key_pairs.DEFAULT_NAME
         public_key = key_pairs.public_key(connection, self._vault, request, key_name, self._clock.now())
-        authority = accounts.ensure_authority(connection, self._vault, request.region)
+        authority = accounts.ensure_authority(connection, self._vault, request.account_id, request.region)
         made = []
         for name in wanted:
             identifier = str(uuid.uuid4())
             names.claim(connection, request, name, "Instance", identifier)
             made.append(self._launch(connection, request, name, identifier, zone, bundle, image, key_name, Personality(
-                hostname=name, user=image["user"], authorized_keys=(public_key,), trusted_user_ca=(authority,),
+                hostname=_hostname(name), user=image["user"], authorized_keys=(public_key,), trusted_user_ca=(authority,),
                 user_data=user_data)))
         return {"operations": made}
 
@@ -133,7 +138,7 @@ class Instances:
         memory_mib = round(bundle["ramSizeInGb"] * 1024)
         try:
             host = placement.choose(self._candidates(connection), zone=zone, image=image["digest"],
-                                    vcpus=bundle["cpuCount"], memory_mib=memory_mib)
+                                    vcpus=bundle["cpuCount"], memory_mib=memory_mib, disk_gib=bundle["diskSizeInGb"])
         except placement.NoHost as full:
             raise invalid_input(f"The bundle {bundle['bundleId']} does not fit this cloud now: {full}.",
                                 "Choose a smaller bundle, or delete instances.") from full
@@ -167,14 +172,18 @@ class Instances:
                               workflow="create", arguments={"guest": guest, "starts": 1})
 
     def _candidates(self, connection: Connection) -> list[placement.Candidate]:
-        promised = dict(connection.execute(
-            select(guests.c.host_id, func.sum(guests.c.memory_mib)).group_by(guests.c.host_id)).all())
+        promised = {row.host_id: row for row in connection.execute(
+            select(guests.c.host_id, func.sum(guests.c.memory_mib).label("mib"), func.sum(guests.c.disk_gib).label("gib"))
+            .group_by(guests.c.host_id))}
         held: dict[str, set[str]] = {}
         for row in connection.execute(select(images.c.host_id, images.c.digest)):
             held.setdefault(row.host_id, set()).add(row.digest)
-        return [placement.Candidate(id=row.id, zone=row.zone, vcpus=row.vcpus, memory_mib=row.memory_mib,
-                                    promised_mib=promised.get(row.id, 0), images=frozenset(held.get(row.id, ())))
-                for row in connection.execute(select(hosts))]
+        return [placement.Candidate(
+            id=row.id, zone=row.zone, vcpus=row.vcpus, memory_mib=row.memory_mib,
+            promised_mib=promised[row.id].mib if row.id in promised else 0,
+            disk_gib=round(row.disk_gib * self._config.disk_overcommit),
+            promised_gib=promised[row.id].gib if row.id in promised else 0,
+            images=frozenset(held.get(row.id, ()))) for row in connection.execute(select(hosts))]
 
     def get(self, connection: Connection, request: Request) -> dict[str, Any]:
         row = get_row(connection, request, request.params["instanceName"])
@@ -247,7 +256,7 @@ class Instances:
     def stop(self, connection: Connection, request: Request) -> dict[str, Any]:
         row = get_row(connection, request, request.params["instanceName"])
         force = bool(request.params.get("force"))
-        if row["state"] != "running" and not (force and row["state"] in ("stopping", "pending")):
+        if row["state"] != "running" and not (force and row["state"] in ("stopping", "pending", "rebooting")):
             raise invalid_input(f"The instance {row['name']} is {row['state']}; only a running one can be stopped.")
         guest = get_guest(connection, row)
         return self._change(connection, request, row, guest, "StopInstance", "stop", "stopping", status="Started",

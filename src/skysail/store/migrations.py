@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 
 from skysail.store.schema import (
     alarms,
+    authorities,
     contact_methods,
     deliveries,
     domain_entries,
@@ -52,6 +53,16 @@ def _domains(connection: Connection) -> None:
     metadata.create_all(connection, tables=[domains, domain_entries, zone_reports], checkfirst=True)
 
 
+def _authorities_of_accounts(connection: Connection) -> None:
+    # There was one per region, when there was one account.
+    authorities.create(connection, checkfirst=True)
+    if connection.exec_driver_sql("SELECT 1 FROM sqlite_master WHERE name = 'authorities'").first() is not None:
+        connection.exec_driver_sql(
+            "INSERT INTO account_authorities (account_id, region, public_key, private_sealed) "
+            "SELECT (SELECT id FROM accounts ORDER BY tenant LIMIT 1), region, public_key, private_sealed FROM authorities")
+        connection.exec_driver_sql("DROP TABLE authorities")
+
+
 def _metrics(connection: Connection) -> None:
     metadata.create_all(connection, checkfirst=True, tables=[
         sample_cursors, meters, measurements, transfers, alarms, contact_methods, deliveries])
@@ -60,7 +71,8 @@ def _metrics(connection: Connection) -> None:
 
 
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
-    _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _metrics)
+    _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts,
+    _metrics)
 
 
 def upgrade(connection: Connection) -> int:
