@@ -31,8 +31,8 @@ from skysail.store.schema import accounts, guests, hosts, instances, measurement
 NOW = 1_800_000_000.0  # a full five minutes
 
 
-def guest(**more: Any) -> Guest:
-    return Guest(id="g-1", instance="one", role="run", starts=1, reboots=0, vcpus=2, memory_mib=512,
+def guest(role: Any = "run", starts: int = 1, **more: Any) -> Guest:
+    return Guest(id="g-1", instance="one", role=role, starts=starts, reboots=0, vcpus=2, memory_mib=512,
                  volume=Volume(id="g-1", image="0" * 64, size_gib=20),
                  port=Port(id="g-1", mac="52:54:00:00:00:0a", tenant=1, private_ipv4="172.26.0.10", public_ipv4="192.0.2.10"),
                  personality=Personality(hostname="one", user="admin", user_data="#load cpu=0.5 rx=1000 tx=100"), **more)
@@ -193,6 +193,46 @@ def test_a_guest_bursts_until_its_credits_are_spent_and_earns_them_back(tmp_path
     life.cpu = 2.0
     house.sample()
     assert burnt() == pytest.approx(2.0)
+    house.database.close()
+
+
+def test_conditions(tmp_path: Path) -> None:
+    house = House(tmp_path)
+
+    def told() -> str:
+        house.sample()
+        log = house.sampler._log
+        found = [one.condition for one in log.page(log.ring, log.last - 1).samples[0].guests]
+        return found[0] if found else "off"
+
+    assert told() == "up"
+    house.hypervisor.crash("g-1")
+    # What it moved since its last sample is counted; it stays down until it runs again, also for another agent.
+    assert told() == told() == "down"
+    house.start_agent()
+    assert told() == "down"
+    house.wanted = {"g-1": guest(role="stop")}
+    assert told() == "off"
+    house.wanted = {"g-1": guest(starts=2)}
+    assert told() == "off"  # on its way
+    asyncio.run(house.hypervisor.ensure(guest(starts=2)))
+    assert told() == "up"
+
+    # An agent that has answered and does not any more; one that never did is none.
+    plain = house.hypervisor.usage
+    said: list[bool | None] = []
+
+    async def usage() -> Any:
+        return {name: msgspec.structs.replace(one, answers=said[-1], process=str(len(said) > 3))
+                for name, one in (await plain()).items()}
+    house.hypervisor.usage = usage  # type: ignore[method-assign]
+    seen = []
+    for answer in (False, True, False, False, True, False):
+        said.append(answer)
+        if len(said) == 3:
+            house.start_agent()
+        seen.append(told())
+    assert seen == ["up", "up", "silent", "up", "up", "silent"]
     house.database.close()
 
 

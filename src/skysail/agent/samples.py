@@ -36,12 +36,14 @@ PAGE_SAMPLES = 100
 
 class Mark(msgspec.Struct, frozen=True, kw_only=True):
     """How far a guest is counted. ``process`` names the one that ``cpu_seconds`` is of; ``answered``: its agent has answered
-    since. ``balance_seconds`` is None before the first sample of a plan with a baseline."""
+    since. ``ran``: the owner's start that it was last seen to run for. ``balance_seconds`` is None before the first sample of
+    a plan with a baseline."""
 
     at: float = 0.0
     process: str = ""
     cpu_seconds: float = 0.0
     answered: bool = False
+    ran: int = 0
     rx_bytes: int = 0
     tx_bytes: int = 0
     balance_seconds: float | None = None
@@ -206,19 +208,22 @@ def measure(guest: Guest, mark: Mark, usage: Usage | None, flow: PortCounters, n
     answered = usage is not None and (bool(usage.answers) or (usage.process == mark.process and mark.answered))
     balance = burst.settle(mark.balance_seconds, guest.baseline_percent, guest.vcpus, seconds, cpu)
     sample = GuestSample(
-        id=guest.id, condition=_condition(guest, usage, answered), seconds=round(seconds, 3), vcpus=guest.vcpus,
+        id=guest.id, condition=_condition(guest, usage, answered, mark.ran == guest.starts), seconds=round(seconds, 3),
+        vcpus=guest.vcpus,
         cpu_seconds=round(cpu, 6), rx_bytes=max(0, flow.rx_bytes - mark.rx_bytes),
         tx_bytes=max(0, flow.tx_bytes - mark.tx_bytes), balance_seconds=round(max(balance or 0.0, 0.0), 3),
         capacity_seconds=burst.capacity(guest.baseline_percent, guest.vcpus) if balance is not None else 0.0)
     # Rounded as it was told: what the rounding leaves is told next time.
     counted = sample.cpu_seconds + (mark.cpu_seconds if usage is not None and usage.process == mark.process else 0.0)
-    return sample, Mark(at=now, process=usage.process if usage else "", answered=answered, balance_seconds=balance,
-                        cpu_seconds=counted, rx_bytes=flow.rx_bytes, tx_bytes=flow.tx_bytes)
+    process = usage.process if usage is not None else ""
+    return sample, Mark(at=now, process=process, answered=answered, balance_seconds=balance, cpu_seconds=counted,
+                        ran=guest.starts if process and guest.role == "run" else mark.ran,
+                        rx_bytes=flow.rx_bytes, tx_bytes=flow.tx_bytes)
 
 
-def _condition(guest: Guest, usage: Usage | None, answered: bool) -> Condition:
+def _condition(guest: Guest, usage: Usage | None, answered: bool, ran: bool) -> Condition:
     if guest.role != "run" or (usage is not None and usage.busy):
         return "off"
     if usage is None:
-        return "down"
+        return "down" if ran else "off"  # one that has not run since its owner's start is on its way
     return "silent" if answered and usage.answers is False else "up"

@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 # ``silent``: its process runs, and its agent, which has answered since the process was started, does not any more.
-# ``down``: it shall run and has no process. ``off``: its owner has it off, or it is on its way: that is no failure.
+# ``down``: it ran, shall run, and has no process. ``off``: its owner has it off, or it is on its way: no failure.
 Condition = Literal["up", "silent", "down", "off"]
 
 
