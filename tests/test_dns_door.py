@@ -304,7 +304,7 @@ def test_a_name_server_that_is_away_is_said_and_tried_again(tmp_path: Path) -> N
         assert "API key" in keeper.reports()[0].reason
         (tmp_path / "pdns.conf").touch()
         (tmp_path / "api.key").write_text("key")
-        await _until(lambda: "does not answer" in keeper.reports()[0].reason)
+        await _until(lambda: "nothing listens" in keeper.reports()[0].reason)
         assert await keeper.inventory() == ()
         task.cancel()
     run(look())
