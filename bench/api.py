@@ -40,7 +40,7 @@ from skysail.resources.instances import MAX_NAMES
 from skysail.resources.paging import PAGE_SIZE
 
 # Room for the instances: the default pool of public addresses has 254.
-SETTINGS = 'engines = "sim"\npublic_pool = "100.116.0.0/16"\n'
+SETTINGS = 'public_pool = "100.116.0.0/16"\n'
 JSON = "application/x-amz-json-1.1"
 FORM = "application/x-www-form-urlencoded"
 REGION = "us-east-1"
