@@ -30,6 +30,7 @@ from skysail.resources.catalog import BUNDLES
 from skysail.serve import processes
 from skysail.serve.agent import surroundings
 from skysail.storage.files import FilePool
+from skysail.storage.shelf import FileShelf
 
 
 class SimHouse:
@@ -75,7 +76,8 @@ class QemuHouse(SimHouse):
             guests=self.config.guests_dir, accelerator=accelerator, make_volume=pool.ensure, drop_volume=pool.remove,
             templates=Templates(self.config.templates_dir, accelerator, self.config.guest_uid_base),
             find_image=lambda digest: Image(digest=digest, path=library.path(digest), ours=True),
-            open_port=self.fabric.open_port, around=surroundings(self.config)), self.config.guest_uid_base)
+            open_port=self.fabric.open_port, volumes=pool.observe, give_volume=pool.give,
+            shelf=FileShelf(self.config.snapshots_dir), around=surroundings(self.config)), self.config.guest_uid_base)
 
     def guest(self) -> Guest:
         plain = super().guest()

@@ -33,7 +33,8 @@ from skysail.network.linux import LinuxFabric
 from skysail.network.plan import GATEWAY_IPV6, Layout
 from skysail.network.sim import SimFabric
 from skysail.storage.files import FilePool
-from skysail.storage.sim import SimPool
+from skysail.storage.shelf import FileShelf
+from skysail.storage.sim import SimPool, SimShelf
 
 HOST = "host-1"
 # A simulated host is as large as a small cluster, so that limits come from the controller and not from it.
@@ -47,19 +48,21 @@ def build(config: Config) -> Keeper:
     """The keeper with the engines that the configuration names; raises SkysailError when one does not work here."""
     ledger, traffic = Ledger(config.root / "agent" / "document.json"), Traffic(config.root / "agent" / "traffic.json")
     if config.engines == "sim":
-        volumes = SimPool()
-        return Keeper(_SIM, SimHypervisor(volumes.ensure), volumes, SimFabric(), lambda: [_SIM_IMAGE], ledger, traffic)
+        volumes, shelf = SimPool(), SimShelf()
+        return Keeper(_SIM, SimHypervisor(volumes.ensure, shelf), volumes, shelf, SimFabric(), lambda: [_SIM_IMAGE], ledger,
+                      traffic)
     library = Library(config.images_dir)
-    for folder in (config.images_dir, config.templates_dir, config.guests_dir, config.volumes_dir):
+    for folder in (config.images_dir, config.templates_dir, config.guests_dir, config.volumes_dir,
+                   config.snapshots_dir):
         folder.mkdir(parents=True, exist_ok=True)
     accelerator = probe(config.accelerator_file).accelerator
-    pool, fabric = FilePool(config.volumes_dir), LinuxFabric(Layout.of(config))
+    pool, snapshots, fabric = FilePool(config.volumes_dir), FileShelf(config.snapshots_dir), LinuxFabric(Layout.of(config))
     workshop = Workshop(
         guests=config.guests_dir, accelerator=accelerator, find_image=lambda digest: _image(library, digest),
         templates=Templates(config.templates_dir, accelerator, config.guest_uid_base, config.template_memory),
         make_volume=pool.ensure, drop_volume=pool.remove, volumes=pool.observe, open_port=fabric.open_port,
-        around=surroundings(config))
-    return Keeper(capacity(config, accelerator), Qemu(workshop, config.guest_uid_base), pool, fabric,
+        give_volume=pool.give, shelf=snapshots, around=surroundings(config))
+    return Keeper(capacity(config, accelerator), Qemu(workshop, config.guest_uid_base), pool, snapshots, fabric,
                   lambda: _reports(library), ledger, traffic)
 
 

@@ -30,9 +30,11 @@ from skysail.hosts.watch import Watch
 from skysail.kit.clock import Clock, SystemClock
 from skysail.kit.config import Config, load
 from skysail.operations.engine import Engine
-from skysail.resources import accounts, lifecycle
+from skysail.resources import accounts, disks, lifecycle, snapshot_rows
 from skysail.resources.access import Access
 from skysail.resources.catalog import Catalog
+from skysail.resources.disk_snapshots import DiskSnapshots
+from skysail.resources.instance_snapshots import InstanceSnapshots
 from skysail.resources.instances import Instances
 from skysail.resources.key_pairs import KeyPairs
 from skysail.resources.names import Names
@@ -97,7 +99,9 @@ def _write_private(path: str, content: dict[str, str]) -> None:
 def action_table(config: Config, clock: Clock,
                  vault: Vault) -> dict[str, Callable[[Connection, Request], dict[str, Any]]]:
     """Every action that is offered."""
-    nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), Instances(config, clock, vault),
+    instances = Instances(config, clock, vault)
+    nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), instances, InstanceSnapshots(clock, instances),
+             disks.Disks(config, clock), DiskSnapshots(clock),
              PublicPorts(clock), StaticIps(config, clock), Access(clock, vault), Tags(clock), OperationLog())
     return {name: action for noun in nouns for name, action in noun.actions().items()}
 
@@ -116,11 +120,11 @@ def build(config: Config, clock: Clock | None = None,
         for watch in watches:
             watch.touch()
 
-    engine = Engine(database, lifecycle.WORKFLOWS, clock, touched)
+    engine = Engine(database, lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS, clock, touched)
 
     def follow() -> int:
         with database.transaction() as connection:
-            return lifecycle.follow(connection, clock.now())
+            return lifecycle.follow(connection, clock.now()) + snapshot_rows.sweep(connection)
 
     def observed() -> None:
         engine.wake()

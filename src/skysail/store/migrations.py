@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection
 
-from skysail.store.schema import guests, metadata, operations, static_ips
+from skysail.store.schema import disks, guests, metadata, operations, snapshots, static_ips
 
 
 def _foundation(connection: Connection) -> None:
@@ -33,8 +33,17 @@ def _static_ips(connection: Connection) -> None:
     static_ips.create(connection, checkfirst=True)
 
 
+def _disks_and_snapshots(connection: Connection) -> None:
+    for table in (disks, snapshots):
+        table.create(connection, checkfirst=True)
+    held = {row[1] for row in connection.exec_driver_sql("PRAGMA table_info(guests)")}
+    for column, words in (("origin", "JSON"), ("observed_disks", "JSON DEFAULT '[]' NOT NULL")):
+        if column not in held:
+            connection.exec_driver_sql(f"ALTER TABLE guests ADD COLUMN {column} {words}")
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
-    _foundation, _operations_by_page, _guests_with_ipv6, _static_ips)
+    _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _disks_and_snapshots)
 
 
 def upgrade(connection: Connection) -> int:
