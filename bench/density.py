@@ -20,7 +20,8 @@ from cyclopts import Parameter
 from clouds import RealCloud, ensure_image, eventually, running_real_cloud
 from skysail.cli import show
 from skysail.kit.errors import SkysailError
-from skysail.serve import processes, up
+from skysail.kit.process import require_root
+from skysail.serve import blueprints, processes
 
 BLUEPRINT = "debian_12"
 Parts = dict[str, float]
@@ -59,11 +60,11 @@ def mean(taken: list[Parts]) -> Parts:
 
 def bench(*, clones: int = 4, idle: float = 30.0, json: Annotated[bool, Parameter(negative="")] = False) -> None:
     """Launch CLONES, let them be IDLE for so many seconds, and read what each holds."""
-    up.require_root()
+    require_root()
     show.step(f"image {BLUEPRINT}: looking for the one that this tree builds")
     digest = ensure_image(BLUEPRINT, show.step)
     with running_real_cloud(show.step) as cloud:
-        up.prepare(cloud.config, digest, "template: made, unless it is there", show.step)
+        blueprints.prepare(cloud.config, digest, "template: made, unless it is there", show.step)
         names = [f"clone-{number}" for number in range(clones)]
         show.step(f"launching {clones} clones")
         cloud.launch(*names)

@@ -37,8 +37,9 @@ from skysail.hypervisor import personality
 from skysail.hypervisor.accelerator import probe
 from skysail.images.library import Library
 from skysail.kit.errors import SkysailError
+from skysail.kit.process import require_root
 from skysail.resources.catalog import BUNDLES
-from skysail.serve import customer, processes, up
+from skysail.serve import blueprints, customer, processes
 
 BLUEPRINT, BUNDLE = "debian_12", "nano_3_0"
 BOOT_SECONDS = 600
@@ -311,11 +312,11 @@ def medians(taken: list[Stages]) -> Stages:
 def bench(*, launches: int = 5, boots: int = 1, together: int = 10,
           json: Annotated[bool, Parameter(negative="")] = False) -> None:
     """Compare LAUNCHES one after the other with BOOTS of plain QEMU, then launch TOGETHER instances in one call."""
-    up.require_root()
+    require_root()
     show.step(f"image {BLUEPRINT}: looking for the one that this tree builds")
     digest = ensure_image(BLUEPRINT, show.step)
     with running_real_cloud() as cloud:
-        up.prepare(cloud.config, digest, "template: made, unless it is there", show.step)
+        blueprints.prepare(cloud.config, digest, "template: made, unless it is there", show.step)
         accelerator = probe(cloud.config.accelerator_file).accelerator
         image = Library(cloud.config.images_dir).path(digest)
         seeded, without = cold(image, accelerator, boots)

@@ -128,8 +128,8 @@ class Cloud:
 class RealCloud(Cloud):
     """A cloud whose guests are QEMU processes. :meth:`remove` ends them and takes their network down."""
 
-    def __init__(self, folder: Path, slot: int, more: str = "") -> None:
-        super().__init__(folder, real_settings(slot) + more)
+    def __init__(self, folder: Path, slot: int, more: str = "", dns: str = "sim") -> None:
+        super().__init__(folder, real_settings(slot, dns) + more)
 
     def launch(self, *names: str, blueprint: str = "debian_12", bundle: str = "nano_3_0",
                **more: Any) -> list[dict[str, Any]]:
@@ -177,8 +177,8 @@ class RealCloud(Cloud):
             done = subprocess.run([sys.executable, "-m", "skysail.cli.main", "ssh", name, "--", command],
                                   env={**os.environ, "SKYSAIL_DATA": str(self.folder)}, capture_output=True, text=True,
                                   timeout=seconds)
-            # 255 is ssh's own failure; anything else is the command's.
-            if done.returncode == 255:
+            # 255 is ssh's own failure; anything else is the command's. An instance may not be back yet.
+            if done.returncode == 255 or "only a running one can be logged in to" in done.stderr:
                 return None
             assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
             return done.stdout or "\n"
@@ -191,10 +191,12 @@ class RealCloud(Cloud):
         asyncio.run(LinuxFabric(Layout.of(self.config)).teardown())
 
 
-def real_settings(slot: int) -> str:
-    """The configuration of a cloud of real guests in ``slot``, beside others on this machine."""
-    return (f'engines = "real"\nnamespace = "skytest{slot}"\nlink = "skytest{slot}"\n'
+def real_settings(slot: int, dns: str = "sim") -> str:
+    """The configuration of a cloud of real guests in ``slot``, beside others on this machine; tests that need a name server
+    start one."""
+    return (f'engines = "real"\ndns = "{dns}"\nnamespace = "skytest{slot}"\nlink = "skytest{slot}"\n'
             f'transit = "100.115.90.{4 * slot}/30"\npublic_pool = "100.115.{100 + slot}.0/24"\n'
+            f'dns_port = {5310 + 2 * slot}\ndns_api_port = {5311 + 2 * slot}\n'
             f'public_ipv6 = "fd53:6b79:7361:{0x100 + slot:x}::/64"\n'
             f'guest_uid_base = {2_000_000 + 100_000 * slot}\nimages = "{CACHE}/images"\ntemplates = "{CACHE}/templates"\n')
 

@@ -20,14 +20,14 @@ from skysail.images.build import build, fingerprint
 from skysail.images.library import Library, Manifest
 from skysail.images.recipe import RECIPES, Recipe
 from skysail.kit.errors import SkysailError
-from skysail.serve import up
+from skysail.serve import blueprints
 
 pytestmark = pytest.mark.real
 
 
 def offered(cloud: RealCloud, blueprint: str) -> dict[str, Any]:
     """The blueprint as GetBlueprints shows it, made ready to launch."""
-    up.prepare(cloud.config, ensure_image(blueprint), blueprint, lambda step: None)
+    blueprints.prepare(cloud.config, ensure_image(blueprint), blueprint, lambda step: None)
     found: dict[str, dict[str, Any]] = {one["blueprintId"]: one for one in cloud.client().get_blueprints()["blueprints"]}
     return found[blueprint]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from skysail.cli.main import main
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import started_at
-from skysail.serve import endpoint, processes, up
+from skysail.serve import endpoint, processes, programs, up
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
 STUBBORN = [sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); "
@@ -106,10 +107,10 @@ def test_the_program_is_copied_whole_and_only_when_it_changed(config: Config) ->
 
 
 def test_the_controller_runs_without_privileges_in_both_ways_to_start_it(config: Config) -> None:
-    assert "--no-new-privs" in up.command(config, "controller")
-    assert "--bounding-set=-all" in up.command(config, "controller")
-    assert "User=skysail" in up.unit(config, "controller")
-    assert "KillMode=process" in up.unit(config, "agent")
+    assert "--no-new-privs" in programs.command(config, "controller")
+    assert "--bounding-set=-all" in programs.command(config, "controller")
+    assert "User=skysail" in programs.unit(config, "controller")
+    assert "KillMode=process" in programs.unit(config, "agent")
 
 
 def test_the_doctor_names_where_it_looked_and_a_cure_for_all_that_is_not_good(config: Config) -> None:
@@ -117,6 +118,26 @@ def test_the_doctor_names_where_it_looked_and_a_cure_for_all_that_is_not_good(co
     for finding in (look(config) for look in looks):
         assert finding.saw and finding.where
         assert finding.verdict == "good" or finding.cure
+
+
+@pytest.mark.real
+def test_the_doctor_sees_a_name_servers_address_that_another_has(config: Config) -> None:
+    with socket.socket(type=socket.SOCK_DGRAM) as other:
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        found = doctor.name_server(Config(data=config.data, dns_port=port, dns_api_port=1))
+        assert found.verdict == "bad" and str(port) in found.where and "dns_port" in found.cure
+    assert doctor.name_server(Config(data=config.data, dns_port=port, dns_api_port=1)).verdict == "good"
+    assert doctor.name_server(Config(data=config.data, dns_port=53, dns_listen="192.0.2.1", dns_api_port=1)).verdict == "bad"
+
+
+def test_the_name_server_has_one_capability_at_most_in_both_ways_to_start_it(config: Config) -> None:
+    low = Config(data=config.data, dns_port=53)
+    assert "--bounding-set=-all" in programs.command(config, "dns")
+    assert "--bounding-set=-all,+net_bind_service" in programs.command(low, "dns")
+    assert "CapabilityBoundingSet=\n" in programs.unit(config, "dns") and "User=skysail-dns" in programs.unit(config, "dns")
+    assert "AmbientCapabilities=CAP_NET_BIND_SERVICE\n" in programs.unit(low, "dns")
+    assert "dns" not in programs.names(Config(data=config.data, engines="sim"))
 
 
 @pytest.mark.real
@@ -129,4 +150,4 @@ def test_a_second_agent_on_the_same_data_is_refused(cloud: Cloud) -> None:
     second = subprocess.run([sys.executable, "-m", "skysail.serve.agent"], capture_output=True, text=True, timeout=60,
                             env={**os.environ, "SKYSAIL_DATA": str(cloud.folder)}, check=False)
     assert second.returncode != 0 and "another agent works in" in second.stderr
-    assert up.healthy(cloud.config, "agent")
+    assert programs.healthy(cloud.config, "agent")

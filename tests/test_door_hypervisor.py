@@ -19,9 +19,9 @@ from skysail.hypervisor import Hypervisor
 from skysail.hypervisor.accelerator import probe
 from skysail.hypervisor.confinement import kill
 from skysail.hypervisor.engine import Qemu
-from skysail.hypervisor.guest import Image, Record, Workshop
+from skysail.hypervisor.guest import Record, Workshop
 from skysail.hypervisor.sim import SimHypervisor
-from skysail.hypervisor.template import Templates
+from skysail.hypervisor.template import Image, Templates
 from skysail.images.library import Library
 from skysail.kit.config import load
 from skysail.network.linux import LinuxFabric

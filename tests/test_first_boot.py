@@ -92,7 +92,9 @@ def foreign(real_cloud: RealCloud, tmp_path: Path) -> Iterator[tuple[str, str]]:
     assert held is not None
     raw, served = tmp_path / "disk.raw", tmp_path / "foreign.qcow2"
     subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", library.path(held.digest), raw], check=True)
-    orders = "".join(f"rm {path}\n" for path in OURS)
+    own = tmp_path / "own.cfg"
+    own.write_text("locale: C.UTF-8\n")  # the packages behind a stock cloud.cfg's en_US are not in an image this small
+    orders = "".join(f"rm {path}\n" for path in OURS) + f"write {own} /etc/cloud/cloud.cfg.d/90_own.cfg\n"
     subprocess.run(["debugfs", "-w", "-f", "-", f"{raw}?offset=1048576"], input=orders.encode(), check=True,
                    capture_output=True)
     subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, served], check=True)

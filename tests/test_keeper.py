@@ -17,6 +17,7 @@ from skysail.agent.ledger import Ledger
 from skysail.agent.traffic import Traffic
 from skysail.contract.document import Guest, HostDocument, Personality, Port, Volume
 from skysail.contract.report import GuestReport, HostReport
+from skysail.dns.sim import SimZones
 from skysail.hypervisor.sim import SimHypervisor
 from skysail.kit.errors import SkysailError
 from skysail.network.sim import SimFabric
@@ -61,7 +62,7 @@ class Host:
         self.hypervisor = hypervisor or Watched()
         self.fabric = Fabric()
         self.keeper = Keeper(CAPACITY, self.hypervisor, SimPool(), SimShelf(), self.fabric, lambda: [],
-                             Ledger(folder / "document.json"), Traffic(folder / "traffic.json"))
+                             Ledger(folder / "document.json"), Traffic(folder / "traffic.json"), SimZones())
 
     def seen(self, name: str = "g-1") -> GuestReport | None:
         return next((guest for guest in self.keeper.report().guests if guest.id == name), None)

@@ -53,11 +53,11 @@ def newcomer(request: pytest.FixtureRequest) -> Iterator[Newcomer]:
         ensure_image(blueprint)
     folder = Path(tempfile.mkdtemp(prefix="sky"))
     with taken_slot() as slot:
-        made = Newcomer(folder, slot)
+        made = Newcomer(folder, slot, dns="powerdns")
         try:
             yield made
         finally:
-            for name in ("controller", "agent"):
+            for name in ("controller", "agent", "dns"):
                 processes.stop(made.config, name)
             made.remove()
             shutil.rmtree(folder, ignore_errors=True)

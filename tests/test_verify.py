@@ -22,6 +22,11 @@ def change(cloud: Cloud, statement: str) -> None:
         assert connection.execute(statement).rowcount != 0, statement
 
 
+def count(cloud: Cloud, table: str) -> int:
+    with contextlib.closing(sqlite3.connect(cloud.config.database)) as connection:
+        return int(connection.execute(f"select count(*) from {table}").fetchone()[0])
+
+
 @pytest.fixture(scope="module")
 def lived() -> Iterator[Cloud]:
     """A cloud with two instances and a deleted one, whose controller is stopped: nothing is repaired meanwhile."""
@@ -32,10 +37,17 @@ def lived() -> Iterator[Cloud]:
                                 blueprintId="debian_12", bundleId="nano_3_0", tags=[{"key": "stage", "value": "test"}])
         eventually(lambda: {found["state"]["name"] for found in client.get_instances()["instances"]} == {"running"})
         client.download_default_key_pair()
+        client.create_domain(domainName="example.com", tags=[{"key": "stage"}])
+        client.create_domain_entry(domainName="example.com",
+                                   domainEntry={"name": "www.example.com", "type": "A", "target": "192.0.2.1"})
+        client.create_domain(domainName="gone.example")
+        client.delete_domain(domainName="gone.example")
         client.untag_resource(resourceName="one", tagKeys=["none"])
         client.stop_instance(instanceName="two")
         client.delete_instance(instanceName="gone")
         eventually(lambda: client.get_instance_state(instanceName="two")["state"]["name"] == "stopped")
+        # What was deleted is gone to its last row: verify lets it be as long as it is leaving.
+        eventually(lambda: count(cloud, "guests") == 2 and count(cloud, "domains") == 1)
         eventually(lambda: verify(cloud.config, 0.1) == [])
         cloud.kill("controller")
         yield cloud
@@ -68,6 +80,16 @@ PLANTED = {
     "reference": ("update access_keys set account_id = 'nobody'", "points at a row of accounts"),
     "work without end": ("update operations set done = 0 where workflow = ''", "nothing carries it on"),
     "stuck work": ("update operations set done = 0, created_at = 1 where type = 'CreateInstance'", "open since 1970"),
+    "domain's name": ("delete from names where name = 'example.com'", "Domain example.com: its name is not registered"),
+    "domain lost": ("delete from domains where name = 'example.com'", "domain_entries of"),
+    "zone unknown": ("delete from domains where name = 'example.com'", "zone example.com.: served, but no row knows it"),
+    "zone missing": ("update domains set name = 'other.com' where name = 'example.com'", "zone other.com.: its host's name"),
+    "record": ("update domain_entries set record = '192.0.2.9'", "A www.example.com.: 60 192.0.2.1; wanted: 60 192.0.2.9"),
+    "record lost": ("delete from domain_entries", "A www.example.com.: 60 192.0.2.1; wanted: no such record"),
+    "record missing": ("update domain_entries set name = 'new.example.com'", "A new.example.com.: not there"),
+    "serial": ("update domains set serial = serial + 9", "zone example.com.: serial "),
+    "zone key": ("update domains set signing_sealed = x'00112233445566778899aabbccddeeff0011'", "zone key of example.com"),
+    "signed": ("update domains set ds = '1 13 2 00' where name = 'example.com'", "keys with the DS records none"),
     "secret": ("update access_keys set secret_sealed = x'00112233445566778899aabbccddeeff0011'", "does not open"),
 }
 

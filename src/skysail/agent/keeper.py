@@ -16,8 +16,10 @@ import msgspec
 from skysail.agent.blocks import Blocks
 from skysail.agent.ledger import Ledger
 from skysail.agent.traffic import Traffic
+from skysail.agent.zones import ZoneKeeper
 from skysail.contract.document import Guest, HostDocument, Port
 from skysail.contract.report import GuestReport, GuestState, HostReport, ImageReport, Inventory
+from skysail.dns import Zones
 from skysail.hypervisor import Hypervisor
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread
@@ -41,7 +43,7 @@ class Keeper:
     """Holds one host. ``capacity`` carries what the machine has; its lists of guests and images are filled in here."""
 
     def __init__(self, capacity: HostReport, hypervisor: Hypervisor, pool: Pool, shelf: Shelf, fabric: Fabric,
-                 images: Callable[[], list[ImageReport]], ledger: Ledger, traffic: Traffic) -> None:
+                 images: Callable[[], list[ImageReport]], ledger: Ledger, traffic: Traffic, zones: Zones) -> None:
         self._hypervisor = hypervisor
         self._pool = pool
         self._shelf = shelf
@@ -50,6 +52,7 @@ class Keeper:
         self._images = images
         self._ledger = ledger
         self._traffic = traffic
+        self.zones = ZoneKeeper(zones, self._changed)
         self._report = msgspec.structs.replace(capacity, boot=str(uuid.uuid4()), sequence=0, generation=0)
         self._guests: dict[str, GuestReport] = {}
         self._wanted: dict[str, Guest] = {}
@@ -90,6 +93,7 @@ class Keeper:
     async def _take(self, document: HostDocument) -> None:
         self._report = msgspec.structs.replace(self._report, generation=document.generation)
         self._blocks.take(document)
+        self.zones.take(document.zones)
         for guest in document.guests:
             known = self._wanted.get(guest.id)
             self._wanted[guest.id] = guest
@@ -255,7 +259,7 @@ class Keeper:
             disks, snapshots = self._blocks.reports()
             self._report = msgspec.structs.replace(
                 self._report, sequence=self._report.sequence + 1, guests=tuple(self._guests.values()),
-                images=tuple(self._images()), disks=disks, snapshots=snapshots)
+                images=tuple(self._images()), disks=disks, snapshots=snapshots, zones=self.zones.reports())
             self._news.notify_all()
 
     def report(self) -> HostReport:
@@ -283,7 +287,8 @@ class Keeper:
             guests=tuple(sorted(report.id for report in seen)),
             running=tuple(sorted(report.id for report in seen if report.state == "running")),
             volumes=tuple(sorted(await self._pool.observe())), ports=tuple(sorted(await self._fabric.observe())),
-            snapshots=tuple(await self._shelf.observe()), strays=tuple(await self._hypervisor.strays()))
+            snapshots=tuple(await self._shelf.observe()), strays=tuple(await self._hypervisor.strays()),
+            zones=await self.zones.inventory())
 
     def document(self) -> HostDocument | None:
         """The document that this host holds to; None before the first one."""

@@ -58,7 +58,10 @@ def parse(operation: OperationModel, body: bytes) -> dict[str, Any]:
     if shape is None:
         return {}
     kept = _known(shape, params, 0)
-    report = ParamValidator().validate(kept, shape)
+    try:
+        report = ParamValidator().validate(kept, shape)
+    except (RuntimeError, OverflowError, OSError):  # botocore, of a number that is a time in no calendar
+        raise invalid_input("A time in the request is out of range.") from None
     if report.has_errors():
         raise invalid_input(str(report.generate_report()))
     _check(shape, kept, operation.name)

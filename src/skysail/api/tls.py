@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from skysail.kit import durable
 
 AUTHORITY_DAYS = 3650
 SERVER_DAYS = 398
@@ -46,14 +47,14 @@ class Certificates:
         if not self.authority.exists():
             # The key first: a certificate without it would be taken for a finished authority.
             key = _new_key(key_path)
-            _write(self.authority, _authority(key, now).public_bytes(serialization.Encoding.PEM), 0o644)
+            durable.replace(self.authority, _authority(key, now).public_bytes(serialization.Encoding.PEM), 0o644)
         server, server_key = self.server
         if not (server.exists() and server_key.exists() and _good(server, names, now)):
             issuer = x509.load_pem_x509_certificate(self.authority.read_bytes())
             signer = serialization.load_pem_private_key(key_path.read_bytes(), None)
             assert isinstance(signer, ec.EllipticCurvePrivateKey)
             made = _server(_new_key(server_key), issuer, signer, names, now)
-            _write(server, made.public_bytes(serialization.Encoding.PEM), 0o644)
+            durable.replace(server, made.public_bytes(serialization.Encoding.PEM), 0o644)
 
 
 def _good(path: Path, names: Sequence[str], now: datetime.datetime) -> bool:
@@ -105,17 +106,6 @@ def _usage(signs: bool) -> x509.KeyUsage:
 
 def _new_key(path: Path) -> ec.EllipticCurvePrivateKey:
     key = ec.generate_private_key(ec.SECP256R1())
-    _write(path, key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-                                   serialization.NoEncryption()), 0o600)
+    durable.replace(path, key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                                            serialization.NoEncryption()))
     return key
-
-
-def _write(path: Path, content: bytes, mode: int) -> None:
-    half = path.with_name(path.name + ".new")
-    descriptor = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(descriptor, mode)
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    half.replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import cyclopts
@@ -19,8 +20,10 @@ from skysail.serve import up as machine
 app = cyclopts.App(name="skysail", help="A VPS cloud that you own: the Lightsail API over real QEMU guests.")
 images = cyclopts.App(name="images", help="The images that instances are made of.")
 keys = cyclopts.App(name="keys", help="Access keys of the admin account.")
+zones = cyclopts.App(name="zones", help="Zones of domains: as files, and signed.")
 app.command(images)
 app.command(keys)
+app.command(zones)
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 
@@ -34,7 +37,7 @@ def up(*, first_instance: bool = True, json: Json = False) -> None:
 
 @app.command
 def down(*, guests: bool = False) -> None:
-    """Stop controller and agent; guests go on unless --guests."""
+    """Stop controller, agent and name server; guests go on unless --guests."""
     machine.down(configuration.load(), show.step, guests)
 
 
@@ -151,6 +154,42 @@ def import_image(source: str, *, sha256: str, blueprint: str, name: str = "", us
     blueprints.bring_in(
         configuration.load(), foreign.Origin(source=source, sha256=sha256, format=format),
         foreign.Blueprint(id=blueprint, name=name or blueprint, user=user), show.step, show.detail)
+
+
+@zones.command(name="list")
+def list_zones(*, json: Json = False) -> None:
+    """Zones of every account, with what the name server says of each."""
+    from skysail.serve import zones as operator
+
+    found = operator.listed(configuration.load())
+    show.as_json(found) if json else show.table(found, ["name", "state", "serial", "entries", "signed", "reason"])
+
+
+@zones.command(name="export")
+def export_zone(name: str) -> None:
+    """Print a zone as a master file (RFC 1035)."""
+    from skysail.serve import zones as operator
+
+    sys.stdout.write(operator.export(configuration.load(), name))
+
+
+@zones.command(name="import")
+def import_zone(file: Path, *, name: str = "", replace: bool = False) -> None:
+    """Make a domain of a master file; with --replace also of one that has entries, which go."""
+    from skysail.serve import zones as operator
+
+    for line in operator.bring_in(configuration.load(), file, name, replace):
+        show.line(line)
+
+
+@zones.command(name="dnssec")
+def sign_zone(name: str, *, off: bool = False, json: Json = False) -> None:
+    """Sign a zone and show the DS record for its parent; with --off sign it no more (remove the DS record first)."""
+    from skysail.serve import zones as operator
+
+    answer = operator.unsign(configuration.load(), name) if off else operator.sign(configuration.load(), name)
+    told = f"{answer['name']}. IN DS {answer['ds']}" if answer["ds"] else f"{answer['name']} is not signed"
+    show.as_json(answer) if json else show.line(told)
 
 
 def main(arguments: list[str] | None = None) -> int:

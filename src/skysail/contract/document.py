@@ -1,7 +1,7 @@
 """The desired document of one host: everything its agent shall make true.
 
-Missing from a document never means kill: a guest goes away only by the explicit role ``gone``, so an empty database or a
-bad restore stops nobody's server.
+Missing from a document never means kill: a guest or a zone goes away only by the explicit role ``gone``, so an empty database
+or a bad restore stops nobody's server.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ Role = Literal["run", "stop", "gone"]
 Kept = Literal["keep", "gone"]
 # The agent, which is root, makes names of files and devices from it, and removes them.
 Id = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9-]{0,62}\Z")]
+# Refresh, retry and expire of every zone's SOA record, and for how many seconds an answer that there is nothing is kept.
+SOA_TIMES = "7200 900 1209600 60"
 
 
 class FirewallRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,6 +118,32 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     volumes: tuple[Volume, ...]
 
 
+class RecordSet(msgspec.Struct, frozen=True, kw_only=True):
+    """All records of one name and type (RFC 2181, 5). ``name`` is absolute, in lower case, with its final dot; ``records``
+    are sorted, in the form of a master file (RFC 1035, 5.1), names in them absolute; an IPv6 address has its eight groups."""
+
+    name: str
+    type: str
+    ttl: int
+    records: tuple[str, ...]
+
+
+class Zone(msgspec.Struct, frozen=True, kw_only=True):
+    """A zone that the host's name server shall answer for (or not). ``record_sets`` are all of it but the SOA record, which
+    names ``primary`` and ``hostmaster``. Its serial is ``serial``, or more: a host raises it when record sets change under
+    the same ``serial``, as those of an alias do. ``signing_key`` signs the zone (RFC 4034, algorithm 13, one key for keys and
+    zone; the text of BIND's private key files, v1.2); empty, the zone is not signed."""
+
+    id: str
+    name: str
+    role: Literal["serve", "gone"]
+    serial: int
+    primary: str
+    hostmaster: str
+    record_sets: tuple[RecordSet, ...] = ()
+    signing_key: str = ""
+
+
 class HostDocument(msgspec.Struct, frozen=True, kw_only=True):
     """All that one host shall hold. The agent refuses a ``generation`` older than the one that it has."""
 
@@ -124,4 +152,5 @@ class HostDocument(msgspec.Struct, frozen=True, kw_only=True):
     guests: tuple[Guest, ...] = ()
     disks: tuple[Disk, ...] = ()
     snapshots: tuple[Snapshot, ...] = ()
+    zones: tuple[Zone, ...] = ()
     version: int = VERSION

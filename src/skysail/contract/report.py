@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from skysail.contract import VERSION
+from skysail.contract.document import RecordSet
 
 GuestState = Literal["preparing", "starting", "running", "rebooting", "stopping", "stopped", "halted", "crashed",
                      "failed", "gone"]
@@ -67,6 +68,19 @@ class ImageReport(msgspec.Struct, frozen=True, kw_only=True):
     templated: bool
 
 
+class ZoneReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One zone as its host's name server has it. ``pending``: not written since the document changed it; ``failed``: it could
+    not be, ``reason`` says why, and it is tried again. ``serial`` is that of its SOA record, ``ds`` the delegation signer
+    records of its keys (RFC 4034, 5), without owner."""
+
+    id: str
+    name: str
+    state: Literal["pending", "served", "failed", "gone"]
+    serial: int = 0
+    ds: tuple[str, ...] = ()
+    reason: str = ""
+
+
 class HostReport(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a host observes, at one moment. ``sequence`` grows by one with every change, within one agent's life
     (``boot``): a reader keeps the pair to know what it has seen."""
@@ -83,13 +97,23 @@ class HostReport(msgspec.Struct, frozen=True, kw_only=True):
     images: tuple[ImageReport, ...] = ()
     disks: tuple[DiskReport, ...] = ()
     snapshots: tuple[SnapshotReport, ...] = ()
+    zones: tuple[ZoneReport, ...] = ()
     version: int = VERSION
+
+
+class HeldZone(msgspec.Struct, frozen=True, kw_only=True):
+    """A zone as the name server really holds it, in the terms of :class:`skysail.contract.document.Zone`."""
+
+    name: str
+    serial: int
+    record_sets: tuple[RecordSet, ...] = ()
+    ds: tuple[str, ...] = ()
 
 
 class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     """What a host really holds at this moment, by id: guests, those of them that have a process, volumes (block storage
-    too), ports, snapshots.
-    ``strays`` says in words what is there of guests that the host does not hold."""
+    too), ports, snapshots. ``strays`` says in words what is there of guests that the host does not hold.
+    ``zones``: what its name server has."""
 
     guests: tuple[str, ...] = ()
     running: tuple[str, ...] = ()
@@ -97,3 +121,4 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     ports: tuple[str, ...] = ()
     snapshots: tuple[str, ...] = ()
     strays: tuple[str, ...] = ()
+    zones: tuple[HeldZone, ...] = ()

@@ -6,9 +6,12 @@ Each look is a function that returns one :class:`Finding`; one that breaks is it
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Literal
 
 import msgspec
 
+from skysail.dns.powerdns import PowerDns
 from skysail.hypervisor.accelerator import probe
 from skysail.kit import process
 from skysail.kit.config import Config
@@ -50,13 +54,15 @@ def _careful(subject: str, look: Callable[[Config], Finding], config: Config) ->
         return Finding(subject=subject, verdict="bad", saw=str(failed), where=subject)
 
 
-def qemu_version(_config: Config) -> Finding:
-    """Is QEMU here, and new enough to map a template's memory read-only and to migrate its state from a file?"""
+def qemu_version(config: Config) -> Finding:
+    """Is QEMU here, and new enough to map a template's memory read-only? An old one that emulates is no use at all: its
+    cmpxchg16b sets the wrong flags, on which the kernels of our images panic."""
     said = process.run(["qemu-system-x86_64", "--version"], timeout=20).decode()
     match = re.search(r"version (\d+)\.(\d+)", said)
     version = (int(match[1]), int(match[2])) if match else (0, 0)
     fits = version >= (10, 0)
-    return Finding(subject="qemu", verdict="good" if fits else "weak", saw=said.splitlines()[0],
+    verdict: Verdict = "good" if fits else "weak" if probe(config.accelerator_file).accelerator == "kvm" else "bad"
+    return Finding(subject="qemu", verdict=verdict, saw=said.splitlines()[0],
                    where="qemu-system-x86_64 --version",
                    cure="" if fits else "QEMU 10 or newer: run sudo ./skysail up (takes it from backports)")
 
@@ -94,6 +100,32 @@ def network(config: Config) -> Finding:
     return Finding(subject="network", verdict="bad" if problems else "good", where=where,
                    saw="; ".join(problems) or "rules and devices are accepted, no network of this machine is hidden",
                    cure="as said" if problems else "")
+
+
+def name_server(config: Config) -> Finding:
+    """Is PowerDNS here, and does nobody else have the name server's address?"""
+    where = f"{config.dns_listen}, port {config.dns_port}"
+    if not config.powerdns:
+        return Finding(subject="dns", verdict="good", saw="simulated", where="skysail.toml")
+    server = PowerDns(config.dns_api_port, config.dns_key_file)
+    problems = asyncio.run(server.check())
+    if problems:
+        return Finding(subject="dns", verdict="bad", saw="; ".join(problems), where="/usr/sbin", cure="as said")
+    with contextlib.suppress(SkysailError):
+        held = asyncio.run(server.serials())
+        return Finding(subject="dns", verdict="good", saw=f"PowerDNS answers for {len(held)} zones", where=where)
+    try:
+        address = ipaddress.ip_address(config.dns_listen)
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+            with socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, kind == socket.SOCK_STREAM)
+                probe.bind((config.dns_listen, config.dns_port))
+    except PermissionError:
+        return Finding(subject="dns", verdict="weak", saw="not looked at", where=where, cure="run with sudo")
+    except OSError as taken:
+        return Finding(subject="dns", verdict="bad", saw=f"the address cannot be had: {taken.strerror}", where=where,
+                       cure="set dns_listen or dns_port in skysail.toml")
+    return Finding(subject="dns", verdict="good", saw="PowerDNS is installed, its address is free", where=where)
 
 
 def disk(config: Config) -> Finding:
@@ -143,5 +175,5 @@ def clock(_config: Config) -> Finding:
 
 LOOKS: tuple[tuple[str, Callable[[Config], Finding]], ...] = (
     ("qemu", qemu_version), ("accelerator", accelerator), ("namespaces", namespaces), ("network", network),
-    ("disk", disk), ("memory", memory), ("cgroups", cgroups), ("time", clock),
+    ("dns", name_server), ("disk", disk), ("memory", memory), ("cgroups", cgroups), ("time", clock),
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
-from sqlalchemy import Connection, RowMapping, select, update
+from sqlalchemy import Connection, RowMapping, or_, select, update
 
 from skysail.contract.document import (
     Attachment,
@@ -14,19 +16,42 @@ from skysail.contract.document import (
     Origin,
     Personality,
     Port,
+    RecordSet,
     Snapshot,
     Volume,
+    Zone,
 )
-from skysail.store.schema import accounts, disks, guests, hosts, ports, snapshots
+from skysail.store.schema import (
+    accounts,
+    disks,
+    domain_entries,
+    domains,
+    guests,
+    hosts,
+    instances,
+    ports,
+    snapshots,
+    static_ips,
+)
+from skysail.store.vault import Vault
+
+NAME_SERVER_TTL = 3600
 
 
 def bump(connection: Connection, host_id: str) -> None:
-    """The host's document changed: give it the next generation."""
-    connection.execute(update(hosts).where(hosts.c.id == host_id).values(generation=hosts.c.generation + 1))
+    """The host's document changed: give it the next generation. Where there are aliases, every host's did: they may follow
+    what changed."""
+    aliases = select(domain_entries.c.id).where(domain_entries.c.alias != "").exists()
+    connection.execute(update(hosts).where(or_(hosts.c.id == host_id, aliases)).values(generation=hosts.c.generation + 1))
 
 
-def compile(connection: Connection, host_id: str) -> HostDocument:
-    """The desired document of ``host_id`` at its current generation."""
+def bump_zones(connection: Connection) -> None:
+    """A zone changed: every host that answers for zones, which all do, gets its next generation."""
+    connection.execute(update(hosts).values(generation=hosts.c.generation + 1))
+
+
+def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
+    """The desired document of ``host_id`` at its current generation; ``vault`` opens the zones' signing keys."""
     generation = connection.execute(select(hosts.c.generation).where(hosts.c.id == host_id)).scalar_one()
     tenants = {row.id: row.tenant for row in connection.execute(select(accounts.c.id, accounts.c.tenant))}
     rules: dict[str, list[FirewallRule]] = {}
@@ -59,7 +84,8 @@ def compile(connection: Connection, host_id: str) -> HostDocument:
             Snapshot(id=row["id"], role=row["role"], guest=row["guest_id"],
                      volumes=msgspec.convert(row["volumes"], tuple[Volume, ...]))
             for row in connection.execute(select(snapshots).where(snapshots.c.host_id == host_id).order_by(snapshots.c.id))
-            .mappings()))
+            .mappings()),
+        zones=tuple(zones(connection, vault)))
 
 
 def system_volume(guest: RowMapping) -> Volume:
@@ -74,3 +100,40 @@ def disk_volume(disk: RowMapping) -> Volume:
 
 def _origin(row: RowMapping) -> Origin | None:
     return msgspec.convert(row["origin"], Origin | None)
+
+
+def zones(connection: Connection, vault: Vault) -> Iterator[Zone]:
+    """Every zone that name servers shall answer for or let go, by name; aliases are what they point at now."""
+    entries: dict[str, dict[tuple[str, str], tuple[int, list[str]]]] = {}
+    addresses = _addresses(connection)
+    owners = {row.id: row.account_id for row in connection.execute(select(domains.c.id, domains.c.account_id))}
+    columns = (domain_entries.c.domain_id, domain_entries.c.name, domain_entries.c.type, domain_entries.c.ttl,
+               domain_entries.c.record, domain_entries.c.alias)
+    for domain, name, kind, ttl, record, alias in connection.execute(select(*columns)):
+        records = [record] if not alias else addresses.get((owners[domain], alias, kind), [])
+        if records:
+            entries.setdefault(domain, {}).setdefault((name, kind), (ttl, []))[1].extend(records)
+    for row in connection.execute(select(domains).order_by(domains.c.name)):
+        apex = row.name + "."
+        servers = tuple(f"{name}." for name in row.name_servers)
+        sets = [RecordSet(name=name + ".", type=kind, ttl=ttl, records=tuple(sorted(records)))
+                for (name, kind), (ttl, records) in sorted(entries.get(row.id, {}).items())]
+        yield Zone(
+            id=row.id, name=apex, role=row.role, serial=row.serial, primary=servers[0], hostmaster=f"hostmaster.{apex}",
+            record_sets=() if row.role == "gone" else (
+                RecordSet(name=apex, type="NS", ttl=NAME_SERVER_TTL, records=tuple(sorted(servers))), *sets),
+            signing_key=vault.open(row.signing_sealed, f"zone:{row.id}") if row.signing_sealed else "")
+
+
+def _addresses(connection: Connection) -> dict[tuple[str, str, str], list[str]]:
+    """What an alias may point at, by account, name and type of record: public addresses of instances, and static IPs."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for row in connection.execute(
+            select(instances.c.account_id, instances.c.name, guests.c.public_ipv4, guests.c.public_ipv6)
+            .join(guests, guests.c.instance_id == instances.c.id)):
+        found[row.account_id, row.name, "A"] = [row.public_ipv4]
+        if row.public_ipv6:
+            found[row.account_id, row.name, "AAAA"] = [row.public_ipv6]
+    for row in connection.execute(select(static_ips)):
+        found[row.account_id, row.name, "A"] = [row.ipv4]
+    return found

@@ -16,7 +16,8 @@ from skysail.hosts import desired
 from skysail.hosts.client import AgentClient
 from skysail.kit.clock import Clock
 from skysail.store.database import Database
-from skysail.store.schema import disks, guests, hosts, images, snapshots
+from skysail.store.schema import disks, domains, guests, hosts, images, snapshots, zone_reports
+from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 0.5
@@ -28,12 +29,13 @@ _OBSERVED = (guests.c.id, guests.c.observed_state, guests.c.observed_starts, gue
 class Watch:
     """Keeps host ``host_id`` and its rows together. ``observed`` is called after each report that was written."""
 
-    def __init__(self, host_id: str, client: AgentClient, database: Database, clock: Clock,
+    def __init__(self, host_id: str, client: AgentClient, database: Database, clock: Clock, vault: Vault,
                  observed: Callable[[], None]) -> None:
         self._host_id = host_id
         self._client = client
         self._database = database
         self._clock = clock
+        self._vault = vault
         self._observed = observed
         self._changed = asyncio.Event()
         self._changed.set()
@@ -82,7 +84,7 @@ class Watch:
         with self._database.transaction(write=False) as connection:
             generation = connection.execute(
                 select(hosts.c.generation).where(hosts.c.id == self._host_id)).scalar_one()
-            return desired.compile(connection, self._host_id) if generation > sent else None
+            return desired.compile(connection, self._host_id, self._vault) if generation > sent else None
 
     def _overtake(self) -> None:
         # After a restored database our generation may be behind the agent's; the rows are the truth, so move ahead.
@@ -142,6 +144,7 @@ def write_report(connection: Connection, host_id: str, report: HostReport, now: 
         connection.execute(insert(images).values(
             host_id=host_id, digest=digest, blueprint=image.blueprint, name=image.name, user=image.user,
             version=image.version, size_gib=image.size_gib))
+    _write_zones(connection, host_id, report)
 
 
 def _write(connection: Connection, table: Table, identifier: str, values: dict[str, object]) -> None:
@@ -149,3 +152,21 @@ def _write(connection: Connection, table: Table, identifier: str, values: dict[s
     row = connection.execute(select(table).where(table.c.id == identifier)).mappings().first()
     if row is not None and any(row[name] != value for name, value in values.items()):
         connection.execute(update(table).where(table.c.id == identifier).values(**values))
+
+
+def _write_zones(connection: Connection, host_id: str, report: HostReport) -> None:
+    """Only what changed is written: a report comes with every guest's news, and zones may be many."""
+    held = {row["domain_id"]: row for row in connection.execute(
+        select(zone_reports).where(zone_reports.c.host_id == host_id)).mappings()}
+    known = set(connection.execute(select(domains.c.id)).scalars()) if report.zones or held else set()
+    for zone in report.zones:
+        values = {"state": zone.state, "serial": zone.serial, "ds": list(zone.ds), "reason": zone.reason}
+        row = held.get(zone.id)
+        if row is None and zone.id in known:
+            connection.execute(insert(zone_reports).values(host_id=host_id, domain_id=zone.id, **values))
+        elif row is not None and any(row[name] != value for name, value in values.items()):
+            connection.execute(update(zone_reports).where(
+                zone_reports.c.host_id == host_id, zone_reports.c.domain_id == zone.id).values(**values))
+    for identifier in held.keys() - known:
+        connection.execute(delete(zone_reports).where(
+            zone_reports.c.host_id == host_id, zone_reports.c.domain_id == identifier))

@@ -14,6 +14,7 @@ import msgspec
 
 from skysail.hypervisor import qemu
 from skysail.hypervisor.process import PROGRAM
+from skysail.kit import durable
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import run
 
@@ -80,7 +81,5 @@ def probe(cache: Path) -> Verdict:
             raise SkysailError(f"QEMU runs no guest here: {emulated}", "reinstall qemu-system-x86")
     found = Verdict(accelerator="tcg" if seen else "kvm", seen=seen or "a tiny 64-bit guest ran", facts=facts)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    half = cache.with_suffix(".new")
-    half.write_bytes(msgspec.json.encode(found))
-    half.replace(cache)
+    durable.replace(cache, msgspec.json.encode(found), 0o644)
     return found

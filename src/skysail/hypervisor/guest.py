@@ -26,7 +26,7 @@ from skysail.hypervisor import confinement, disks, freezing, personality, proces
 from skysail.hypervisor.personality import Identity, Surroundings
 from skysail.hypervisor.process import Pid
 from skysail.hypervisor.qmp import Channel, Gone, Monitor, Refused, ask
-from skysail.hypervisor.template import Template, Templates
+from skysail.hypervisor.template import Image, Template, Templates
 from skysail.kit import durable
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread
@@ -46,14 +46,6 @@ STATES: Mapping[str, GuestState] = {
 
 MakeVolume = Callable[[Volume, Path | None, int, int], Awaitable[Path]]
 OpenPort = Callable[[Port], Awaitable[int]]
-
-
-class Image(msgspec.Struct, frozen=True, kw_only=True):
-    """An image on this host: its file, and whether guests made of it carry our agents."""
-
-    digest: str
-    path: Path
-    ours: bool
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):

@@ -101,6 +101,10 @@ if grep -q '^Include /etc/ssh/sshd_config.d/' /etc/ssh/sshd_config; then
 else
     sed -i "1i $line" /etc/ssh/sshd_config
 fi
+# An image without a resolver of its own has nobody who would write down the servers that the network configuration names.
+if [ ! -L /etc/resolv.conf ] && ! grep -qs '^nameserver' /etc/resolv.conf; then
+    printf '%%b' '%s' > /etc/resolv.conf
+fi
 if command -v restorecon >/dev/null; then restorecon -R /etc/ssh; fi
 echo "$INSTANCE_ID" > $mark
 """
@@ -122,7 +126,8 @@ def seed(guest: Guest, identity: Identity, around: Surroundings) -> dict[str, st
         "user": {"name": person.user},
     }
     vendor = MIMEMultipart()
-    vendor.attach(MIMEText(_BOOTHOOK % "\n".join(person.trusted_user_ca), "cloud-boothook"))
+    servers = "".join(f"nameserver {address}\\n" for address in around.resolvers)
+    vendor.attach(MIMEText(_BOOTHOOK % ("\n".join(person.trusted_user_ca), servers), "cloud-boothook"))
     vendor.attach(MIMEText(json.dumps(settings), "cloud-config"))
     addresses = [f"{guest.port.private_ipv4}/{around.prefix}"]
     routes: list[dict[str, Any]] = [{"to": "0.0.0.0/0", "via": around.gateway}]

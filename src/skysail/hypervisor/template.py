@@ -23,7 +23,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import msgspec
 
@@ -32,9 +32,6 @@ from skysail.hypervisor.qmp import Channel, Gone, Monitor, Refused, ask
 from skysail.kit import durable
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread, run_async
-
-if TYPE_CHECKING:
-    from skysail.hypervisor.guest import Image
 
 log = logging.getLogger(__name__)
 BOOT_SECONDS = 300.0
@@ -46,6 +43,14 @@ SAVE_BYTES_PER_SECOND = 1 << 40
 Way = Literal["mapped", "private"]
 # The state has to carry everything but the memory, which is in its own shared file.
 CAPABILITIES = {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
+
+
+class Image(msgspec.Struct, frozen=True, kw_only=True):
+    """An image on this host: its file, and whether guests made of it carry our agents."""
+
+    digest: str
+    path: Path
+    ours: bool
 
 
 class Template(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from skysail.kit import durable
 from skysail.kit.errors import SkysailError
 
 
@@ -94,10 +95,10 @@ class Library:
             draft.write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
             qcow2.chmod(0o444)
             for path in (draft, qcow2):
-                _sync(path)
+                durable.sync(path)
             draft.replace(target.with_suffix(".json"))
             qcow2.replace(target)
-            _sync(self.directory)
+            durable.sync(self.directory)
         return target
 
     @contextlib.contextmanager
@@ -123,14 +124,6 @@ def _lock(folder: Path, how: int) -> Iterator[bool]:
             yield False
             return
         yield True
-    finally:
-        os.close(descriptor)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

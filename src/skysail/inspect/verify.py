@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import httpx
 import msgspec
 from cryptography.exceptions import InvalidTag
 from sqlalchemy import Connection, RowMapping, select
 
-from skysail.contract.document import HostDocument
-from skysail.contract.report import Inventory
+from skysail.contract.document import HostDocument, Zone
+from skysail.contract.report import HeldZone, Inventory
+from skysail.dns.sim import SIMULATED
 from skysail.hosts import desired
 from skysail.images.library import Library, file_digest
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
 from skysail.resources import catalog
+from skysail.resources.names import GLOBAL
 from skysail.store import migrations
 from skysail.store.database import Database
 from skysail.store.schema import (
     access_keys,
     accounts,
     authorities,
+    domain_entries,
+    domains,
     guests,
     hosts,
     instances,
@@ -107,6 +111,11 @@ def _names(connection: Connection) -> Iterator[Difference]:
             real[key] = row.id
             if held.get(key) != row.id:
                 yield Difference(subject=f"{kind} {row.name}", saw="its name is not registered", wanted="a row in names")
+    for row in connection.execute(select(domains).where(domains.c.role == "serve")):
+        key = (row.account_id, GLOBAL, row.name)
+        real[key] = row.id
+        if held.get(key) != row.id:
+            yield Difference(subject=f"Domain {row.name}", saw="its name is not registered", wanted="a row in names")
     for key in held.keys() - real.keys():
         yield Difference(subject=f"name {key[2]}", saw="taken, but nothing has it", wanted="a free name")
 
@@ -157,8 +166,10 @@ def _addresses(connection: Connection) -> Iterator[Difference]:
 def _owners(connection: Connection) -> Iterator[Difference]:
     """What belongs to a resource goes with it."""
     known = set(connection.execute(select(instances.c.id)).scalars()) | set(
-        connection.execute(select(key_pairs.c.id)).scalars())
-    for table, column in ((tags, tags.c.resource_id), (ports, ports.c.instance_id)):
+        connection.execute(select(key_pairs.c.id)).scalars()) | set(
+        connection.execute(select(domains.c.id).where(domains.c.role == "serve")).scalars())
+    for table, column in ((tags, tags.c.resource_id), (ports, ports.c.instance_id),
+                          (domain_entries, domain_entries.c.domain_id)):
         for owner in set(connection.execute(select(column)).scalars()) - known:
             yield Difference(subject=f"{table.name} of {owner}", saw="their resource is gone", wanted="none")
 
@@ -185,6 +196,8 @@ def _secrets(connection: Connection, vault: Vault) -> Iterator[Difference]:
                for row in connection.execute(select(authorities))]
     sealed += [(f"key pair {row.name}", row.private_sealed, f"default-key:{row.account_id}:{row.region}")
                for row in connection.execute(select(key_pairs).where(key_pairs.c.private_sealed.is_not(None)))]
+    sealed += [(f"zone key of {row.name}", row.signing_sealed, f"zone:{row.id}")
+               for row in connection.execute(select(domains).where(domains.c.signing_sealed.is_not(None)))]
     for subject, secret, purpose in sealed:
         try:
             vault.open(secret, purpose)
@@ -197,7 +210,11 @@ def _secrets(connection: Connection, vault: Vault) -> Iterator[Difference]:
 def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[Difference]:
     """The rows of one host against the machine."""
     subject = f"host {host['id']}"
-    document = desired.compile(connection, host["id"])
+    try:
+        document = desired.compile(connection, host["id"], Vault.at(config.master_key))
+    except InvalidTag:  # a zone's key, of which the secrets' look has told
+        yield Difference(subject=subject, saw="no document can be made for it", wanted="secrets that open")
+        return
     try:
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(config.agent_socket)), base_url="http://agent",
                           timeout=30) as agent:
@@ -227,6 +244,37 @@ def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[
                              wanted=f"the role {guest.role}")
     for stray in there.strays:
         yield Difference(subject=subject, saw=stray, wanted="only what the rows know")
+    signers = {row.name + ".": row.ds for row in connection.execute(select(domains))}
+    yield from _zones(document.zones, there.zones, signers)
+
+
+def _zones(wanted: Sequence[Zone], held: Sequence[HeldZone], signers: Mapping[str, str]) -> Iterator[Difference]:
+    """The zones that the rows say against those that the name server has."""
+    there = {zone.name: zone for zone in held}
+    for zone in wanted:
+        found = there.pop(zone.name, None)
+        if zone.role == "gone":
+            continue
+        subject = f"zone {zone.name}"
+        if found is None:
+            yield Difference(subject=subject, saw="its host's name server does not have it", wanted="a zone")
+            continue
+        if found.serial < zone.serial:
+            yield Difference(subject=subject, saw=f"serial {found.serial}", wanted=f"serial {zone.serial} or more")
+        sets = {(one.name, one.type): one for one in zone.record_sets}
+        for one in found.record_sets:
+            other = sets.pop((one.name, one.type), None)
+            if one != other:
+                yield Difference(subject=f"{subject}, {one.type} {one.name}", saw=f"{one.ttl} {', '.join(one.records)[:200]}",
+                                 wanted=f"{other.ttl} {', '.join(other.records)[:200]}" if other else "no such record")
+        for name, kind in sets:
+            yield Difference(subject=f"{subject}, {kind} {name}", saw="not there", wanted="the records that the rows say")
+        signer = signers.get(zone.name, "")
+        if bool(signer) != bool(found.ds) or (signer not in found.ds and found.ds not in ((), SIMULATED)):
+            yield Difference(subject=subject, saw=f"keys with the DS records {', '.join(found.ds) or 'none'}",
+                             wanted=f"{signer or 'no key'}")
+    for name in sorted(there):
+        yield Difference(subject=f"zone {name}", saw="served, but no row knows it", wanted="none")
 
 
 def _images(config: Config) -> Iterator[Difference]:

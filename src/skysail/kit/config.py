@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ import msgspec
 
 from skysail.kit.errors import SkysailError
 
+_HOST_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 # How many user ids guests may take, from ``guest_uid_base`` on.
 GUEST_UIDS = 60_000
 
@@ -24,6 +26,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     IPv4 address over stop and start, or gets another one at each start, as on Lightsail. Each guest has one address of the
     IPv6 prefix ``public_ipv6``: a unique local one (RFC 4193) leaves the machine masqueraded, '' gives none.
     ``template_memory`` is how clones come to their template's memory (see ``hypervisor/template.py``).
+    ``dns_listen`` and ``dns_port`` say where the name server answers, ``dns_api_port`` where its REST API does on the
+    loopback address; ``name_servers`` are the host names that domains are delegated to.
     """
 
     data: str = "/var/lib/skysail"
@@ -47,6 +51,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     guest_uid_base: int = 200_000
     engines: Literal["real", "sim"] = "real"
     template_memory: Literal["auto", "mapped", "private"] = "auto"
+    dns: Literal["powerdns", "sim"] | None = None
+    dns_listen: str = "127.0.0.1"
+    dns_port: int = 5300
+    dns_api_port: int = 5301
+    dns_user: str = "skysail-dns"
+    name_servers: tuple[str, ...] = ("ns1.skysail.internal", "ns2.skysail.internal")
+
+    def __post_init__(self) -> None:
+        if not self.name_servers or not all(_HOST_NAME.fullmatch(name) and len(name) <= 253 for name in self.name_servers):
+            raise ValueError("name_servers takes host names such as ns1.example.com, in lower case, without a final dot")
 
     @property
     def root(self) -> Path:
@@ -56,6 +70,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def secure(self) -> bool:
         """Whether the API speaks TLS."""
         return self.tls if self.tls is not None else not (self.listen == "localhost" or _is_loopback(self.listen))
+
+    @property
+    def powerdns(self) -> bool:
+        """Whether a PowerDNS answers for the domains, or a simulation."""
+        return (self.dns or ("sim" if self.engines == "sim" else "powerdns")) == "powerdns"
+
+    @property
+    def dns_dir(self) -> Path:
+        return self.root / "dns"
+
+    @property
+    def dns_key_file(self) -> Path:
+        return self.dns_dir / "api.key"
 
     @property
     def certificates(self) -> Path:

@@ -15,11 +15,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Give ``path`` this content: at every moment, also after a power cut, it holds the former content or this one whole."""
+def replace(path: Path, content: bytes, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
+    """Give ``path`` this content, ``mode`` and ``owner`` (uid, gid; else ours): at every moment, also after a power cut, it
+    holds the former content or this one whole, and nobody but its owner ever reads more than its mode lets."""
     half = path.with_name(path.name + ".new")
-    descriptor = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    half.unlink(missing_ok=True)
+    descriptor = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb") as file:
+        if owner is not None:
+            os.fchown(descriptor, *owner)
+        os.fchmod(descriptor, mode)
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from skysail.kit.errors import ProcessFailed
+from skysail.kit.errors import ProcessFailed, SkysailError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -65,3 +66,9 @@ def started_at(pid: int) -> int | None:
 def machine_boot() -> str:
     """The id of the machine's present boot (proc(5), /proc/sys/kernel/random/boot_id)."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def require_root() -> None:
+    """Raises :class:`SkysailError` for anyone but root."""
+    if os.geteuid() != 0:
+        raise SkysailError("this needs root: it makes namespaces, cgroups and guests", cure="run with sudo")

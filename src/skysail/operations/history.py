@@ -54,7 +54,8 @@ def shape(row: RowMapping) -> dict[str, Any]:
         "id": row["id"], "resourceName": row["resource_name"], "resourceType": row["resource_type"],
         "createdAt": row["created_at"],
         "location": {"availabilityZone": row["region"] + row["zone"] if row["zone"] else "all",
-                     "regionName": row["region"]},
+                     # A domain belongs to no region, though it is asked for in one.
+                     "regionName": "global" if row["resource_type"] == "Domain" else row["region"]},
         "isTerminal": row["status"] in ("Succeeded", "Failed", "Completed"),
         "operationDetails": row["details"] or None, "operationType": row["type"], "status": row["status"],
         "statusChangedAt": row["status_changed_at"], "errorCode": row["error_code"],

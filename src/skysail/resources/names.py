@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, delete, insert, select
@@ -20,6 +21,15 @@ SYNTAX = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.\-]{0,253}[A-Za-z0-9])")
 
 # The region's default key pair has this name, also before it is made.
 DEFAULT_KEY_PAIR = "LightsailDefaultKeyPair"
+
+
+# Domains belong to no region, and share no names with what does.
+GLOBAL = "global"
+
+
+def everywhere(request: Request) -> Request:
+    """The same call, where resources without a region have their names."""
+    return replace(request, region=GLOBAL)
 
 
 def claim(connection: Connection, request: Request, name: str, resource_type: str, resource_id: str) -> None:

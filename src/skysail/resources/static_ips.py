@@ -89,6 +89,7 @@ class StaticIps:
                                 "Detach it before you release it.")
         connection.execute(delete(static_ips).where(static_ips.c.id == row["id"]))
         names.release(connection, row["account_id"], row["region"], row["name"])
+        desired.bump_zones(connection)  # an alias of it names nothing now
         return {"operations": [self._record(connection, request, row)]}
 
     def get(self, connection: Connection, request: Request) -> dict[str, Any]:

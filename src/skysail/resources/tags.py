@@ -68,7 +68,8 @@ class Tags:
         return self._done(connection, request, resource)
 
     def _resource(self, connection: Connection, request: Request) -> RowMapping:
-        found = names.find(connection, request, request.params["resourceName"])
+        found = names.find(connection, request, request.params["resourceName"]) or names.find(
+            connection, names.everywhere(request), request.params["resourceName"])
         if found is None:
             raise not_found(f"The resource does not exist: {request.params['resourceName']}")
         return found

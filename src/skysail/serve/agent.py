@@ -20,12 +20,15 @@ from skysail.agent.keeper import Keeper
 from skysail.agent.ledger import Ledger
 from skysail.agent.traffic import Traffic
 from skysail.contract.report import HostReport, ImageReport
+from skysail.dns import Zones
+from skysail.dns.powerdns import PowerDns
+from skysail.dns.sim import SimZones
 from skysail.hypervisor.accelerator import probe
 from skysail.hypervisor.engine import Qemu
-from skysail.hypervisor.guest import Image, Workshop
+from skysail.hypervisor.guest import Workshop
 from skysail.hypervisor.personality import Surroundings
 from skysail.hypervisor.sim import SimHypervisor
-from skysail.hypervisor.template import Templates
+from skysail.hypervisor.template import Image, Templates
 from skysail.images.library import Library
 from skysail.kit.config import Config, load
 from skysail.kit.errors import SkysailError
@@ -50,7 +53,7 @@ def build(config: Config) -> Keeper:
     if config.engines == "sim":
         volumes, shelf = SimPool(), SimShelf()
         return Keeper(_SIM, SimHypervisor(volumes.ensure, shelf), volumes, shelf, SimFabric(), lambda: [_SIM_IMAGE], ledger,
-                      traffic)
+                      traffic, name_server(config))
     library = Library(config.images_dir)
     for folder in (config.images_dir, config.templates_dir, config.guests_dir, config.volumes_dir,
                    config.snapshots_dir):
@@ -63,7 +66,12 @@ def build(config: Config) -> Keeper:
         make_volume=pool.ensure, drop_volume=pool.remove, volumes=pool.observe, open_port=fabric.open_port,
         give_volume=pool.give, shelf=snapshots, around=surroundings(config))
     return Keeper(capacity(config, accelerator), Qemu(workshop, config.guest_uid_base), pool, snapshots, fabric,
-                  lambda: _reports(library), ledger, traffic)
+                  lambda: _reports(library), ledger, traffic, name_server(config))
+
+
+def name_server(config: Config) -> Zones:
+    """The engine that the configuration names."""
+    return PowerDns(config.dns_api_port, config.dns_key_file) if config.powerdns else SimZones()
 
 
 def capacity(config: Config, accelerator: str) -> HostReport:

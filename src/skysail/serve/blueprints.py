@@ -6,14 +6,22 @@ import datetime
 from collections.abc import Callable
 from typing import Any
 
+import httpx
+
 from skysail.hypervisor import template
 from skysail.images import foreign
 from skysail.images.build import build as build_image
+from skysail.images.build import fingerprint
 from skysail.images.library import Library
 from skysail.images.recipe import RECIPES
+from skysail.kit import process
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
-from skysail.serve import up as machine
+from skysail.resources.catalog import BUNDLES
+from skysail.serve import programs
+
+# What the first instance is: it is built and templated by `up`, so that there is something to launch.
+FIRST_BLUEPRINT, FIRST_BUNDLE = "debian_12", "nano_3_0"
 
 
 def held(config: Config) -> list[dict[str, Any]]:
@@ -48,7 +56,7 @@ def build(config: Config, blueprint: str, progress: Callable[[str], None]) -> No
     recipe = RECIPES.get(blueprint)
     if recipe is None:
         raise SkysailError(f"there is no recipe for {blueprint}", cure=f"one of: {', '.join(sorted(RECIPES))}")
-    machine.require_root()
+    process.require_root()
     made = build_image(recipe, Library(config.images_dir), progress)
     _announce(config, made.digest, blueprint, progress)
 
@@ -56,12 +64,43 @@ def build(config: Config, blueprint: str, progress: Callable[[str], None]) -> No
 def bring_in(config: Config, origin: foreign.Origin, blueprint: foreign.Blueprint, progress: Callable[[str], None],
              detail: Callable[[str], None]) -> None:
     """Make a blueprint of the foreign image at ``origin``. Raises :class:`SkysailError` when it is not to be trusted."""
-    machine.require_root()
+    process.require_root()
     made = foreign.take_in(origin, blueprint, Library(config.images_dir), config.importer_uid, progress, detail)
     _announce(config, made.digest, blueprint.id, progress)
 
 
 def _announce(config: Config, digest: str, blueprint: str, progress: Callable[[str], None]) -> None:
     """A running cloud offers the image at once; another one will when it comes up."""
-    if machine.healthy(config, "agent"):
-        machine.prepare(config, digest, f"making {blueprint} ready to launch", progress)
+    if programs.healthy(config, "agent"):
+        prepare(config, digest, f"making {blueprint} ready to launch", progress)
+
+
+def ensure_first(config: Config, progress: Callable[[str], None]) -> None:
+    """Build the default blueprint's image when the library holds none that this program would build."""
+    there = Library(config.images_dir).latest(FIRST_BLUEPRINT) if config.engines == "real" else None
+    if config.engines != "real" or (there is not None and there.recipe == fingerprint(RECIPES[FIRST_BLUEPRINT])):
+        return
+    progress(f"images: building {FIRST_BLUEPRINT} from Debian packages (one to three minutes, once)")
+    build(config, FIRST_BLUEPRINT, progress)
+
+
+def ensure_first_template(config: Config, progress: Callable[[str], None]) -> None:
+    """Let the agent make the template that a first launch clones. Raises :class:`SkysailError` with the agent's words."""
+    image = Library(config.images_dir).latest(FIRST_BLUEPRINT) if config.engines == "real" else None
+    if image is None or not image.recipe:
+        return
+    prepare(config, image.digest, f"template: {FIRST_BLUEPRINT} is booted once, every launch is a clone of it", progress)
+
+
+def prepare(config: Config, image: str, text: str, progress: Callable[[str], None]) -> None:
+    """Let the agent look at its images and make the template of ``image`` for the first bundle's size.
+
+    Raises :class:`SkysailError` with the agent's words.
+    """
+    progress(text)
+    vcpus = BUNDLES[FIRST_BUNDLE]["cpuCount"]
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(config.agent_socket)), timeout=600) as client:
+        answer = client.post("http://agent/prepare", params={"image": image, "vcpus": vcpus})
+    if answer.status_code != 204:
+        what, _, cure = answer.text.partition("\n")
+        raise SkysailError(f"the template could not be made: {what}", cure=cure)

@@ -11,10 +11,8 @@ import contextlib
 import gc
 import json
 import logging
-import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -27,13 +25,15 @@ from skysail.api.tls import Certificates
 from skysail.api.wire import Wire
 from skysail.hosts.client import AgentClient
 from skysail.hosts.watch import Watch
+from skysail.kit import durable
 from skysail.kit.clock import Clock, SystemClock
 from skysail.kit.config import Config, load
 from skysail.operations.engine import Engine
-from skysail.resources import accounts, disks, lifecycle, snapshot_rows
+from skysail.resources import accounts, disks, domains, lifecycle, snapshot_rows
 from skysail.resources.access import Access
 from skysail.resources.catalog import Catalog
 from skysail.resources.disk_snapshots import DiskSnapshots
+from skysail.resources.domains import Domains
 from skysail.resources.instance_snapshots import InstanceSnapshots
 from skysail.resources.instances import Instances
 from skysail.resources.key_pairs import KeyPairs
@@ -72,8 +72,9 @@ def initialise(config: Config, clock: Clock | None = None) -> dict[str, str]:
                 account = accounts.find_account(connection, "admin") or accounts.create_account(
                     connection, "admin", clock.now())
                 key, secret = accounts.create_access_key(connection, vault, account, clock.now())
-                _write_private(str(credentials), {"access_key_id": key, "secret_access_key": secret,
-                                                  "account_id": account, "region": config.default_region})
+                durable.replace(credentials, json.dumps({
+                    "access_key_id": key, "secret_access_key": secret, "account_id": account,
+                    "region": config.default_region}).encode())
     finally:
         database.close()
     found: dict[str, str] = json.loads(credentials.read_text())
@@ -87,22 +88,14 @@ def served_names(config: Config) -> list[str]:
     return list(dict.fromkeys((*config.tls_names, *own, "localhost", "127.0.0.1", "::1")))
 
 
-def _write_private(path: str, content: dict[str, str]) -> None:
-    descriptor = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(path + ".new").replace(path)
-
-
 def action_table(config: Config, clock: Clock,
                  vault: Vault) -> dict[str, Callable[[Connection, Request], dict[str, Any]]]:
     """Every action that is offered."""
     instances = Instances(config, clock, vault)
     nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), instances, InstanceSnapshots(clock, instances),
              disks.Disks(config, clock), DiskSnapshots(clock),
-             PublicPorts(clock), StaticIps(config, clock), Access(clock, vault), Tags(clock), OperationLog())
+             PublicPorts(clock), StaticIps(config, clock), Access(clock, vault), Tags(clock), Domains(config, clock),
+             OperationLog())
     return {name: action for noun in nouns for name, action in noun.actions().items()}
 
 
@@ -113,7 +106,10 @@ def build(config: Config, clock: Clock | None = None,
     vault = Vault.at(config.master_key)
     database = Database(config.database)
     database.migrate()
+    with database.transaction() as connection:
+        domains.delegate(connection, config.name_servers, clock.now())
     watches: list[Watch] = []
+    generations: list[Any] = []
     loop_of: list[asyncio.AbstractEventLoop] = []
 
     def touched() -> None:
@@ -122,9 +118,16 @@ def build(config: Config, clock: Clock | None = None,
 
     engine = Engine(database, lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS, clock, touched)
 
-    def follow() -> int:
+    def follow() -> bool:
+        """Whether some document changed: by following, or by the operator's tools, which write rows beside this process."""
         with database.transaction() as connection:
-            return lifecycle.follow(connection, clock.now()) + snapshot_rows.sweep(connection)
+            lifecycle.follow(connection, clock.now())
+            snapshot_rows.sweep(connection)
+            domains.follow(connection)
+            now = connection.execute(select(hosts.c.id, hosts.c.generation)).all()
+        changed = now != generations
+        generations[:] = now
+        return changed
 
     def observed() -> None:
         engine.wake()
@@ -150,7 +153,7 @@ def build(config: Config, clock: Clock | None = None,
         with database.transaction(write=False) as connection:
             rows = connection.execute(select(hosts)).all()
         for row in rows:
-            watches.append(Watch(row.id, client(row.address), database, clock, observed))
+            watches.append(Watch(row.id, client(row.address), database, clock, vault, observed))
         tasks = [asyncio.create_task(watch.run()) for watch in watches]
         tasks += [asyncio.create_task(engine.run()), asyncio.create_task(follow_guests())]
         try:

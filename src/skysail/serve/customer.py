@@ -15,7 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
-from skysail.serve import endpoint, up
+from skysail.serve import endpoint, programs
 
 
 def call(config: Config, action: str, **parameters: Any) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def launch(config: Config, name: str, blueprint: str, bundle: str, wait_seconds:
         operation = call(config, "get_operation", operationId=made["id"])["operation"]
         if operation["status"] == "Failed":
             raise SkysailError(f"{name} could not be launched: {operation.get('errorDetails', 'no reason given')}",
-                               cure=f"see {up.agent_log(config)}")
+                               cure=f"see {programs.agent_log(config)}")
         if operation["status"] == "Succeeded":
             instance: dict[str, Any] = call(config, "get_instance", instanceName=name)["instance"]
             return instance

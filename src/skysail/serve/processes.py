@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from skysail.hypervisor.confinement import holders
+from skysail.kit import durable
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import machine_boot, started_at
@@ -69,9 +70,7 @@ def start(config: Config, name: str, argv: Sequence[str], *, env: Mapping[str, s
     if started is None:
         raise SkysailError(f"{name} ended at once", cure=f"read {log}")
     record = Record(pid=child.pid, started=started, boot=machine_boot(), digest=digest)
-    partial = record_path(config, name).with_suffix(".partial")
-    partial.write_bytes(msgspec.json.encode(record))
-    partial.replace(record_path(config, name))
+    durable.replace(record_path(config, name), msgspec.json.encode(record))
     return record
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
-from skysail.serve import customer, endpoint, processes
+from skysail.serve import blueprints, customer, endpoint, processes
 from skysail.serve import up as machine
 
 FIRST = "first"
@@ -17,7 +17,7 @@ def up(config: Config, progress: machine.Progress, first_instance: bool = True) 
     machine.up(config, progress)
     if first_instance and not customer.instances(config):
         progress("first instance: launching")
-        customer.launch(config, FIRST, "debian_12", "nano_3_0", wait_seconds=600)
+        customer.launch(config, FIRST, blueprints.FIRST_BLUEPRINT, blueprints.FIRST_BUNDLE, wait_seconds=600)
         progress("first instance: logging in")
         if not processes.wait_until(lambda: customer.ssh(config, FIRST, ["true"]) == 0, 60, pause_seconds=1):
             raise SkysailError(f"instance {FIRST} runs, but no login succeeded",

@@ -9,7 +9,17 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection
 
-from skysail.store.schema import disks, guests, metadata, operations, snapshots, static_ips
+from skysail.store.schema import (
+    disks,
+    domain_entries,
+    domains,
+    guests,
+    metadata,
+    operations,
+    snapshots,
+    static_ips,
+    zone_reports,
+)
 
 
 def _foundation(connection: Connection) -> None:
@@ -33,6 +43,10 @@ def _static_ips(connection: Connection) -> None:
     static_ips.create(connection, checkfirst=True)
 
 
+def _domains(connection: Connection) -> None:
+    metadata.create_all(connection, tables=[domains, domain_entries, zone_reports], checkfirst=True)
+
+
 def _disks_and_snapshots(connection: Connection) -> None:
     for table in (disks, snapshots):
         table.create(connection, checkfirst=True)
@@ -43,7 +57,7 @@ def _disks_and_snapshots(connection: Connection) -> None:
 
 
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
-    _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _disks_and_snapshots)
+    _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _disks_and_snapshots)
 
 
 def upgrade(connection: Connection) -> int:

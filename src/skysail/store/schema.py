@@ -235,6 +235,47 @@ snapshots = Table(
     Index("ix_snapshots_listing", "account_id", "region", "kind", "name"),
 )
 
+# A domain is what the customer owns, and the zone that name servers answer for. A deleted one keeps its row, with the role
+# ``gone``, until its hosts let go of the zone. Names are absolute without the final dot. ``ds`` belongs to the sealed key.
+domains = Table(
+    "domains", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("name", String(255), nullable=False, unique=True),
+    Column("role", String(8), nullable=False, default="serve"),
+    Column("serial", Integer, nullable=False),
+    Column("name_servers", JSON, nullable=False),
+    Column("signing_sealed", LargeBinary),
+    Column("ds", String, nullable=False, default=""),
+    Column("created_at", Float, nullable=False),
+    Index("ix_domains_listing", "account_id", "role", "name"),
+)
+
+# ``target`` is what the customer wrote, ``record`` what it means to a name server; an alias has the name of a resource
+# in ``alias`` and no record of its own.
+domain_entries = Table(
+    "domain_entries", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("domain_id", ForeignKey("domains.id"), nullable=False),
+    Column("name", String(255), nullable=False),
+    Column("type", String(8), nullable=False),
+    Column("target", String, nullable=False),
+    Column("record", String, nullable=False, default=""),
+    Column("alias", String(255), nullable=False, default=""),
+    Column("ttl", Integer, nullable=False),
+    Index("ix_domain_entries_listing", "domain_id", "name", "type"),
+)
+
+zone_reports = Table(
+    "zone_reports", metadata,
+    Column("host_id", ForeignKey("hosts.id"), primary_key=True),
+    Column("domain_id", String(64), primary_key=True),
+    Column("state", String(16), nullable=False),
+    Column("serial", Integer, nullable=False),
+    Column("ds", JSON, nullable=False),
+    Column("reason", String, nullable=False, default=""),
+)
+
 # The durable record of work. ``status`` is what the customer sees; ``step`` and ``done`` drive the workflow, which may
 # go on after the customer's answer (a deleted instance's guest is torn down behind a terminal operation).
 operations = Table(
