@@ -100,9 +100,15 @@ def _finish(draft: Path, folder: Path, manifest: Manifest, uid: int) -> Manifest
         path = draft / copy.file
         _inspect(path, copy)
         _check(path, uid)
+        if manifest.consistency != "off":
+            # Copied once more: the guest's process may have kept the file open, and nobody shall be able to change this one.
+            own = path.with_suffix(".own")
+            run(["cp", "--reflink=auto", "--sparse=always", str(path), str(own)])
+            own.replace(path)
         os.chown(path, os.geteuid(), os.getegid())
         path.chmod(0o444)
         durable.sync(path)
+        _inspect(path, copy)
         copies.append(msgspec.structs.replace(copy, sha256=_digest(path)))
     whole = msgspec.structs.replace(manifest, copies=tuple(copies))
     durable.replace(draft / MANIFEST, msgspec.json.format(msgspec.json.encode(whole)), 0o444)
