@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from clouds import RealCloud, eventually
-from crashing import guest_of, pid_of, ready, running_tiny_cloud, whole
+from crashing import guest_of, pid_of, running_tiny_cloud, whole
 from skysail.kit.process import run
 from test_disks import create, disk, ended, snapshot, stopped
-from test_instances import launch, state
+from test_instances import state
 
 pytestmark = pytest.mark.real
 
@@ -62,7 +62,8 @@ def test_disks_and_snapshots_of_a_guest_without_an_agent(tiny_cloud: RealCloud) 
 
     made = snapshot(client, "one", "snap")
     told = manifest(tiny_cloud, made["arn"])
-    assert told["consistency"] == "crash" and [copy["volume"] for copy in told["copies"]] == [guest_of(tiny_cloud, "one"), data]
+    assert told["consistency"] == "crash"
+    assert [copy["volume"] for copy in told["copies"]] == [guest_of(tiny_cloud, "one"), data]
     folder = tiny_cloud.config.snapshots_dir / told["id"]
     for copy in told["copies"]:
         path = folder / copy["file"]
@@ -103,27 +104,75 @@ def test_disks_and_snapshots_of_a_guest_without_an_agent(tiny_cloud: RealCloud) 
 
 
 def test_chains_of_copies_do_not_grow(tiny_cloud: RealCloud) -> None:
-    client = tiny(tiny_cloud, "g0")
+    client = tiny(tiny_cloud, "one")
     create(client, "d0")
     pattern(tiny_cloud, volume_of(client, "d0"), 0x77, write=True)
     depths = []
     for number in range(9):
-        ended(client, client.create_disk_snapshot(diskName=f"d{number}", diskSnapshotName=f"s{number}"))
-        found = client.get_disk_snapshot(diskSnapshotName=f"s{number}")["diskSnapshot"]
+        before, after, copy = f"d{number}", f"d{number + 1}", f"s{number}"
+        attached = number > 6  # in a guest that runs, QEMU copies
+        if attached:
+            ended(client, client.attach_disk(diskName=before, instanceName="one", diskPath=f"/dev/xvd{'fgh'[number - 6]}"))
+        ended(client, client.create_disk_snapshot(diskName=before, diskSnapshotName=copy))
+        found = client.get_disk_snapshot(diskSnapshotName=copy)["diskSnapshot"]
         depths.append(len(manifest(tiny_cloud, found["arn"])["copies"][0]["parents"]))
-        ended(client, client.create_disk_from_snapshot(diskName=f"d{number + 1}", diskSnapshotName=f"s{number}", sizeInGb=8,
+        ended(client, client.create_disk_from_snapshot(diskName=after, diskSnapshotName=copy, sizeInGb=8,
                                                        availabilityZone="us-east-1a"))
-        client.delete_disk(diskName=f"d{number}")
-        client.delete_disk_snapshot(diskSnapshotName=f"s{number}")
-        if number % 2:
-            # In a guest that runs: then QEMU copies.
-            ended(client, client.attach_disk(diskName=f"d{number + 1}", instanceName="g0", diskPath="/dev/xvdf"))
-        else:
-            stopped(client, "g0")
-            ended(client, client.start_instance(instanceName="g0"))
-        break_off = number == 8
-        if number % 2 == 0 and number:
-            continue
-        if break_off:
-            break
-    assert max(depths) <= 6, depths
+        if not attached:
+            client.delete_disk(diskName=before)
+        client.delete_disk_snapshot(diskSnapshotName=copy)
+    assert max(depths) == 6 and depths[7] == 0, depths
+    pattern(tiny_cloud, volume_of(client, "d9"), 0x77)
+    # Whatever the last one does not stand on has gone by itself.
+    ended(client, client.delete_instance(instanceName="one"))
+    for name in ("d7", "d8"):
+        client.delete_disk(diskName=name)
+    eventually(lambda: len(list(tiny_cloud.config.snapshots_dir.iterdir())) == 2, what="the files that none needs go")
+    client.delete_disk(diskName="d9")
+    eventually(lambda: not list(tiny_cloud.config.snapshots_dir.iterdir()), what="all files go")
+    whole(tiny_cloud)
+
+
+def test_a_running_server_is_restored_as_another_one(real_cloud: RealCloud, capsys: pytest.CaptureFixture[str]) -> None:
+    client, cloud = real_cloud.client(), real_cloud
+    real_cloud.launch("source")
+    create(client, "data")
+    ended(client, client.attach_disk(diskName="data", instanceName="source", diskPath="/dev/xvdf"))
+    cloud.ssh("source", "sudo udevadm settle && sudo mkfs.ext4 -q /dev/xvdf && sudo mount /dev/xvdf /mnt && "
+              "echo kept | sudo tee /mnt/note && sudo sync")
+    sums = cloud.ssh("source", "dd if=/dev/urandom of=random bs=1M count=16 status=none && sha256sum random && "
+                     "echo owner-key-of-mine >> .ssh/authorized_keys")
+    cloud.ssh("source", "nohup sh -c 'n=0; while :; do n=$((n+1)); echo line $n >> log; sync log; done' >/dev/null 2>&1 &")
+    made = snapshot(client, "source", "snap")
+    told = manifest(cloud, made["arn"])
+    with capsys.disabled():
+        print(f"\nfrozen for {told['frozen_ms']:.0f} ms, agent calls included")
+    assert told["consistency"] == "frozen"
+    lines = int(cloud.ssh("source", "wc -l < log"))
+    eventually(lambda: int(cloud.ssh("source", "wc -l < log")) > lines, what="the writer goes on")
+
+    answer = client.create_instances_from_snapshot(
+        instanceNames=["copy"], bundleId="micro_3_0", availabilityZone="us-east-1a", instanceSnapshotName="snap")
+    for operation in answer["operations"]:
+        cloud.settled(operation["id"], 400)
+    assert cloud.ssh("copy", "sha256sum random") == sums
+    read = cloud.ssh("copy", "cat log").splitlines()
+    assert read and read == [f"line {number + 1}" for number in range(len(read))]
+    who = ("hostname; cat /etc/machine-id /etc/ssh/ssh_host_ed25519_key.pub; ls /etc/ssh/ssh_host_*; "
+           "tail -1 .ssh/authorized_keys")
+    first, second = cloud.ssh("source", who).splitlines(), cloud.ssh("copy", who).splitlines()
+    assert (first[0], second[0]) == ("source", "copy") and first[1] != second[1] and first[2] != second[2]
+    assert first[3:] == second[3:]
+    eventually(lambda: int(cloud.ssh("copy", "df --output=size -BG / | tail -1").strip(" G\n")) > 35, 60, "the disk grows")
+    assert int(cloud.ssh("copy", "awk '/MemTotal/ {print $2}' /proc/meminfo")) > 900_000
+    assert cloud.ssh("copy", "sudo mount /dev/xvdf /mnt && cat /mnt/note").strip() == "kept"
+
+    # The source's own disk moves to the copy while that runs.
+    for operation in client.stop_instance(instanceName="source")["operations"]:
+        cloud.settled(operation["id"])
+    ended(client, client.detach_disk(diskName="data"))
+    ended(client, client.attach_disk(diskName="data", instanceName="copy", diskPath="/dev/xvdg"))
+    assert cloud.ssh("copy", "sudo udevadm settle; sudo mkdir /other; sudo mount -o ro /dev/xvdg /other && "
+                     "cat /other/note").strip() == "kept"
+    cloud.delete("source", "copy")
+    client.delete_instance_snapshot(instanceSnapshotName="snap")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from skysail.hypervisor.qmp import Channel, Gone, Refused
 from skysail.kit.errors import SkysailError
 
+log = logging.getLogger(__name__)
 ANSWER_SECONDS = 5.0
 # A freeze waits for what is being written; a guest that cannot end that in this time is copied as it stands.
 FREEZE_SECONDS = 20.0
@@ -60,7 +62,9 @@ async def frozen(channel: Channel, agent: Path, act: Callable[[], Awaitable[None
     began = time.monotonic()
     try:
         await channel.ask({"execute": "guest-fsfreeze-freeze"}, FREEZE_SECONDS)
+        asked = time.monotonic() - began
         await act()
+        acted = time.monotonic() - began - asked
     finally:
         # Shielded: a caller that is called off in here would leave a server that cannot write.
         thawing = asyncio.ensure_future(_thaw(channel, agent))
@@ -69,7 +73,10 @@ async def frozen(channel: Channel, agent: Path, act: Callable[[], Awaitable[None
         except asyncio.CancelledError:
             await asyncio.wait((thawing,))
             raise
-    return (time.monotonic() - began) * 1000
+    whole = time.monotonic() - began
+    log.info("frozen: %.0f ms until it was, %.0f ms held, %.0f ms until it was thawed", asked * 1000, acted * 1000,
+             (whole - asked - acted) * 1000)
+    return whole * 1000
 
 
 async def _thaw(channel: Channel, agent: Path) -> None:

@@ -134,6 +134,8 @@ class Copying:
 
     async def _frozen(self, guest: QemuGuest, act: Callable[[], Awaitable[None]]) -> float | None:
         """Run ``act`` with the guest's file systems frozen; None, and not run, where the guest cannot do that."""
+        if not await _listens(await guest.monitor()):
+            return None
         channel = await freezing.reach(guest.agent)
         if channel is None:
             return None
@@ -227,6 +229,11 @@ async def _nodes(monitor: Monitor, volumes: tuple[Volume, ...]) -> dict[str, str
     if missing:
         raise SkysailError(f"the guest does not have the disks {missing}")
     return {volume.id: found[volume.id] for volume in volumes}
+
+
+async def _listens(monitor: Monitor) -> bool:
+    """Whether something in the guest has its agent's port open: one that has no agent is not waited for."""
+    return any(one["label"] == "agent" and one["frontend-open"] for one in await monitor.execute("query-chardev"))
 
 
 def _copy(source: Path, target: Path) -> None:
