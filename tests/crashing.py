@@ -99,7 +99,10 @@ def leaks(cloud: Cloud) -> list[str]:
     (host,) = rows(cloud, "SELECT generation, observed_generation FROM hosts")
     if host["generation"] != host["observed_generation"]:
         found.append(f"the host is behind its document: {host}")
-    held = inventory(cloud)
+    try:
+        held = inventory(cloud)
+    except httpx.HTTPError as silent:  # it died after it was last looked at
+        return [f"the agent does not answer: {silent}"]
     disks = {row["id"] for row in rows(cloud, "SELECT id FROM disks")}
     snapshots = {row["id"] for row in rows(cloud, "SELECT id FROM snapshots")}
     wanted = {"guests": set(guests), "snapshots": snapshots}

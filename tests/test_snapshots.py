@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from clouds import RealCloud, eventually
 from crashing import guest_of, pid_of, running_tiny_cloud, whole
+from skysail.hypervisor.qmp import Monitor
 from skysail.kit.process import run
 from test_disks import create, disk, ended, snapshot, stopped
 from test_instances import state
@@ -100,6 +102,28 @@ def test_disks_and_snapshots_of_a_guest_without_an_agent(tiny_cloud: RealCloud) 
         client.delete_disk(diskName=name)
     client.delete_disk_snapshot(diskSnapshotName="copy")
     ended(client, client.delete_instance(instanceName="one"))
+    whole(tiny_cloud)
+
+
+def test_all_disks_of_a_guest_share_its_plans_operations(tiny_cloud: RealCloud) -> None:
+    client = tiny(tiny_cloud, "one")
+    create(client, "data")
+    ended(client, client.attach_disk(diskName="data", instanceName="one", diskPath="/dev/xvdf"))
+    tiny_cloud.kill("agent")  # QEMU talks to one
+
+    async def asked() -> list[dict[str, Any]]:
+        monitor = await Monitor.connect(tiny_cloud.config.guests_dir / guest_of(tiny_cloud, "one") / "run" / "qmp.sock")
+        found: list[dict[str, Any]] = await monitor.execute("query-block")
+        await monitor.close()
+        return found
+
+    held = {one["qdev"].split("/")[-2 if "/" in one["qdev"] else 0]: one["inserted"] for one in asyncio.run(asked())
+            if not one["inserted"]["ro"]}
+    assert {name: (one["iops"], one["group"]) for name, one in held.items()} == {
+        "vda": (2100, "guest"), "xvdf": (2100, "guest")}
+    tiny_cloud.start("agent")
+    ended(client, client.delete_instance(instanceName="one"))
+    client.delete_disk(diskName="data")
     whole(tiny_cloud)
 
 

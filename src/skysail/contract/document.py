@@ -80,7 +80,8 @@ class Personality(msgspec.Struct, frozen=True, kw_only=True):
 class Guest(msgspec.Struct, frozen=True, kw_only=True):
     """One QEMU process that shall exist (or not). ``starts`` and ``reboots`` count the owner's requests: a guest that
     powered itself off stays off until ``starts`` grows; a reboot is due while the agent has done fewer than ``reboots``.
-    ``force`` skips the orderly shutdown when the role is ``stop``."""
+    ``force`` skips the orderly shutdown when the role is ``stop``. All its disks together take ``iops`` operations a
+    second; 0 sets no bound."""
 
     id: Id
     instance: str
@@ -94,6 +95,7 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
     personality: Personality
     force: bool = False
     disks: tuple[Attachment, ...] = ()
+    iops: int = 0
 
 
 class Disk(msgspec.Struct, frozen=True, kw_only=True):

@@ -70,6 +70,7 @@ def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
             id=row["id"], instance=row["instance_name"], role=row["role"], starts=row["starts"],
             reboots=row["reboots"], force=row["force"], vcpus=row["vcpus"], memory_mib=row["memory_mib"],
             volume=system_volume(row), disks=tuple(attached.get(row["instance_id"], ())),
+            iops=row["iops"],
             port=Port(id=row["id"], mac=row["mac"], tenant=tenants[row["account_id"]],
                       private_ipv4=row["private_ipv4"], public_ipv4=row["public_ipv4"],
                       public_ipv6=row["public_ipv6"] or "",

@@ -12,10 +12,21 @@ from collections.abc import Sequence
 from skysail.hypervisor import qemu
 from skysail.hypervisor.qmp import Monitor, Refused
 
+# Long enough to boot at full speed.
+BURST_SECONDS = 120
+
 
 async def plugged(monitor: Monitor) -> set[str]:
     """The names of the disks that the guest has."""
     return {str(one.get("qdev", "")) for one in await monitor.execute("query-block")}
+
+
+async def throttle(monitor: Monitor, name: str, iops: int) -> None:
+    """Let the disk ``name`` share ``iops`` operations a second with the guest's others, for BURST_SECONDS four times as many."""
+    if iops:
+        await monitor.execute("block_set_io_throttle", {
+            "id": name, "group": "guest", "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": iops, "iops_rd": 0, "iops_wr": 0,
+            "iops_max": 4 * iops, "iops_max_length": BURST_SECONDS})
 
 
 async def plug(monitor: Monitor, name: str, chain: Sequence[str]) -> None:

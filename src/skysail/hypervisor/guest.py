@@ -243,6 +243,7 @@ class QemuGuest:
             if one.name not in there:
                 path = await self._shop.give_volume(one.volume.id, self.record.uid)
                 await disks.plug(monitor, one.name, (str(path), *await self.parents(one.volume)))
+                await disks.throttle(monitor, one.name, guest.iops)
 
     async def parents(self, volume: Volume) -> tuple[str, ...]:
         """The files that one of its volumes stands on, nearest first."""
@@ -322,6 +323,7 @@ class QemuGuest:
             await template.load(monitor)
             self._stages["restored"] = time.monotonic() - began
             await self._plug(guest, monitor)
+            await disks.throttle(monitor, "vda", guest.iops)
             await monitor.execute("cont")
             self._stages["running"] = time.monotonic() - began
             answer = await channel.ask(
@@ -372,6 +374,7 @@ class QemuGuest:
         if not self.record.grown:
             self.save(grown=True)
         await self._plug(guest, monitor)
+        await disks.throttle(monitor, "vda", guest.iops)
         await self._plug_disks(guest, monitor)
         await monitor.execute("cont")
         self._stages["running"] = time.monotonic() - began

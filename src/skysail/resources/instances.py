@@ -156,7 +156,7 @@ class Instances:
             id=guest, instance_id=identifier, instance_name=name, account_id=request.account_id, host_id=host,
             role="run", starts=1, reboots=0, vcpus=bundle["cpuCount"], memory_mib=memory_mib,
             disk_gib=bundle["diskSizeInGb"], image=image["digest"],
-            mac=mac, private_ipv4=private, public_ipv4=public, public_ipv6=public6,
+            iops=catalog.iops(bundle), mac=mac, private_ipv4=private, public_ipv4=public, public_ipv6=public6,
             personality=msgspec.to_builtins(personality), host_keys=[],
             origin=msgspec.to_builtins(origin)))
         opened = (*DEFAULT_PORTS, ("tcp", 443, 443)) if catalog.is_app(image["blueprint"]) else DEFAULT_PORTS

@@ -51,7 +51,8 @@ def _disks_and_snapshots(connection: Connection) -> None:
     for table in (disks, snapshots):
         table.create(connection, checkfirst=True)
     held = {row[1] for row in connection.exec_driver_sql("PRAGMA table_info(guests)")}
-    for column, words in (("origin", "JSON"), ("observed_disks", "JSON DEFAULT '[]' NOT NULL")):
+    for column, words in (("origin", "JSON"), ("iops", "INTEGER DEFAULT '0' NOT NULL"),
+                          ("observed_disks", "JSON DEFAULT '[]' NOT NULL")):
         if column not in held:
             connection.exec_driver_sql(f"ALTER TABLE guests ADD COLUMN {column} {words}")
 

@@ -157,6 +157,7 @@ guests = Table(
     Column("tx_bytes", Integer, nullable=False, default=0),
     # The copy in a snapshot that its system disk was made of (contract.document.Origin).
     Column("origin", JSON),
+    Column("iops", Integer, nullable=False, default=0, server_default="0"),
     Column("observed_disks", JSON, nullable=False, default=list, server_default="[]"),
     Index("uq_guests_public_ipv6", "public_ipv6", unique=True),
 )
