@@ -11,6 +11,7 @@ import pytest
 
 from clouds import RealCloud, eventually
 from crashing import guest_of, pid_of, running_tiny_cloud, whole
+from skysail.hypervisor import disks
 from skysail.hypervisor.qmp import Monitor
 from skysail.kit.process import run
 from test_disks import create, disk, ended, snapshot, stopped
@@ -117,10 +118,9 @@ def test_all_disks_of_a_guest_share_its_plans_operations(tiny_cloud: RealCloud) 
         await monitor.close()
         return found
 
-    held = {one["qdev"].split("/")[-2 if "/" in one["qdev"] else 0]: one["inserted"] for one in asyncio.run(asked())
-            if not one["inserted"]["ro"]}
+    held = {one["qdev"]: one["inserted"] for one in asyncio.run(asked()) if not one["inserted"]["ro"]}
     assert {name: (one["iops"], one["group"]) for name, one in held.items()} == {
-        "vda": (2100, "guest"), "xvdf": (2100, "guest")}
+        disks.SYSTEM: (2100, "guest"), "xvdf": (2100, "guest")}
     tiny_cloud.start("agent")
     ended(client, client.delete_instance(instanceName="one"))
     client.delete_disk(diskName="data")

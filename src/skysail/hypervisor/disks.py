@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from skysail.hypervisor import qemu
 from skysail.hypervisor.qmp import Monitor, Refused
 
+# The device that QEMU knows the system disk's backend by.
+SYSTEM = "/machine/peripheral/vda/virtio-backend"
 # Long enough to boot at full speed.
 BURST_SECONDS = 120
 
@@ -22,7 +24,8 @@ async def plugged(monitor: Monitor) -> set[str]:
 
 
 async def throttle(monitor: Monitor, name: str, iops: int) -> None:
-    """Let the disk ``name`` share ``iops`` operations a second with the guest's others, for BURST_SECONDS four times as many."""
+    """Let the disk of device ``name`` share ``iops`` operations a second with the guest's others; for BURST_SECONDS it takes
+    four times as many."""
     if iops:
         await monitor.execute("block_set_io_throttle", {
             "id": name, "group": "guest", "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": iops, "iops_rd": 0, "iops_wr": 0,

@@ -323,7 +323,7 @@ class QemuGuest:
             await template.load(monitor)
             self._stages["restored"] = time.monotonic() - began
             await self._plug(guest, monitor)
-            await disks.throttle(monitor, "vda", guest.iops)
+            await disks.throttle(monitor, disks.SYSTEM, guest.iops)
             await monitor.execute("cont")
             self._stages["running"] = time.monotonic() - began
             answer = await channel.ask(
@@ -374,7 +374,7 @@ class QemuGuest:
         if not self.record.grown:
             self.save(grown=True)
         await self._plug(guest, monitor)
-        await disks.throttle(monitor, "vda", guest.iops)
+        await disks.throttle(monitor, disks.SYSTEM, guest.iops)
         await self._plug_disks(guest, monitor)
         await monitor.execute("cont")
         self._stages["running"] = time.monotonic() - began
