@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from clouds import RealCloud, eventually
-from crashing import guest_of, pid_of, running_tiny_cloud, whole
+from crashing import Doom, guest_of, pid_of, running_tiny_cloud, whole
 from skysail.hypervisor import disks
 from skysail.hypervisor.qmp import Monitor
 from skysail.kit.process import run
@@ -64,6 +64,8 @@ def test_disks_and_snapshots_of_a_guest_without_an_agent(tiny_cloud: RealCloud) 
     assert (tiny_cloud.config.volumes_dir / f"{data}.qcow2").stat().st_uid > tiny_cloud.config.guest_uid_base
 
     made = snapshot(client, "one", "snap")
+    (said,) = client.get_operations_for_resource(resourceName="snap")["operations"]
+    assert said["operationDetails"].startswith("crash-consistent")
     told = manifest(tiny_cloud, made["arn"])
     assert told["consistency"] == "crash"
     assert [copy["volume"] for copy in told["copies"]] == [guest_of(tiny_cloud, "one"), data]
@@ -200,3 +202,23 @@ def test_a_running_server_is_restored_as_another_one(real_cloud: RealCloud, caps
                      "cat /other/note").strip() == "kept"
     cloud.delete("source", "copy")
     client.delete_instance_snapshot(instanceSnapshotName="snap")
+
+
+def test_a_guest_that_is_frozen_when_the_agent_dies_is_thawed(own_real_cloud: RealCloud) -> None:
+    cloud, client = own_real_cloud, own_real_cloud.client()
+    cloud.launch("one")
+    doom = Doom(cloud, "agent")
+    doom.disarm()
+    snapshot(client, "one", "first")
+    steps = (cloud.folder / "steps").read_text().splitlines()
+    assert "Channel.ask guest-fsfreeze-thaw" in steps
+    doom.arm([step for step in steps if step != "Channel.ask guest-fsfreeze-thaw"])
+    answer = client.create_instance_snapshot(instanceName="one", instanceSnapshotName="second")
+    eventually(doom.dead, 60, "it dies before it thaws")
+    doom.start()
+    for operation in answer["operations"]:
+        cloud.settled(operation["id"])
+    assert cloud.ssh("one", "date > written && sync && cat written").strip()
+    assert manifest(cloud, client.get_instance_snapshot(instanceSnapshotName="second")["instanceSnapshot"]["arn"])[
+        "consistency"] == "frozen"
+    cloud.delete("one")

@@ -167,7 +167,8 @@ class QemuGuest:
             await self._plug_disks(guest, await self.monitor())
             self.save(starts=guest.starts)
             return self.report("running")
-        await self.melt()
+        if self.record.reboots >= guest.reboots:
+            await self.melt()
         if not self.record.grown:
             await self._grow(guest, await self.monitor())
         await self._plug_disks(guest, await self.monitor())
@@ -178,7 +179,7 @@ class QemuGuest:
             self.save(starts=guest.starts)
         if self.record.reboots < guest.reboots:
             await self._reboot(guest)
-            self.save(reboots=guest.reboots, leaving="")
+            self.save(reboots=guest.reboots, leaving="", freezing=False)
         return self.report("running")
 
     async def _resume(self) -> GuestState:
@@ -196,6 +197,8 @@ class QemuGuest:
         """Shut it down, orderly unless ``force``; its disk stays."""
         if self.alive() and self.record.made and not guest.force and await self.look() == "running":
             try:
+                with contextlib.suppress(SkysailError):  # one that stays frozen is cut off in the end
+                    await self.melt()
                 monitor = await self.monitor()
                 await monitor.execute("system_powerdown")
                 end = time.monotonic() + SHUTDOWN_SECONDS

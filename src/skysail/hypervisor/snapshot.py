@@ -101,6 +101,7 @@ class Copying:
         if not guest.record.made:
             raise SkysailError("the instance has not been made yet")
         monitor = await guest.monitor()
+        await guest.melt()  # one that is frozen already cannot be frozen for this
         await abandon(guest, self._snapshot.id)
         names = await _nodes(monitor, self._snapshot.volumes)
         copies, parents = await self._plan()
@@ -117,7 +118,6 @@ class Copying:
             jobs.append({"type": "blockdev-backup", "data": {
                 "job-id": node, "device": source, "target": node, "sync": "top" if copy.parents else "full",
                 "speed": BYTES_PER_SECOND, "auto-dismiss": False}})
-        guest.save(freezing=True)
 
         async def start() -> None:
             await monitor.execute("transaction", {"actions": jobs, "properties": {"completion-mode": "grouped"}})
@@ -129,7 +129,7 @@ class Copying:
                             consistency="crash" if milliseconds is None else "frozen")
         log.info("snapshot %s of guest %s: %s, %.0f ms", manifest.id, guest.record.id, manifest.consistency,
                  manifest.frozen_ms)
-        guest.save(freezing=False, copying={**guest.record.copying, manifest.id: manifest})
+        guest.save(copying={**guest.record.copying, manifest.id: manifest})
         return manifest
 
     async def _frozen(self, guest: QemuGuest, act: Callable[[], Awaitable[None]]) -> float | None:
@@ -141,8 +141,13 @@ class Copying:
             return None
         try:
             await freezing.flush(channel)
-            return await freezing.frozen(channel, guest.agent, act)
+            # Noted first: an agent that comes after one that died in here thaws the guest.
+            guest.save(freezing=True)
+            milliseconds = await freezing.frozen(channel, guest.agent, act)
+            guest.save(freezing=False)
+            return milliseconds
         except (Gone, Refused) as unable:
+            guest.save(freezing=False)  # thawed, as frozen() promises; when it cannot be, that is another error
             jobs = {job["id"] for job in await (await guest.monitor()).execute("query-jobs")}
             if any(job.startswith(f"{self._snapshot.id}.") for job in jobs) or not guest.alive():
                 raise

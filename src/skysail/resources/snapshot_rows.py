@@ -20,8 +20,13 @@ from skysail.operations import history
 from skysail.operations.workflow import Step, StepFailed, Workflow
 from skysail.resources import names, paging, tags
 from skysail.resources.request import Request
-from skysail.store.schema import disks, guests, snapshots
+from skysail.store.schema import disks, guests, operations, snapshots
 
+# What an operation tells of how consistent its snapshot is.
+CONSISTENCY = {
+    "frozen": "consistent: file systems frozen for {:.0f} ms", "off": "consistent: nobody wrote the disks",
+    "crash": "crash-consistent: no guest agent froze the file systems",
+}
 # What a snapshot that is whole is called.
 WHOLE = {"InstanceSnapshot": "available", "DiskSnapshot": "completed"}
 
@@ -131,6 +136,9 @@ def _await_whole(connection: Connection, operation: RowMapping, now: float) -> b
     if row["observed_state"] != "available":
         return False
     connection.execute(update(snapshots).where(snapshots.c.id == row["id"]).values(state=WHOLE[row["kind"]]))
+    # The API's shapes have no other place for it.
+    connection.execute(update(operations).where(operations.c.id == operation["id"]).values(
+        details=CONSISTENCY.get(row["consistency"], "").format(row["frozen_ms"])))
     return True
 
 
