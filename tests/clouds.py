@@ -34,7 +34,7 @@ from skysail.images.recipe import RECIPES
 from skysail.kit.config import Config, load
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import Layout
-from skysail.serve import endpoint
+from skysail.serve import controller, endpoint
 from skysail.serve.up import end_guests
 
 CACHE = Path(os.environ.get("SKYSAIL_TEST_CACHE", "/var/cache/skysail-tests"))
@@ -70,6 +70,10 @@ class Cloud:
 
     def start(self, name: str) -> None:
         """Start ``controller`` or ``agent`` and wait until it is healthy."""
+        credentials = self.folder / "credentials.json"
+        if name == "controller" and not credentials.exists():
+            controller.initialise(self.config)
+            credentials.write_text(json.dumps(controller.admin_credentials(self.config)))
         with (self.folder / f"{name}.log").open("ab") as out:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", f"skysail.serve.{name}"], env={**os.environ, "SKYSAIL_DATA": str(self.folder)},

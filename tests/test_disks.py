@@ -97,6 +97,11 @@ def test_wrong_requests_about_disks(cloud: Cloud) -> None:
         error(client.create_disk, refused, **{"diskName": "data", **GOOD, **wrong})
     for name in ("data", "more"):
         create(client, name)
+    with running_cloud("disk_overcommit = 0.00002\n") as full:  # of a simulated host's petabyte
+        eventually(lambda: full.client().get_blueprints()["blueprints"], 20)
+        full.client().create_disk(diskName="fits", **GOOD)
+        assert "may promise" in error(full.client().create_disk, refused, diskName="data", availabilityZone="us-east-1a",
+                                      sizeInGb=64)
     for path in ("/dev/sda", "/dev/xvda", "/dev/xvdff", "xvdf"):
         error(client.attach_disk, refused, diskName="data", instanceName="one", diskPath=path)
     error(client.attach_disk, "NotFoundException", diskName="none", instanceName="one", diskPath="/dev/xvdf")

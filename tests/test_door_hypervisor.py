@@ -77,7 +77,8 @@ class QemuHouse(SimHouse):
             templates=Templates(self.config.templates_dir, accelerator, self.config.guest_uid_base),
             find_image=lambda digest: Image(digest=digest, path=library.path(digest), ours=True),
             open_port=self.fabric.open_port, volumes=pool.observe, give_volume=pool.give,
-            shelf=FileShelf(self.config.snapshots_dir), around=surroundings(self.config)), self.config.guest_uid_base)
+            shelf=FileShelf(self.config.snapshots_dir),
+            around=lambda: surroundings(self.config)), self.config.guest_uid_base)
 
     def guest(self) -> Guest:
         plain = super().guest()

@@ -34,7 +34,7 @@ from skysail.kit.clock import SystemClock
 from skysail.kit.config import load
 from skysail.operations.engine import Engine
 from skysail.resources import domains, lifecycle
-from skysail.serve.controller import HOST, action_table, build, initialise
+from skysail.serve.controller import HOST, action_table, admin_credentials, build, initialise
 from skysail.store.database import Database
 from skysail.store.schema import key_pairs, names, operations
 from skysail.store.vault import Vault
@@ -65,7 +65,8 @@ class Controller:
     def __init__(self, folder: Path) -> None:
         (folder / "skysail.toml").write_text('engines = "sim"\npublic_pool = "198.18.0.0/16"\nzones = ["a", "b"]\n')
         self.config = load(str(folder))
-        self.held = initialise(self.config)
+        initialise(self.config)
+        self.held = admin_credentials(self.config)
         self.clock = SystemClock()
         self.vault = Vault.at(self.config.master_key)
         self.database = Database(self.config.database)

@@ -256,3 +256,25 @@ def test_a_document_cannot_name_a_guest_by_a_path(name: str) -> None:
     honest = msgspec.json.encode(document(1, guest()))
     with pytest.raises(msgspec.ValidationError):
         msgspec.json.decode(honest.replace(b'"id":"g-1"', b'"id":' + msgspec.json.encode(name)), type=HostDocument)
+
+
+def test_a_network_that_another_program_took_away_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "NETWORK_SECONDS", 0.02)
+
+    async def play() -> None:
+        host = Host(tmp_path)
+        await host.keeper.start()
+        await host.keeper.accept(document(1, guest()))
+        await host.until(lambda: host.state() == "running")
+        tending = asyncio.create_task(host.keeper.tend_network())
+        for broken in (False, True):
+            await host.fabric.apply([])
+            host.fabric.broken = broken  # it may fail for a while, too
+            await asyncio.sleep(0.1)
+            host.fabric.broken = False
+            async with asyncio.timeout(30):
+                while "g-1" not in await host.fabric.observe():
+                    await asyncio.sleep(0.01)
+        tending.cancel()
+
+    asyncio.run(play())

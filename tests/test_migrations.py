@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from sqlalchemy import insert, select
 
 from skysail.store.database import Database
 from skysail.store.migrations import MIGRATIONS
-from skysail.store.schema import accounts, guests, hosts
+from skysail.store.schema import accounts, authorities, guests, hosts
 
 # As version 2 made it.
 GUESTS_2 = """
@@ -86,3 +87,21 @@ def test_an_ipv6_address_is_one_guests_alone(tmp_path: Path, old: bool) -> None:
     with database.transaction(write=False) as connection:
         assert len(connection.execute(select(guests.c.id).where(guests.c.public_ipv6.is_(None))).all()) == 2 + old
     database.close()
+
+
+def test_the_regions_authority_becomes_that_of_the_first_account(tmp_path: Path) -> None:
+    path = tmp_path / "old.sqlite"
+    made = Database(path)
+    made.migrate()
+    with made.transaction() as connection:
+        connection.execute(insert(accounts).values(id="1", tenant=1, name="admin", created_at=0.0))
+    made.close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as file:
+        file.executescript("DROP TABLE account_authorities; CREATE TABLE authorities (region VARCHAR(32) PRIMARY KEY, "
+                           "public_key VARCHAR NOT NULL, private_sealed BLOB NOT NULL); "
+                           "INSERT INTO authorities VALUES ('us-east-1', 'ssh-ed25519 A', x'00'); PRAGMA user_version = 5;")
+    again = Database(path)
+    again.migrate()
+    with again.transaction(write=False) as connection:
+        assert [tuple(row) for row in connection.execute(select(authorities))] == [("1", "us-east-1", "ssh-ed25519 A", b"\0")]
+    again.close()

@@ -90,12 +90,15 @@ def test_blueprints_are_active_once_a_host_has_the_image(shop: Shop) -> None:
 
 
 def test_an_image_that_does_not_fit_the_bundles_disk_is_refused(shop: Shop) -> None:
-    shop.connection.execute(insert(hosts).values(id="h", region=REGION, zone="a", address="x", vcpus=4, memory_mib=8192))
+    shop.connection.execute(insert(hosts).values(id="h", region=REGION, zone="a", address="x", vcpus=4, memory_mib=8192,
+                                                disk_gib=10))
     shop.connection.execute(insert(images).values(
         host_id="h", digest="0" * 64, blueprint="vast", name="Vast", user="admin", version="1", size_gib=21))
     asked = {"instanceNames": ["big"], "availabilityZone": f"{REGION}a", "blueprintId": "vast"}
     assert "needs a disk of 21 GB" in shop.refused("CreateInstances", bundleId="nano_3_0", **asked).what
     assert shop("CreateInstances", bundleId="micro_3_0", **asked)["operations"][0]["status"] == "Started"
+    refused = shop.refused("CreateInstances", bundleId="micro_3_0", **asked | {"instanceNames": ["more"]})
+    assert "h may promise 0 GiB of disk more" in refused.what, "four times its 10 GiB are promised"
 
 
 def test_regions_give_zones_only_when_asked(shop: Shop) -> None:
@@ -268,10 +271,12 @@ def test_access_keys_are_sealed_and_revocable(shop: Shop) -> None:
     assert accounts.find_secret(shop.connection, shop.vault, "AKIANONE") is None
 
 
-def test_one_authority_per_region(shop: Shop) -> None:
-    first = accounts.ensure_authority(shop.connection, shop.vault, REGION)
+def test_one_authority_per_account_and_region(shop: Shop) -> None:
+    first = accounts.ensure_authority(shop.connection, shop.vault, shop.account, REGION)
     assert first.startswith("ssh-ed25519 ")
-    assert accounts.ensure_authority(shop.connection, shop.vault, REGION) == first
-    assert accounts.ensure_authority(shop.connection, shop.vault, "eu-west-1") != first
-    private = asyncssh.import_private_key(accounts.authority_private(shop.connection, shop.vault, REGION))
+    assert accounts.ensure_authority(shop.connection, shop.vault, shop.account, REGION) == first
+    assert accounts.ensure_authority(shop.connection, shop.vault, shop.account, "eu-west-1") != first
+    other = accounts.create_account(shop.connection, "second", 1.0)
+    assert accounts.ensure_authority(shop.connection, shop.vault, other, REGION) != first
+    private = asyncssh.import_private_key(accounts.authority_private(shop.connection, shop.vault, shop.account, REGION))
     assert private.export_public_key().decode().split()[:2] == first.split()[:2]

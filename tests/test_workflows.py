@@ -23,7 +23,7 @@ from skysail.operations.engine import Engine
 from skysail.operations.workflow import Step, StepFailed, Workflow
 from skysail.resources import lifecycle
 from skysail.resources.request import Request
-from skysail.serve.controller import HOST, action_table, initialise
+from skysail.serve.controller import HOST, action_table, admin_credentials, initialise
 from skysail.store.database import Database
 from skysail.store.schema import guests, instances, metadata, names, operations, ports, tags
 from skysail.store.vault import Vault
@@ -38,9 +38,11 @@ class Desk:
     def __init__(self, folder: Path) -> None:
         config = Config(data=str(folder), engines="sim")
         self.clock = HandClock()
-        self.account = initialise(config, self.clock)["account_id"]
+        initialise(config, self.clock)
+        self.account = admin_credentials(config, self.clock)["account_id"]
         self.database = Database(config.database)
-        self.actions = action_table(config, self.clock, Vault.at(config.master_key))
+        self.vault = Vault.at(config.master_key)
+        self.actions = action_table(config, self.clock, self.vault)
         self.workflows: dict[str, Workflow] = dict(lifecycle.WORKFLOWS)
         self.seen: dict[str, GuestReport] = {}
         self.report()
@@ -59,7 +61,7 @@ class Desk:
     def report(self, **states: GuestState) -> None:
         """The host reports: each named instance's guest in this state, having done all that its document asks for."""
         with self.database.transaction() as connection:
-            document = desired.compile(connection, HOST)
+            document = desired.compile(connection, HOST, self.vault)
             for guest in document.guests:
                 if guest.instance in states:
                     self.seen[guest.id] = GuestReport(id=guest.id, state=states[guest.instance], starts=guest.starts,

@@ -62,7 +62,7 @@ def application(keeper: Keeper) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         await keeper.start()
-        tasks = [asyncio.create_task(work) for work in (keeper.follow(), keeper.count_traffic(), keeper.zones.run())]
+        tasks = [asyncio.create_task(work) for work in (keeper.follow(), keeper.tend_network(), keeper.zones.run())]
         try:
             yield
         finally:

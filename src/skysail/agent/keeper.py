@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 BACK_OFF_SECONDS = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
 # A guest that ran this long before it died starts its back-off anew.
 STEADY_SECONDS = 600.0
-TRAFFIC_SECONDS = 30.0
+NETWORK_SECONDS = 30.0
 # A launch that fails once may have met a busy machine; after this many it is said to have failed.
 TRIES = 3
 
@@ -136,17 +136,20 @@ class Keeper:
         self._wake[report.id].set()
         await self._say(report)
 
-    async def count_traffic(self) -> None:
-        """Look at the network's counters now and then; runs until cancelled."""
+    async def tend_network(self) -> None:
+        """Now and then: put back what another program took from the network (a reload of the machine's own firewall flushes
+        ours too), and read the counters; runs until cancelled."""
         while True:
             try:
+                if self._wanted:
+                    await self._apply_network(again=True)
                 if self._traffic.take(await self._fabric.observe()):
                     for report in list(self._guests.values()):
                         self._hold(report)
                     await self._changed()
             except (SkysailError, OSError) as failure:
-                log.warning("the network's counters could not be read: %s", failure)
-            await asyncio.sleep(TRAFFIC_SECONDS)
+                log.warning("the network could not be looked after: %s", failure)
+            await asyncio.sleep(NETWORK_SECONDS)
 
     async def prepare(self, image: str, vcpus: int) -> None:
         """Make ready what a launch of this image needs, and report the images that are here; raises SkysailError."""
@@ -231,12 +234,12 @@ class Keeper:
             self._falls.pop(guest.id, None)
         return report
 
-    async def _apply_network(self) -> None:
+    async def _apply_network(self, again: bool = False) -> None:
         async with self._network:
             # A guest that is going keeps its port until its process is gone: several launches and deletions share one
             # pass of the whole network.
             ports = [guest.port for guest in self._wanted.values() if guest.id not in self._departed]
-            if ports != self._applied:
+            if again or ports != self._applied:
                 self._applied = None
                 await self._fabric.apply(ports)
                 self._applied = ports

@@ -29,7 +29,6 @@ class Dispatcher:
         if action is None:
             raise invalid_input(f"{request.action} is not offered by this cloud yet.",
                                 "docs/coverage.md lists the actions that are.")
-        # The first access details of a region make its authority, so that read writes too.
         write = not request.action.startswith(_READS)
         with self._transaction(write) as connection:
             return action(connection, request)

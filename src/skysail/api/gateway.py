@@ -23,7 +23,7 @@ from skysail.api import protocol, signature
 from skysail.api.dispatch import Dispatcher
 from skysail.api.wire import MAX_BODY_BYTES, too_large
 from skysail.kit.clock import Clock
-from skysail.kit.errors import ApiError
+from skysail.kit.errors import ApiError, invalid_input
 from skysail.resources.request import Request
 
 log = logging.getLogger(__name__)
@@ -31,14 +31,17 @@ log = logging.getLogger(__name__)
 WORKERS = 8
 
 
-def application(dispatcher: Dispatcher, find_secret: Callable[[str], tuple[str, str] | None], *, clock: Clock,
+def application(dispatcher: Dispatcher, find_secret: Callable[[str], tuple[str, str] | None], *, clock: Clock, region: str,
                 lifespan: Any = None) -> Starlette:
-    """The API as an ASGI application: ``POST /`` is Lightsail, ``GET /healthz`` says that we live."""
+    """The API as an ASGI application: ``POST /`` is Lightsail in ``region``, ``GET /healthz`` says that we live."""
     workers = ThreadPoolExecutor(WORKERS, "request")
 
     def answer(headers: Mapping[str, str], query: bytes, body: bytes) -> bytes:
         operation = protocol.operation_model(headers.get("x-amz-target"))
         caller = signature.verify(headers, body, query=query, now=clock.now(), find_secret=find_secret)
+        if caller.region != region:
+            raise invalid_input(f"This cloud serves the region {region}; the request is signed for {caller.region[:32]}.",
+                                "Set the region of your client: eval \"$(sudo ./skysail env)\"")
         params = protocol.parse(operation, body)
         reply = dispatcher.run(Request(caller.account_id, caller.region, operation.name, params))
         return protocol.serialise(operation, reply)

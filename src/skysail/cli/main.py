@@ -97,7 +97,7 @@ def ssh(name: str, *command: Annotated[str, Parameter(allow_leading_hyphen=True)
 @app.command
 def logs(name: str) -> None:
     """What an instance's serial console said."""
-    sys.stdout.buffer.write(customer.serial_log(configuration.load(), name))
+    show.console(customer.serial_log(configuration.load(), name))
 
 
 @app.command

@@ -57,6 +57,14 @@ def line(text: str) -> None:
     _out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def console(said: bytes) -> None:
+    """Print what a guest said. On a terminal only as text: its escape sequences are not for this one."""
+    finish()
+    if sys.stdout.isatty():
+        said = bytes(octet for octet in said if octet in b"\n\t" or (octet >= 32 and octet != 127))
+    sys.stdout.buffer.write(said)
+
+
 class _Steps:
     """The steps of one verb on standard error: the running one turns, the finished ones keep their time."""
 

@@ -35,12 +35,16 @@ def api_key(port: int, key_file: Path) -> str:
     name server that is away, and collect the key. Raises :class:`NameServerAway`."""
     try:
         key, owner = key_file.read_text().strip(), key_file.with_name("pdns.conf").stat().st_uid
-        sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        # A listener on [::] takes what comes to the IPv4 loopback address, too.
+        sockets = [line.split() for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if table.exists()
+                   for line in table.read_text().splitlines()[1:]]
     except OSError as missing:
         raise NameServerAway(f"the name server's API key cannot be read: {missing}",
                              "run: sudo ./skysail up") from missing
     # proc(5): local address and port in hexadecimal, state (0A listens), user.
     listeners = {int(words[7]) for words in sockets if words[3] == "0A" and words[1].endswith(f":{port:04X}")}
+    if not listeners:
+        raise NameServerAway(f"nothing listens on port {port}", "run: sudo ./skysail up")
     if listeners - {owner}:
         raise NameServerAway(f"port {port} belongs to a process of another user", "set dns_api_port in skysail.toml")
     return key

@@ -164,7 +164,7 @@ def cgroups(_config: Config) -> Finding:
 
 
 def clock(_config: Config) -> Finding:
-    """Signatures are refused when clocks differ by more than 15 minutes; a clock in the past is a clock not set."""
+    """Signatures are refused when clocks differ by more than 5 minutes; a clock in the past is a clock not set."""
     now = time.time()
     newest = max(path.stat().st_mtime for path in (Path("/etc/os-release"), Path(__file__)))
     fits = now >= newest

@@ -19,6 +19,8 @@ class Candidate:
     vcpus: int
     memory_mib: int
     promised_mib: int
+    disk_gib: int
+    promised_gib: int
     images: frozenset[str]
 
 
@@ -26,8 +28,9 @@ class NoHost(Exception):
     """No host can take the guest; the message says why, per host."""
 
 
-def choose(candidates: Sequence[Candidate], *, zone: str, image: str, vcpus: int, memory_mib: int) -> str:
-    """The id of the host with the most free memory that fits; raises :class:`NoHost`. Memory is never over-committed."""
+def choose(candidates: Sequence[Candidate], *, zone: str, image: str, vcpus: int, memory_mib: int, disk_gib: int) -> str:
+    """The id of the host with the most free memory that fits; raises :class:`NoHost`. Memory is never over-committed;
+    ``Candidate.disk_gib`` is what a host may promise, which is more than it has: few disks are ever full."""
     reasons: list[str] = []
     fitting: list[tuple[int, str]] = []
     for host in candidates:
@@ -40,6 +43,9 @@ def choose(candidates: Sequence[Candidate], *, zone: str, image: str, vcpus: int
             reasons.append(f"{host.id} has {host.vcpus} processors, the bundle asks for {vcpus}")
         elif memory_mib > free:
             reasons.append(f"{host.id} has {max(free, 0)} MiB of memory free, the bundle asks for {memory_mib}")
+        elif disk_gib > host.disk_gib - host.promised_gib:
+            left = max(host.disk_gib - host.promised_gib, 0)
+            reasons.append(f"{host.id} may promise {left} GiB of disk more, the bundle asks for {disk_gib}")
         else:
             fitting.append((-free, host.id))
     if not fitting:

@@ -68,9 +68,8 @@ class Watch:
                     self._changed.set()
                     continue
                 sent = document.generation
-            except (httpx.HTTPError, OSError) as unreachable:
-                log.info("host %s: %s", self._host_id, unreachable)
-                await self._again()
+            except (httpx.HTTPError, OSError):
+                await self._again()  # the one who listens says that it is away
             except Exception:
                 # A database that is busy or full for a while must not end the only one who talks to this host.
                 log.exception("host %s was not sent its document", self._host_id)
@@ -94,13 +93,19 @@ class Watch:
                 generation=max(row.generation, row.observed_generation) + 1))
 
     async def _listen(self) -> None:
+        away = False
         while True:
             try:
                 async for report in self._client.reports():
+                    if away:
+                        log.info("host %s reports again", self._host_id)
+                    away = False
                     await asyncio.to_thread(self._take_in, report)
                     self._observed()
             except (httpx.HTTPError, OSError) as broken:
-                log.info("reports of host %s broke off: %s", self._host_id, broken)
+                if not away:  # once, not twice a second for as long as it lasts
+                    log.warning("reports of host %s broke off: %s", self._host_id, broken)
+                away = True
             except Exception:
                 log.exception("a report of host %s could not be taken in", self._host_id)
             await asyncio.sleep(RETRY_SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -16,10 +17,11 @@ from skysail.hypervisor.qmp import Gone
 from skysail.hypervisor.snapshot import Copying, abandon, report
 from skysail.kit.config import GUEST_UIDS
 from skysail.kit.errors import ProcessFailed, SkysailError
-from skysail.kit.process import run_async
+from skysail.kit.process import in_thread, run_async
 
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.5
+TRIM_EVERY = 20  # looks: a guest writes its serial log at some megabytes a second at most
 
 
 class Qemu:
@@ -47,7 +49,7 @@ class Qemu:
 
     async def ensure(self, guest: Guest) -> GuestReport:
         """See :class:`skysail.hypervisor.Hypervisor`; raises SkysailError when the guest cannot be brought there."""
-        async with self._locks.setdefault(guest.id, asyncio.Lock()):
+        async with self._lock(guest.id):
             if guest.role == "gone":
                 held = self._guests.get(guest.id)
                 if held is not None:
@@ -100,7 +102,7 @@ class Qemu:
         return [report(one) for one in found if one is not None]
 
     async def observe(self) -> list[GuestReport]:
-        return [await self._observed(guest) for guest in list(self._guests.values())]
+        return await asyncio.gather(*(self._observed(guest) for guest in list(self._guests.values())))
 
     async def _observed(self, guest: QemuGuest) -> GuestReport:
         try:
@@ -118,25 +120,37 @@ class Qemu:
 
     async def changes(self) -> AsyncIterator[GuestReport]:
         """Guests that were running and are not any more. Looked for twice a second: it costs 0.4 ms a guest, and works
-        the same for guests that another agent started."""
-        while True:
-            await asyncio.sleep(LOOK_SECONDS)
+        the same for guests that another agent started. Each look is a task of its own: a QEMU that does not answer holds up
+        nobody else's."""
+        news: asyncio.Queue[GuestReport] = asyncio.Queue()
+        looks: set[asyncio.Task[None]] = set()
+        for turn in itertools.count():
             for identifier, guest in list(self._guests.items()):
-                lock = self._locks.setdefault(identifier, asyncio.Lock())
-                if self._seen.get(identifier) != "running" or lock.locked():
-                    continue
-                async with lock:
-                    try:
-                        report = await self._observed(guest)
-                    except SkysailError as failure:
-                        log.warning("guest %s could not be looked at: %s", identifier, failure)
-                        continue
-                    if self._guests.get(identifier) is not guest:
-                        continue  # it was removed while we waited for the lock
-                if report.state != "running":
-                    log.info("guest %s is %s", identifier, report.state)
-                    self._seen[identifier] = report.state
-                    yield report
+                if self._seen.get(identifier) == "running" and not self._lock(identifier).locked():
+                    look = asyncio.create_task(self._look_again(identifier, guest, news))
+                    looks.add(look)
+                    look.add_done_callback(looks.discard)
+            if turn % TRIM_EVERY == 0:
+                await in_thread(process.trim_serials, [guest.folder / "run" for guest in list(self._guests.values())])
+            await asyncio.sleep(LOOK_SECONDS)
+            while not news.empty():
+                yield news.get_nowait()
+
+    async def _look_again(self, identifier: str, guest: QemuGuest, news: asyncio.Queue[GuestReport]) -> None:
+        async with self._lock(identifier):
+            try:
+                report = await self._observed(guest)
+            except SkysailError as failure:
+                log.warning("guest %s could not be looked at: %s", identifier, failure)
+                return
+            # It may have been removed while we waited for the lock.
+            if self._guests.get(identifier) is guest and report.state != "running":
+                log.info("guest %s is %s", identifier, report.state)
+                self._seen[identifier] = report.state
+                news.put_nowait(report)
+
+    def _lock(self, identifier: str) -> asyncio.Lock:
+        return self._locks.setdefault(identifier, asyncio.Lock())
 
     async def prepare(self, image: str, vcpus: int) -> None:
         found = self._shop.find_image(image)

@@ -89,7 +89,7 @@ class Workshop(msgspec.Struct, frozen=True, kw_only=True):
     give_volume: Callable[[str, int], Awaitable[Path]]
     shelf: Shelf
     open_port: OpenPort
-    around: Surroundings
+    around: Callable[[], Surroundings]  # asked at each launch: a machine's resolvers may change
 
 
 class QemuGuest:
@@ -295,10 +295,10 @@ class QemuGuest:
 
     async def _write_seed(self, guest: Guest, image: Image) -> None:
         if image.ours:
-            told = personality.message(guest, self.record.identity, self._shop.around)
+            told = personality.message(guest, self.record.identity, self._shop.around())
             await in_thread(durable.replace, self._seed, personality.identity_disk(told))
         else:
-            await in_thread(personality.write_seed, personality.seed(guest, self.record.identity, self._shop.around),
+            await in_thread(personality.write_seed, personality.seed(guest, self.record.identity, self._shop.around()),
                             self._seed)
         os.chown(self._seed, self.record.uid, self.record.uid)
 
@@ -330,7 +330,7 @@ class QemuGuest:
             await monitor.execute("cont")
             self._stages["running"] = time.monotonic() - began
             answer = await channel.ask(
-                personality.message(guest, self.record.identity, self._shop.around), CLONE_SECONDS)
+                personality.message(guest, self.record.identity, self._shop.around()), CLONE_SECONDS)
         finally:
             channel.close()
         if not answer.get("ready"):
@@ -444,14 +444,7 @@ class QemuGuest:
         if not (self.record.leaving and present and present != self.record.leaving):
             if present:
                 self.save(leaving=present)
-            monitor.forget_events()
-            asked = False
-            if answers:
-                # An answer to guest-shutdown never comes: the agent goes down with its guest.
-                with contextlib.suppress(Gone, Refused):
-                    await ask(self.agent, {"execute": "guest-shutdown", "arguments": {"mode": "reboot"}}, 1.0)
-                asked = await self._saw_reset(monitor)
-            if not asked:
+            if not (answers and await self._shut_down_to_reboot(monitor)):
                 await monitor.execute("system_reset")
         if image.ours:
             await self._await_agent(monitor)
@@ -482,14 +475,18 @@ class QemuGuest:
         except (Gone, Refused, KeyError, TypeError, ValueError):
             return ""
 
-    async def _saw_reset(self, monitor: Monitor) -> bool:
-        try:
-            async with asyncio.timeout(SHUTDOWN_SECONDS):
-                while (await monitor.event())["event"] != "RESET":
-                    continue
-                return True
-        except TimeoutError:
-            return False
+    async def _shut_down_to_reboot(self, monitor: Monitor) -> bool:
+        """Ask the guest to reboot by itself; whether its reset came."""
+        with monitor.listening("RESET") as resets:
+            # An answer to guest-shutdown never comes: the agent goes down with its guest.
+            with contextlib.suppress(Gone, Refused):
+                await ask(self.agent, {"execute": "guest-shutdown", "arguments": {"mode": "reboot"}}, 1.0)
+            try:
+                async with asyncio.timeout(SHUTDOWN_SECONDS):
+                    await monitor.heard(resets)
+                    return True
+            except TimeoutError:
+                return False
 
 
 async def clear(folder: Path) -> None:

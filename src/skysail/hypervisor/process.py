@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +106,21 @@ async def status(monitor: Monitor) -> str:
     return str(answer["status"])
 
 
+def trim_serials(folders: list[Path]) -> None:
+    """:func:`trim_serial` for each."""
+    for folder in folders:
+        trim_serial(folder)
+
+
 def trim_serial(folder: Path) -> None:
-    """Keep the serial log within its bound: a guest can write it for ever. QEMU appends, so truncating is safe."""
+    """Bring the serial log back to its bound: a guest can write it for ever. QEMU appends, so truncating is safe."""
     try:
         # The folder is the guest process's own: a link that it put there must not lead us elsewhere.
-        descriptor = os.open(folder / "serial.log", os.O_RDWR | os.O_NOFOLLOW)
+        descriptor = os.open(folder / "serial.log", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return
-    with os.fdopen(descriptor, "r+b") as file:
-        if file.seek(0, os.SEEK_END) > 2 * SERIAL_LIMIT_BYTES:
+    with os.fdopen(descriptor, "r+b", buffering=0) as file:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode) and file.seek(0, os.SEEK_END) > 2 * SERIAL_LIMIT_BYTES:
             file.seek(-SERIAL_LIMIT_BYTES, os.SEEK_END)
             kept = file.read()
             file.seek(0)

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import struct
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
 from skysail.kit.errors import SkysailError
+
+# Commands answer within milliseconds; what takes long is a job that reports by itself.
+ANSWER_SECONDS = 30.0
 
 
 class Gone(SkysailError):
@@ -28,9 +34,8 @@ class Refused(SkysailError):
 class Monitor:
     """One connection to one QEMU. Open it with :meth:`connect`, close it with :meth:`close`."""
 
-    def __init__(self, client: QMPClient, listener: EventListener) -> None:
+    def __init__(self, client: QMPClient) -> None:
         self._client = client
-        self._listener = listener
 
     @classmethod
     async def connect(cls, path: Path, seconds: float = 10.0) -> Monitor:
@@ -38,13 +43,13 @@ class Monitor:
         end = asyncio.get_running_loop().time() + seconds
         while True:
             client = QMPClient("skysail")
-            listener = EventListener()
-            client.register_listener(listener)
+            # It would keep every event for a reader that there is not: a guest can make them for ever.
+            client.remove_listener(client.events)
             try:
                 # A QEMU that is stuck, or that another agent still talks to, takes the connection and never greets.
                 async with asyncio.timeout_at(end):
-                    await client.connect(str(path))
-                return cls(client, listener)
+                    await client.connect(connected(path))
+                return cls(client)
             except (QMPError, OSError, EOFError) as failure:
                 if asyncio.get_running_loop().time() > end:
                     raise Gone(f"no QEMU answers at {path.name}: {failure}") from failure
@@ -52,11 +57,14 @@ class Monitor:
             await asyncio.sleep(0.005)
 
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """Run one command and return its result; raises :class:`Refused` or :class:`Gone`."""
+        """Run one command and return its result; raises :class:`Refused`, or :class:`Gone` also when no answer comes."""
         try:
-            return await self._client.execute(command, dict(arguments) if arguments is not None else None)
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await self._client.execute(command, dict(arguments) if arguments is not None else None)
         except ExecuteError as refused:
             raise Refused(f"QEMU refused {command}: {refused}") from refused
+        except TimeoutError as silent:
+            raise Gone(f"QEMU did not answer {command} within {ANSWER_SECONDS:.0f} s") from silent
         except (QMPError, OSError, EOFError) as failure:
             raise Gone(f"QEMU went away during {command}") from failure
 
@@ -68,9 +76,13 @@ class Monitor:
             raise Gone("QEMU went away while it was given a descriptor") from failure
         await self.execute("getfd", {"fdname": name})
 
-    async def event(self) -> dict[str, Any]:
-        """The next event; raises :class:`Gone` when the connection ends."""
-        waiting = asyncio.create_task(self._listener.get())
+    def listening(self, *names: str) -> AbstractContextManager[EventListener]:
+        """Hear the events of these names for as long as the context lasts."""
+        return self._client.listener(names)
+
+    async def heard(self, listener: EventListener) -> dict[str, Any]:
+        """The listener's next event; raises :class:`Gone` when the connection ends."""
+        waiting = asyncio.create_task(listener.get())
         ended = asyncio.create_task(self._ended())
         try:
             await asyncio.wait((waiting, ended), return_when=asyncio.FIRST_COMPLETED)
@@ -80,10 +92,6 @@ class Monitor:
         finally:
             waiting.cancel()
             ended.cancel()
-
-    def forget_events(self) -> None:
-        """Drop the events that were not read: the next one is new."""
-        self._listener.clear()
 
     async def _ended(self) -> None:
         while self._client.runstate.name == "RUNNING":
@@ -95,6 +103,25 @@ class Monitor:
             await self._client.disconnect()
         except (QMPError, OSError, EOFError):
             return
+
+
+def connected(path: Path) -> socket.socket:
+    """A connection to the socket at ``path``, held by the user that owns its folder; raises OSError.
+
+    A guest's process owns its folder: one that broke out of QEMU could put a link to another guest's socket there, and have
+    us say to that one what was meant for its own.
+    """
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        made.connect(str(path))
+        _, uid, _ = struct.unpack("iII", made.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        owner = path.parent.stat().st_uid
+        if uid != owner:
+            raise ConnectionRefusedError(f"user {uid} listens at {path.name}, not {owner}")
+    except BaseException:
+        made.close()
+        raise
+    return made
 
 
 class Channel:
@@ -109,7 +136,7 @@ class Channel:
     async def connect(cls, path: Path) -> Channel:
         """Connect to the port's socket; raises :class:`Gone`."""
         try:
-            return cls(path, *await asyncio.open_unix_connection(str(path), limit=1 << 20))
+            return cls(path, *await asyncio.open_unix_connection(sock=connected(path), limit=1 << 20))
         except OSError as failure:
             raise Gone(f"nothing listens at {path.name}") from failure
 
@@ -121,7 +148,7 @@ class Channel:
                 await self._writer.drain()
                 line = await self._reader.readline()
                 answer = json.loads(line)
-        except (TimeoutError, OSError, ValueError) as silent:
+        except (TimeoutError, OSError, ValueError, RecursionError) as silent:
             raise Gone(f"no answer at {self._path.name}") from silent
         if not isinstance(answer, dict) or "error" in answer:
             raise Refused(f"the guest refused: {str(answer)[:500]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -15,6 +16,8 @@ import msgspec
 
 from skysail.kit import durable
 from skysail.kit.errors import SkysailError
+
+log = logging.getLogger(__name__)
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,15 +46,29 @@ class Library:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._manifests: dict[Path, tuple[int, Manifest]] = {}
 
     def path(self, digest: str) -> Path:
         """Where the image with this digest lies."""
         return self.directory / f"{digest}.qcow2"
 
     def list(self) -> list[Manifest]:
-        """Every complete image, oldest first."""
-        held = [msgspec.json.decode(path.read_bytes(), type=Manifest) for path in self.directory.glob("*.json")]
-        return sorted((one for one in held if self.path(one.digest).is_file()), key=lambda one: one.built)
+        """Every complete image, oldest first. One whose manifest cannot be read is left out, and logged: its damage is not
+        the others'."""
+        found = [self._read(path) for path in self.directory.glob("*.json")]
+        return sorted((one for one in found if one is not None and self.path(one.digest).is_file()),
+                      key=lambda one: one.built)
+
+    def _read(self, path: Path) -> Manifest | None:
+        """The manifest, from memory while its file is the one that was read."""
+        try:
+            seen = path.stat().st_mtime_ns
+            if path not in self._manifests or self._manifests[path][0] != seen:
+                self._manifests[path] = (seen, msgspec.json.decode(path.read_bytes(), type=Manifest))
+            return self._manifests[path][1]
+        except (OSError, msgspec.MsgspecError) as damaged:
+            log.warning("the manifest %s cannot be read: %s", path, damaged)
+            return None
 
     def find(self, digest: str) -> Manifest | None:
         """The image with this digest, if held."""

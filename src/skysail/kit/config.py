@@ -25,6 +25,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     addresses that the endpoint's certificate is good for. ``public_address`` says whether an instance keeps its public
     IPv4 address over stop and start, or gets another one at each start, as on Lightsail. Each guest has one address of the
     IPv6 prefix ``public_ipv6``: a unique local one (RFC 4193) leaves the machine masqueraded, '' gives none.
+    ``disk_overcommit`` is how many times its disk a host may promise to guests, which rarely fill theirs.
     ``template_memory`` is how clones come to their template's memory (see ``hypervisor/template.py``).
     ``dns_listen`` and ``dns_port`` say where the name server answers, ``dns_api_port`` where its REST API does on the
     loopback address; ``name_servers`` are the host names that domains are delegated to.
@@ -44,6 +45,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     public_pool: str = "100.115.93.0/24"
     public_address: Literal["kept", "changes"] = "kept"
     public_ipv6: str = "fd53:6b79:7361::/64"
+    disk_overcommit: float = 4.0
     images: str = ""
     templates: str = ""
     resolvers: tuple[str, ...] = ()

@@ -24,6 +24,8 @@ SOLICITED_GATEWAY = "ff02::1:ff00:1"
 # RFC 4861, 7.1: hop limit 255 was spoken on the link itself; on the transit link nobody is but two kernels.
 NEIGHBOURS = "ip6 hoplimit 255 icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert }"
 ALL_PORTS = (0, 65535)
+# Of one guest towards anywhere; a busy proxy has some thousands.
+MAX_CONNECTIONS = 8192
 
 
 def machine_table(layout: Layout) -> str:
@@ -187,9 +189,18 @@ iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request acce
         type filter hook output priority filter; policy accept;
         icmpv6 type nd-redirect drop
     }}
+    # How many connections each guest has open: the kernel's table of them is the whole machine's.
+    set busy {{
+        type ipv4_addr; size 65535; flags dynamic
+    }}
+    set busy6 {{
+        type ipv6_addr; size 65535; flags dynamic
+    }}
     chain forward {{
         type filter hook forward priority filter; policy drop;
         ct state {{ established, related }} accept
+        iifname "{BRIDGE}" ct state new add @busy {{ ip saddr ct count over {MAX_CONNECTIONS} }} drop
+        iifname "{BRIDGE}" ct state new add @busy6 {{ ip6 saddr ct count over {MAX_CONNECTIONS} }} drop
         iifname "{BRIDGE}" oifname "{UPLINK}" ct state new accept
         oifname "{BRIDGE}" ct state new ct status dnat accept
         oifname "{BRIDGE}" ct state new meta nfproto ipv6 accept

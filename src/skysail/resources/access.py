@@ -1,5 +1,5 @@
-"""GetInstanceAccessDetails: a user certificate good for a minute, signed by the region's authority, and the host keys that
-the host witnessed. DeleteKnownHostKeys forgets them.
+"""GetInstanceAccessDetails: a user certificate good for a minute, signed by the account's authority in the region, and the
+host keys that the host witnessed. DeleteKnownHostKeys forgets them.
 
 Source: Lightsail API reference, InstanceAccessDetails; OpenSSH PROTOCOL.certkeys.
 """
@@ -46,7 +46,8 @@ class Access:
             raise invalid_input(f"The instance {row['name']} is {row['state']}; only a running one can be logged in to.")
         guest = get_guest(connection, row)
         now = self._clock.now()
-        authority = asyncssh.import_private_key(accounts.authority_private(connection, self._vault, request.region))
+        authority = asyncssh.import_private_key(accounts.authority_private(
+            connection, self._vault, request.account_id, request.region))
         key = asyncssh.generate_private_key("ssh-ed25519")
         certificate = authority.generate_user_certificate(
             key, f"skysail:{request.account_id}:{row['name']}", principals=[row["username"]],

@@ -1,11 +1,12 @@
-"""Accounts, their access keys, and the regions' SSH certificate authorities."""
+"""Accounts, their access keys, and their SSH certificate authorities."""
 
 from __future__ import annotations
 
 import secrets
+from typing import Any
 
 import asyncssh
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, Row, func, insert, select, update
 
 from skysail.store.schema import access_keys, accounts, authorities
 from skysail.store.vault import Vault
@@ -57,20 +58,30 @@ def find_secret(connection: Connection, vault: Vault, key_id: str) -> tuple[str,
     return None if row is None else (row.account_id, vault.open(row.secret_sealed, f"access-key:{key_id}"))
 
 
-def ensure_authority(connection: Connection, vault: Vault, region: str) -> str:
-    """The public key of the region's certificate authority (OpenSSH text), made at first need."""
-    row = connection.execute(select(authorities).where(authorities.c.region == region)).first()
+def ensure_authority(connection: Connection, vault: Vault, account_id: str, region: str) -> str:
+    """The public key of the account's certificate authority in the region (OpenSSH text), made at first need.
+
+    Each account has its own: what it signs logs in to every instance that trusts it.
+    """
+    row = _authority(connection, account_id, region)
     if row is not None:
         return str(row.public_key)
     key = asyncssh.generate_private_key("ssh-ed25519", comment=f"skysail {region}")
     public = key.export_public_key().decode().strip()
     connection.execute(insert(authorities).values(
-        region=region, public_key=public,
+        account_id=account_id, region=region, public_key=public,
         private_sealed=vault.seal(key.export_private_key().decode(), f"authority:{region}")))
     return public
 
 
-def authority_private(connection: Connection, vault: Vault, region: str) -> str:
-    """The private key of the region's authority; NoResultFound if it was never made."""
-    row = connection.execute(select(authorities).where(authorities.c.region == region)).one()
+def authority_private(connection: Connection, vault: Vault, account_id: str, region: str) -> str:
+    """The private key of the account's authority in the region; raises LookupError if it was never made."""
+    row = _authority(connection, account_id, region)
+    if row is None:
+        raise LookupError(f"account {account_id} has no authority in {region}")
     return vault.open(row.private_sealed, f"authority:{region}")
+
+
+def _authority(connection: Connection, account_id: str, region: str) -> Row[Any] | None:
+    return connection.execute(select(authorities).where(
+        authorities.c.account_id == account_id, authorities.c.region == region)).first()

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, select, update
+from sqlalchemy import Connection, RowMapping, func, select, update
 
 from skysail.kit.config import Config
 from skysail.kit.errors import invalid_input
 from skysail.operations import history
 from skysail.resources import tags
 from skysail.resources.request import Request
-from skysail.store.schema import disks, instances, snapshots
+from skysail.store.schema import disks, guests, hosts, instances, snapshots
 
 IOPS = 100
 
@@ -34,6 +34,23 @@ def of(connection: Connection, instance_ids: Sequence[str]) -> dict[str, list[di
     for row, shape in zip(rows, shapes(connection, rows), strict=True):
         found.setdefault(row["instance_id"], []).append(shape)
     return found
+
+
+def promised_gib(connection: Connection) -> dict[str, int]:
+    """What block storage takes of each host, were it full."""
+    return {row[0]: row[1] for row in connection.execute(
+        select(disks.c.host_id, func.sum(disks.c.size_gib)).group_by(disks.c.host_id))}
+
+
+def refuse_beyond_room(config: Config, connection: Connection, host_id: str, size_gib: int) -> None:
+    """Raises InvalidInputException when the host cannot promise that much disk more."""
+    taken = promised_gib(connection).get(host_id, 0) + (connection.execute(
+        select(func.sum(guests.c.disk_gib)).where(guests.c.host_id == host_id)).scalar_one() or 0)
+    held = connection.execute(select(hosts.c.disk_gib).where(hosts.c.id == host_id)).scalar_one()
+    left = max(round(held * config.disk_overcommit) - taken, 0)
+    if size_gib > left:
+        raise invalid_input(f"A disk of {size_gib} GB does not fit this cloud now: its host may promise {left} GB more.",
+                            "Choose a smaller disk, or delete others.")
 
 
 def shapes(connection: Connection, rows: Sequence[RowMapping]) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ class Disks:
         asked = request.params
         if asked.get("addOns"):
             raise invalid_input("addOns are not offered by this cloud yet.")
-        identifier = put(connection, request, asked["diskName"], zone=zone, host=host, size_gib=asked["sizeInGb"],
+        identifier = put(self._config, connection, request, asked["diskName"], zone=zone, host=host, size_gib=asked["sizeInGb"],
                          origin=origin, now=self._clock.now())
         tags.put(connection, identifier, asked.get("tags") or [])
         return history.record(
@@ -171,11 +171,12 @@ def get_disk(connection: Connection, request: Request, name: str) -> RowMapping:
     return row
 
 
-def put(connection: Connection, request: Request, name: str, *, zone: str, host: str, size_gib: int, origin: Origin | None,
-        now: float, **more: Any) -> str:
+def put(config: Config, connection: Connection, request: Request, name: str, *, zone: str, host: str, size_gib: int,
+        origin: Origin | None, now: float, **more: Any) -> str:
     """Write the row of a new disk, and bump its host; its id. Raises InvalidInputException."""
     if not MIN_GIB <= size_gib <= MAX_GIB:
         raise invalid_input(f"A disk has {MIN_GIB} to {MAX_GIB} GB, not {size_gib}.")
+    attachments.refuse_beyond_room(config, connection, host, size_gib)
     identifier = "d-" + secrets.token_hex(5)
     names.claim(connection, request, name, "Disk", identifier)
     connection.execute(insert(disks).values(**{

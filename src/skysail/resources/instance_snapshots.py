@@ -13,6 +13,7 @@ from sqlalchemy import Connection, RowMapping, select
 from skysail.contract.document import Origin
 from skysail.hosts import desired
 from skysail.kit.clock import Clock
+from skysail.kit.config import Config
 from skysail.kit.errors import invalid_input
 from skysail.operations import history
 from skysail.resources import attachments, catalog, snapshot_rows, tags
@@ -27,7 +28,8 @@ KIND = "InstanceSnapshot"
 class InstanceSnapshots:
     """The actions on snapshots of instances."""
 
-    def __init__(self, clock: Clock, launcher: Instances) -> None:
+    def __init__(self, config: Config, clock: Clock, launcher: Instances) -> None:
+        self._config = config
         self._clock = clock
         self._launcher = launcher
 
@@ -103,7 +105,7 @@ class InstanceSnapshots:
         for shape, volume in zip(row["source"]["disks"], row["volumes"][1:], strict=True):
             named = chosen.get(shape["path"]) or f"{name}-{shape['name']}"
             disk = disk_rows.put(
-                connection, request, named, zone=instance["zone"], host=row["host_id"], size_gib=shape["sizeInGb"],
+                self._config, connection, request, named, zone=instance["zone"], host=row["host_id"], size_gib=shape["sizeInGb"],
                 origin=Origin(snapshot=row["id"], volume=volume["id"]), now=self._clock.now(), instance_id=instance["id"],
                 path=shape["path"], attachment="attached")
             made.append(history.record(

@@ -64,6 +64,11 @@ def _static(connection: Connection, identifiers: Sequence[str]) -> set[str]:
         static_ips.c.instance_id.in_(identifiers))).scalars())
 
 
+def _hostname(name: str) -> str:
+    """What the instance calls itself: a name may be longer than Linux takes (64), and have what a host name may not."""
+    return name.replace("_", "-")[:63].rstrip("-.")
+
+
 class Instances:
     """The actions on instances."""
 
@@ -109,13 +114,13 @@ class Instances:
         zone = attachments.zone(self._config, asked["availabilityZone"])
         key_name = asked.get("keyPairName") or key_pairs.DEFAULT_NAME
         public_key = key_pairs.public_key(connection, self._vault, request, key_name, self._clock.now())
-        authority = accounts.ensure_authority(connection, self._vault, request.region)
+        authority = accounts.ensure_authority(connection, self._vault, request.account_id, request.region)
         made = []
         for name in wanted:
             identifier = str(uuid.uuid4())
             names.claim(connection, request, name, "Instance", identifier)
             made.append(self._launch(connection, request, name, identifier, zone, bundle, image, key_name, Personality(
-                hostname=name, user=image["user"], authorized_keys=(public_key,), trusted_user_ca=(authority,),
+                hostname=_hostname(name), user=image["user"], authorized_keys=(public_key,), trusted_user_ca=(authority,),
                 user_data=user_data), origin, host))
         return made
 
@@ -134,8 +139,8 @@ class Instances:
         memory_mib = round(bundle["ramSizeInGb"] * 1024)
         try:
             host = placement.choose(self._candidates(connection, wanted_host, image["digest"]), zone=zone,
-                                    image=image["digest"],
-                                    vcpus=bundle["cpuCount"], memory_mib=memory_mib)
+                                    image=image["digest"], vcpus=bundle["cpuCount"], memory_mib=memory_mib,
+                                    disk_gib=bundle["diskSizeInGb"])
         except placement.NoHost as full:
             raise invalid_input(f"The bundle {bundle['bundleId']} does not fit this cloud now: {full}.",
                                 "Choose a smaller bundle, or delete instances.") from full
@@ -171,16 +176,21 @@ class Instances:
 
     def _candidates(self, connection: Connection, wanted: str, image: str) -> list[placement.Candidate]:
         """The hosts; with ``wanted``, only that one, which has what is needed also where it launches a newer image."""
-        promised = dict(connection.execute(
-            select(guests.c.host_id, func.sum(guests.c.memory_mib)).group_by(guests.c.host_id)).all())
+        promised = {row.host_id: row for row in connection.execute(
+            select(guests.c.host_id, func.sum(guests.c.memory_mib).label("mib"), func.sum(guests.c.disk_gib).label("gib"))
+            .group_by(guests.c.host_id))}
+        stored = attachments.promised_gib(connection)
         held: dict[str, set[str]] = {}
         for row in connection.execute(select(images.c.host_id, images.c.digest)):
             held.setdefault(row.host_id, set()).add(row.digest)
         if wanted:
             held.setdefault(wanted, set()).add(image)
-        return [placement.Candidate(id=row.id, zone=row.zone, vcpus=row.vcpus, memory_mib=row.memory_mib,
-                                    promised_mib=promised.get(row.id, 0), images=frozenset(held.get(row.id, ())))
-                for row in connection.execute(select(hosts)) if wanted in ("", row.id)]
+        return [placement.Candidate(
+            id=row.id, zone=row.zone, vcpus=row.vcpus, memory_mib=row.memory_mib,
+            promised_mib=promised[row.id].mib if row.id in promised else 0,
+            disk_gib=round(row.disk_gib * self._config.disk_overcommit),
+            promised_gib=(promised[row.id].gib if row.id in promised else 0) + stored.get(row.id, 0),
+            images=frozenset(held.get(row.id, ()))) for row in connection.execute(select(hosts)) if wanted in ("", row.id)]
 
     def get(self, connection: Connection, request: Request) -> dict[str, Any]:
         row = get_row(connection, request, request.params["instanceName"])
@@ -255,7 +265,7 @@ class Instances:
     def stop(self, connection: Connection, request: Request) -> dict[str, Any]:
         row = get_row(connection, request, request.params["instanceName"])
         force = bool(request.params.get("force"))
-        if row["state"] != "running" and not (force and row["state"] in ("stopping", "pending")):
+        if row["state"] != "running" and not (force and row["state"] in ("stopping", "pending", "rebooting")):
             raise invalid_input(f"The instance {row['name']} is {row['state']}; only a running one can be stopped.")
         guest = get_guest(connection, row)
         return self._change(connection, request, row, guest, "StopInstance", "stop", "stopping", status="Started",

@@ -64,7 +64,7 @@ def build(config: Config) -> Keeper:
         guests=config.guests_dir, accelerator=accelerator, find_image=lambda digest: _image(library, digest),
         templates=Templates(config.templates_dir, accelerator, config.guest_uid_base, config.template_memory),
         make_volume=pool.ensure, drop_volume=pool.remove, volumes=pool.observe, open_port=fabric.open_port,
-        give_volume=pool.give, shelf=snapshots, around=surroundings(config))
+        give_volume=pool.give, shelf=snapshots, around=lambda: surroundings(config))
     return Keeper(capacity(config, accelerator), Qemu(workshop, config.guest_uid_base), pool, snapshots, fabric,
                   lambda: _reports(library), ledger, traffic, name_server(config))
 
@@ -149,6 +149,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     # A socket that is not there yet is looked for again: nothing to log.
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per look at the zones is noise
     config = load()
     alone = hold(config)
     keeper = build(config)

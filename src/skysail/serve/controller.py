@@ -1,7 +1,6 @@
 """The controller process: the API, the engine of operations and the watch of its hosts, in one event loop.
 
-``python -m skysail.serve.controller`` runs it, unprivileged; :func:`initialise` makes its rows and the admin's
-credentials.
+``python -m skysail.serve.controller`` runs it, unprivileged.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import gc
 import json
 import logging
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -25,7 +25,6 @@ from skysail.api.tls import Certificates
 from skysail.api.wire import Wire
 from skysail.hosts.client import AgentClient
 from skysail.hosts.watch import Watch
-from skysail.kit import durable
 from skysail.kit.clock import Clock, SystemClock
 from skysail.kit.config import Config, load
 from skysail.operations.engine import Engine
@@ -52,33 +51,36 @@ log = logging.getLogger(__name__)
 HOST = "host-1"
 
 
-def initialise(config: Config, clock: Clock | None = None) -> dict[str, str]:
-    """Make the database, this machine's host row and the admin account; idempotent. Returns the admin's credentials,
-    which also stand in ``<data>/credentials.json`` (mode 0600)."""
+def initialise(config: Config, clock: Clock | None = None) -> None:
+    """Make the database, its keys, the endpoint's certificates and this machine's host row; idempotent. Touches nothing
+    outside of the controller's own folder."""
     clock = clock or SystemClock()
     config.database.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    vault = Vault.at(config.master_key)
+    Vault.at(config.master_key)
     if config.secure:
         Certificates(config.certificates).ensure(served_names(config), clock.now())
     database = Database(config.database)
     database.migrate()
-    credentials = config.root / "credentials.json"
     try:
         with database.transaction() as connection:
             if connection.execute(select(hosts.c.id).where(hosts.c.id == HOST)).first() is None:
                 connection.execute(insert(hosts).values(id=HOST, region=config.default_region, zone=config.zones[0],
                                                         address=f"unix:{config.agent_socket}"))
-            if not credentials.exists():
-                account = accounts.find_account(connection, "admin") or accounts.create_account(
-                    connection, "admin", clock.now())
-                key, secret = accounts.create_access_key(connection, vault, account, clock.now())
-                durable.replace(credentials, json.dumps({
-                    "access_key_id": key, "secret_access_key": secret, "account_id": account,
-                    "region": config.default_region}).encode())
     finally:
         database.close()
-    found: dict[str, str] = json.loads(credentials.read_text())
-    return found
+
+
+def admin_credentials(config: Config, clock: Clock | None = None) -> dict[str, str]:
+    """A fresh access key of the admin account, which is made if there is none: its id, its secret, account and region."""
+    clock = clock or SystemClock()
+    database = Database(config.database)
+    try:
+        with database.transaction() as connection:
+            account = accounts.find_account(connection, "admin") or accounts.create_account(connection, "admin", clock.now())
+            key, secret = accounts.create_access_key(connection, Vault.at(config.master_key), account, clock.now())
+    finally:
+        database.close()
+    return {"access_key_id": key, "secret_access_key": secret, "account_id": account, "region": config.default_region}
 
 
 def served_names(config: Config) -> list[str]:
@@ -92,7 +94,7 @@ def action_table(config: Config, clock: Clock,
                  vault: Vault) -> dict[str, Callable[[Connection, Request], dict[str, Any]]]:
     """Every action that is offered."""
     instances = Instances(config, clock, vault)
-    nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), instances, InstanceSnapshots(clock, instances),
+    nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), instances, InstanceSnapshots(config, clock, instances),
              disks.Disks(config, clock), DiskSnapshots(clock),
              PublicPorts(clock), StaticIps(config, clock), Access(clock, vault), Tags(clock), Domains(config, clock),
              OperationLog())
@@ -176,15 +178,21 @@ def build(config: Config, clock: Clock | None = None,
             committed()
 
     dispatcher = Dispatcher(action_table(config, clock, vault), transaction)
-    return application(dispatcher, find_secret, clock=clock, lifespan=lifespan)
+    return application(dispatcher, find_secret, clock=clock, region=config.default_region, lifespan=lifespan)
 
 
 def main() -> None:
-    """Serve the cloud in ``$SKYSAIL_DATA`` until told to stop."""
+    """Serve the cloud in ``$SKYSAIL_DATA`` until told to stop. With ``--prepare``, only make what is missing and print the
+    authority's certificate as JSON; with ``--prepare --admin-key`` a new admin key, too."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     config = load()
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per document is noise
     initialise(config)
+    if "--prepare" in sys.argv:
+        sys.stdout.write(json.dumps({
+            "authority": Certificates(config.certificates).authority.read_text() if config.secure else "",
+            "credentials": admin_credentials(config) if "--admin-key" in sys.argv else None}))
+        return
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per document is noise
     made = build(config)
     # What is here now stays, the service model above all: the collector need not stop a request to look through it again.
     gc.collect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import tempfile
 import time
@@ -103,11 +104,25 @@ def serial_log(config: Config, name: str) -> bytes:
             ids = [row[0] for row in found]
     finally:
         database.close()
-    logs = [path for guest in ids for path in (config.guests_dir / guest / "run").glob("serial.log")
-            if path.is_file() and not path.is_symlink()]
+    logs = [text for guest in ids if (text := _last_of(config.guests_dir / guest / "run" / "serial.log")) is not None]
     if not logs:
         raise SkysailError(f"no instance named {name} has a serial log here", cure="see: sudo ./skysail list")
-    return b"".join(path.read_bytes() for path in logs)
+    return b"".join(logs)
+
+
+def _last_of(path: Path, limit_bytes: int = 4 << 20) -> bytes | None:
+    """The end of a log that a guest's process writes into its own folder; None when there is none. What lies there may be a
+    link, a pipe or a very large hole: none of it is followed, waited for or read whole."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        held = os.fstat(descriptor)
+        if not stat.S_ISREG(held.st_mode):
+            return None
+        file.seek(max(held.st_size - limit_bytes, 0))
+        return file.read(limit_bytes)
 
 
 def _private(path: Path, text: str) -> None:

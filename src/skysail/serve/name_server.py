@@ -94,11 +94,11 @@ def command(config: Config) -> list[str]:
 def unit(config: Config, log: Path) -> str:
     """The systemd unit, with the same privileges as :func:`command`."""
     capability = "CAP_NET_BIND_SERVICE" if config.dns_port < 1024 else ""
-    return (f"[Unit]\nDescription=Skysail name server\nAfter=network.target\n\n[Service]\nUser={config.dns_user}\n"
-            f"Group={config.dns_user}\nNoNewPrivileges=yes\nCapabilityBoundingSet={capability}\n"
+    return (f"[Unit]\nDescription=Skysail name server\nAfter=network.target\nStartLimitIntervalSec=0\n\n[Service]\n"
+            f"User={config.dns_user}\nGroup={config.dns_user}\nNoNewPrivileges=yes\nCapabilityBoundingSet={capability}\n"
             f"AmbientCapabilities={capability}\nExecStart={_PROGRAM} --config-dir={config.dns_dir}\n"
             f"ProtectSystem=strict\nReadWritePaths={config.dns_dir / 'database'}\nPrivateTmp=yes\nRestart=always\n"
-            f"RestartSec=1\nStandardOutput=append:{log}\nStandardError=append:{log}\n\n"
+            f"RestartSec=2\nStandardOutput=append:{log}\nStandardError=append:{log}\n\n"
             f"[Install]\nWantedBy=multi-user.target\n")
 
 

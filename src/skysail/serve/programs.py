@@ -76,12 +76,14 @@ def unit(config: Config, name: str) -> str:
         return name_server.unit(config, processes.log_path(config, name))
     who = config.controller_user
     user = f"User={who}\nGroup={who}\nNoNewPrivileges=yes\nCapabilityBoundingSet=\n" if name == "controller" else ""
-    order = "After=skysail-agent.service" if name == "controller" else "After=network.target"
-    settings = "".join(f'Environment="{key}={value}"\n' for key, value in _environment(config).items())
+    # The agent tells guests the machine's resolvers, which a machine on DHCP has only when it is online.
+    before = "skysail-agent.service" if name == "controller" else "network-online.target"
+    order = f"Wants={before}\nAfter={before}"
+    settings = "".join(f'Environment="{key}={value}"\n' for key, value in environment(config).items())
     log = processes.log_path(config, name)
-    return (f"[Unit]\nDescription=Skysail {name}\n{order}\n\n[Service]\n{settings}{user}"
+    return (f"[Unit]\nDescription=Skysail {name}\n{order}\nStartLimitIntervalSec=0\n\n[Service]\n{settings}{user}"
             f"ExecStart={sys.executable} -m skysail.serve.{name}\nKillMode=process\nDelegate=yes\nRestart=always\n"
-            f"RestartSec=1\nStandardOutput=append:{log}\nStandardError=append:{log}\n\n"
+            f"RestartSec=2\nStandardOutput=append:{log}\nStandardError=append:{log}\n\n"
             f"[Install]\nWantedBy=multi-user.target\n")
 
 
@@ -89,7 +91,7 @@ def start(config: Config, name: str, digest: str) -> None:
     """Start ``name`` in place of the one that runs; ``digest`` names what it is started from."""
     processes.stop(config, name)
     if not _systemd():
-        processes.start(config, name, command(config, name), env=_environment(config), digest=digest)
+        processes.start(config, name, command(config, name), env=environment(config), digest=digest)
         return
     (UNITS / f"skysail-{name}.service").write_text(unit(config, name))
     process.run(["systemctl", "daemon-reload"])
@@ -126,7 +128,8 @@ def pid(config: Config, name: str) -> int | None:
     return record.pid if record else None
 
 
-def _environment(config: Config) -> dict[str, str]:
+def environment(config: Config) -> dict[str, str]:
+    """What our programs find in their environment."""
     return {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8",
             "PYTHONPATH": str(config.root / "program"), "PYTHONUNBUFFERED": "1", "SKYSAIL_DATA": config.data}
 

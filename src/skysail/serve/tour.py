@@ -13,15 +13,20 @@ FIRST = "first"
 
 
 def up(config: Config, progress: machine.Progress, first_instance: bool = True) -> dict[str, Any]:
-    """Bring the cloud up; with ``first_instance``, launch one if there is none, and log in to it once."""
+    """Bring the cloud up; with ``first_instance``, launch one if there is none, and log in to it, once in its life."""
     machine.up(config, progress)
-    if first_instance and not customer.instances(config):
-        progress("first instance: launching")
-        customer.launch(config, FIRST, blueprints.FIRST_BLUEPRINT, blueprints.FIRST_BUNDLE, wait_seconds=600)
-        progress("first instance: logging in")
-        if not processes.wait_until(lambda: customer.ssh(config, FIRST, ["true"]) == 0, 60, pause_seconds=1):
-            raise SkysailError(f"instance {FIRST} runs, but no login succeeded",
-                               cure=f"see: sudo ./skysail logs {FIRST}")
+    proven = config.root / "first-instance"  # once: an owner who deletes it does not want it back at every upgrade
+    if first_instance and not proven.exists():
+        held = [instance["name"] for instance in customer.instances(config)]
+        if not held:
+            progress("first instance: launching")
+            customer.launch(config, FIRST, blueprints.FIRST_BLUEPRINT, blueprints.FIRST_BUNDLE, wait_seconds=600)
+        if not held or FIRST in held:
+            progress("first instance: logging in")
+            if not processes.wait_until(lambda: customer.ssh(config, FIRST, ["true"]) == 0, 60, pause_seconds=1):
+                raise SkysailError(f"instance {FIRST} runs, but no login succeeded",
+                                   cure=f"see: sudo ./skysail logs {FIRST}")
+        proven.touch()
     return machine.status(config)
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import grp
 import hashlib
+import json
 import os
 import pwd
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import msgspec
 
 import skysail
 from skysail.hypervisor import confinement
-from skysail.kit import process
+from skysail.kit import durable, process
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
 from skysail.network.linux import LinuxFabric
@@ -40,12 +42,15 @@ def up(config: Config, progress: Progress) -> None:
     ensure_user(config)
     ensure_folders(config)
     digest = install_program(config)
-    initialise_store(config, progress)
     blueprints.ensure_first(config, progress)
     for name in programs.names(config):
         # The name server goes on through an upgrade of ours: only its own configuration makes it start again.
         wanted = name_server.prepare(config) if name == "dns" else digest
         if not (programs.healthy(config, name) and programs.current(config, name, wanted)):
+            if name == "controller":
+                # Not before the old one is gone: it would work on a database of another version.
+                programs.stop(config, name)
+                initialise_store(config, progress)
             progress(f"{name}: starting")
             programs.start(config, name, wanted)
             programs.wait_healthy(config, name)
@@ -123,6 +128,8 @@ def install_program(config: Config) -> str:
     source = Path(skysail.__file__).parent
     target = config.root / "program"
     whole = hashlib.sha256(msgspec.json.encode(config))
+    for lock in Path(sys.prefix).glob(".requirements.lock"):  # which libraries it runs with, as the launcher notes it
+        whole.update(lock.read_bytes())
     for path in sorted(path for path in source.rglob("*") if path.is_file() and path.suffix != ".pyc"):
         whole.update(str(path.relative_to(source)).encode() + b"\0" + path.read_bytes())
     digest = whole.hexdigest()
@@ -140,15 +147,17 @@ def install_program(config: Config) -> str:
 
 
 def initialise_store(config: Config, progress: Progress) -> None:
-    """The controller's database, keys, certificates and admin account, then handed to the controller's user."""
-    from skysail.serve.controller import initialise
+    """Let the controller make its database, keys and certificates, and keep what others are given of them.
 
+    It does so as its own user: root touches nothing in a folder that is somebody else's, where a link could lead elsewhere.
+    """
     progress("store: checking")
-    initialise(config)
-    trusted = endpoint.authority(config)
+    credentials, trusted = config.root / "credentials.json", endpoint.authority(config)
+    asked = ["--prepare", *([] if credentials.exists() else ["--admin-key"])]
+    told = json.loads(process.run([*programs.command(config, "controller"), *asked], env=programs.environment(config),
+                                  timeout=300))
+    if told["credentials"]:
+        durable.replace(credentials, json.dumps(told["credentials"]).encode())
+    os.chown(credentials, 0, 0, follow_symlinks=False)  # earlier versions gave it to the controller's user
     if trusted is not None:
-        shutil.copyfile(config.certificates / "authority.pem", trusted)
-        trusted.chmod(0o644)
-    account = pwd.getpwnam(config.controller_user)
-    for path in (config.root / "credentials.json", *(config.root / "controller").rglob("*")):
-        os.chown(path, account.pw_uid, account.pw_gid)
+        durable.replace(trusted, told["authority"].encode(), 0o644)

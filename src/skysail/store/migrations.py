@@ -10,6 +10,7 @@ from collections.abc import Callable
 from sqlalchemy import Connection
 
 from skysail.store.schema import (
+    authorities,
     disks,
     domain_entries,
     domains,
@@ -47,6 +48,16 @@ def _domains(connection: Connection) -> None:
     metadata.create_all(connection, tables=[domains, domain_entries, zone_reports], checkfirst=True)
 
 
+def _authorities_of_accounts(connection: Connection) -> None:
+    # There was one per region, when there was one account.
+    authorities.create(connection, checkfirst=True)
+    if connection.exec_driver_sql("SELECT 1 FROM sqlite_master WHERE name = 'authorities'").first() is not None:
+        connection.exec_driver_sql(
+            "INSERT INTO account_authorities (account_id, region, public_key, private_sealed) "
+            "SELECT (SELECT id FROM accounts ORDER BY tenant LIMIT 1), region, public_key, private_sealed FROM authorities")
+        connection.exec_driver_sql("DROP TABLE authorities")
+
+
 def _disks_and_snapshots(connection: Connection) -> None:
     for table in (disks, snapshots):
         table.create(connection, checkfirst=True)
@@ -58,7 +69,8 @@ def _disks_and_snapshots(connection: Connection) -> None:
 
 
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
-    _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _disks_and_snapshots)
+    _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts,
+    _disks_and_snapshots)
 
 
 def upgrade(connection: Connection) -> int:

@@ -45,9 +45,11 @@ access_keys = Table(
     Column("revoked_at", Float),
 )
 
-# One certificate authority per region: guests trust its user certificates, GetInstanceAccessDetails signs with it.
+# One certificate authority per account and region: the account's guests trust its user certificates, with which
+# GetInstanceAccessDetails lets in.
 authorities = Table(
-    "authorities", metadata,
+    "account_authorities", metadata,
+    Column("account_id", ForeignKey("accounts.id"), primary_key=True),
     Column("region", String(32), primary_key=True),
     Column("public_key", String, nullable=False),
     Column("private_sealed", LargeBinary, nullable=False),
