@@ -102,13 +102,9 @@ def test_the_agent_dies_at_every_step_of_stop_start_and_reboot(tiny_cloud: RealC
 
 
 @pytest.mark.real
-def test_the_agent_dies_at_every_step_of_a_snapshot_and_what_is_made_of_it(tiny_cloud: RealCloud) -> None:
+def test_the_agent_dies_at_every_step_of_a_snapshot(tiny_cloud: RealCloud) -> None:
     doom, life, client = Doom(tiny_cloud, "agent"), Life(tiny_cloud, "tiny"), tiny_cloud.client()
     life.done(life.create)
-    client.create_disk(diskName="data", availabilityZone="us-east-1a", sizeInGb=8)
-    whole(tiny_cloud)
-    client.attach_disk(diskName="data", instanceName="one", diskPath="/dev/xvdf")
-    whole(tiny_cloud)
     pid = pid_of(tiny_cloud, "one")
 
     def snapshot() -> None:
@@ -125,7 +121,17 @@ def test_the_agent_dies_at_every_step_of_a_snapshot_and_what_is_made_of_it(tiny_
         forgotten = doom.during("forget", forget) is None
         assert pid_of(tiny_cloud, "one") == pid, "the guest has seen nothing of it"
     assert {"Monitor.execute transaction", "QemuGuest.save copying", "os:rename"} <= set(doom.deaths["snapshot"])
+    life.done(life.delete)
+    assert not doom.missed(), doom.deaths
+    assert not list(tiny_cloud.config.snapshots_dir.iterdir())
 
+
+@pytest.mark.real
+def test_the_agent_dies_at_every_step_of_a_disk(tiny_cloud: RealCloud) -> None:
+    doom, life, client = Doom(tiny_cloud, "agent"), Life(tiny_cloud, "tiny"), tiny_cloud.client()
+    life.done(life.create)
+    client.create_disk(diskName="data", availabilityZone="us-east-1a", sizeInGb=8)
+    whole(tiny_cloud)
     client.create_disk_snapshot(diskName="data", diskSnapshotName="copy")
     whole(tiny_cloud)
 

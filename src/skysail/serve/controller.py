@@ -94,10 +94,9 @@ def action_table(config: Config, clock: Clock,
                  vault: Vault) -> dict[str, Callable[[Connection, Request], dict[str, Any]]]:
     """Every action that is offered."""
     instances = Instances(config, clock, vault)
-    nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), instances, InstanceSnapshots(config, clock, instances),
-             disks.Disks(config, clock), DiskSnapshots(clock),
-             PublicPorts(clock), StaticIps(config, clock), Access(clock, vault), Tags(clock), Domains(config, clock),
-             OperationLog())
+    nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), instances, disks.Disks(config, clock),
+             InstanceSnapshots(config, clock, instances), DiskSnapshots(clock), PublicPorts(clock),
+             StaticIps(config, clock), Access(clock, vault), Tags(clock), Domains(config, clock), OperationLog())
     return {name: action for noun in nouns for name, action in noun.actions().items()}
 
 
