@@ -77,8 +77,8 @@ class Disks:
         asked = request.params
         if asked.get("addOns"):
             raise invalid_input("addOns are not offered by this cloud yet.")
-        identifier = put(self._config, connection, request, asked["diskName"], zone=zone, host=host, size_gib=asked["sizeInGb"],
-                         origin=origin, now=self._clock.now())
+        identifier = put(self._config, connection, request, asked["diskName"], zone=zone, host=host,
+                         size_gib=asked["sizeInGb"], origin=origin, now=self._clock.now())
         tags.put(connection, identifier, asked.get("tags") or [])
         return history.record(
             connection, request, now=self._clock.now(), type=request.action, resource_name=asked["diskName"],

@@ -105,9 +105,9 @@ class InstanceSnapshots:
         for shape, volume in zip(row["source"]["disks"], row["volumes"][1:], strict=True):
             named = chosen.get(shape["path"]) or f"{name}-{shape['name']}"
             disk = disk_rows.put(
-                self._config, connection, request, named, zone=instance["zone"], host=row["host_id"], size_gib=shape["sizeInGb"],
-                origin=Origin(snapshot=row["id"], volume=volume["id"]), now=self._clock.now(), instance_id=instance["id"],
-                path=shape["path"], attachment="attached")
+                self._config, connection, request, named, zone=instance["zone"], host=row["host_id"],
+                size_gib=shape["sizeInGb"], origin=Origin(snapshot=row["id"], volume=volume["id"]), now=self._clock.now(),
+                instance_id=instance["id"], path=shape["path"], attachment="attached")
             made.append(history.record(
                 connection, request, now=self._clock.now(), type="CreateDiskFromSnapshot", resource_name=named,
                 resource_type="Disk", resource_id=disk, zone=instance["zone"], status="Started", workflow="create disk",
