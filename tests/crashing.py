@@ -25,7 +25,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from clouds import Cloud, RealCloud, eventually, running_real_cloud
 from skysail.hypervisor import confinement
 from skysail.hypervisor.guest import Record
-from skysail.images.foreign import Blueprint, Origin, take_in
+from skysail.images import foreign
 from skysail.images.library import Library
 from skysail.kit.config import load
 from skysail.network import links
@@ -50,8 +50,8 @@ def running_tiny_cloud() -> Iterator[RealCloud]:
         library.directory.mkdir()
         raw = (TINY.ljust(510, b"\0") + b"\x55\xaa").ljust(1 << 20, b"\0")
         (made.folder / "tiny.raw").write_bytes(raw)
-        take_in(Origin(source=str(made.folder / "tiny.raw"), sha256=hashlib.sha256(raw).hexdigest(), format="raw"),
-                Blueprint(id="tiny", name="Tiny", user="admin"), library, made.config.importer_uid)
+        foreign.take_in(foreign.Origin(source=str(made.folder / "tiny.raw"), sha256=hashlib.sha256(raw).hexdigest()),
+                        foreign.Blueprint(id="tiny", name="Tiny", user="admin"), library, made.config.importer_uid)
         made.start("agent")
         made.start("controller")
         ready(made, "tiny")

@@ -74,6 +74,7 @@ class QemuHouse(SimHouse):
         await self.fabric.apply([self.guest().port])
         return Qemu(Workshop(
             guests=self.config.guests_dir, accelerator=accelerator, make_volume=pool.ensure, drop_volume=pool.remove,
+            volumes=pool.observe,
             templates=Templates(self.config.templates_dir, accelerator, self.config.guest_uid_base),
             find_image=lambda digest: Image(digest=digest, path=library.path(digest), ours=True),
             open_port=self.fabric.open_port, volumes=pool.observe, give_volume=pool.give,

@@ -73,6 +73,8 @@ def test_the_readmes_tour(newcomer: Newcomer) -> None:
     for words in ("web-1", "hello from web-1", "load average", "8080", "rows and machine agree"):
         assert words in told, told
 
+    assert (newcomer.folder / "desk" / "aws" / "bin" / "aws").exists()
+
     # What it leaves: the first instance, and nothing else; up again changes nothing, down takes everything.
     assert newcomer.shell("./skysail list --json").count('"name":"first"') == 1
     before = newcomer.shell("./skysail status --json")

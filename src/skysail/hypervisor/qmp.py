@@ -43,8 +43,8 @@ class Monitor:
         end = asyncio.get_running_loop().time() + seconds
         while True:
             client = QMPClient("skysail")
-            # It would keep every event for a reader that there is not: a guest can make them for ever.
-            client.remove_listener(client.events)
+            # Else its own listener keeps every event for a reader that there is not: a guest can make them for ever.
+            client.events.event_filter = lambda event: False
             try:
                 # A QEMU that is stuck, or that another agent still talks to, takes the connection and never greets.
                 async with asyncio.timeout_at(end):
