@@ -77,7 +77,7 @@ class QemuHouse(SimHouse):
             volumes=pool.observe,
             templates=Templates(self.config.templates_dir, accelerator, self.config.guest_uid_base),
             find_image=lambda digest: Image(digest=digest, path=library.path(digest), ours=True),
-            open_port=self.fabric.open_port, volumes=pool.observe, give_volume=pool.give,
+            open_port=self.fabric.open_port, give_volume=pool.give,
             shelf=FileShelf(self.config.snapshots_dir),
             around=lambda: surroundings(self.config)), self.config.guest_uid_base)
 
