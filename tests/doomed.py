@@ -30,7 +30,8 @@ DATA = Path(os.environ["SKYSAIL_DATA"])
 EFFECTS = (
     "skysail.kit.process:run", "shutil:rmtree", "os:chown", "os:chmod", "os:unlink", "os:rename", "os:replace", "os:mkdir",
     "skysail.kit.durable:replace",
-    "skysail.agent.ledger:Ledger.write", "skysail.agent.traffic:Traffic._write", "skysail.agent.keeper:Keeper._say",
+    "skysail.agent.ledger:Ledger.write", "skysail.agent.traffic:Traffic._write",
+    "skysail.agent.samples:SampleLog.append", "skysail.agent.keeper:Keeper._say",
     "skysail.storage.files:_finish", "skysail.storage.files:FilePool.remove",
     "skysail.network.linux:LinuxFabric.apply", "skysail.network.links:ensure_taps", "skysail.network.links:open_tap",
     "skysail.hypervisor.confinement:spawn", "skysail.hypervisor.confinement:limit",

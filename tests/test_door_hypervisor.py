@@ -152,6 +152,31 @@ def test_a_guest_that_never_was_is_gone(house: SimHouse) -> None:
     runs(house, body)
 
 
+def test_what_a_guest_uses_is_counted_as_long_as_its_process_lives(house: SimHouse) -> None:
+    processes: list[str] = []
+
+    async def first(hypervisor: Hypervisor, guest: Guest) -> None:
+        assert await hypervisor.usage() == {}
+        await hypervisor.ensure(guest)
+        used = (await hypervisor.usage())[guest.id]
+        await hypervisor.bound(guest.id, guest.vcpus / 2)
+        await hypervisor.bound(guest.id, guest.vcpus)
+        again = (await hypervisor.usage())[guest.id]
+        assert again.process == used.process and again.cpu_seconds >= used.cpu_seconds >= 0
+        assert again.age_seconds >= used.age_seconds >= 0 and not again.busy
+        processes.append(used.process)
+
+    async def second(hypervisor: Hypervisor, guest: Guest) -> None:
+        # Another agent goes on counting where the process stands, not where it began.
+        assert (await hypervisor.usage())[guest.id].process == processes[0]
+        await hypervisor.ensure(as_(guest, role="stop", force=True))
+        assert await hypervisor.usage() == {}
+        await hypervisor.bound(guest.id, 1.0)  # nothing to bind
+        await hypervisor.ensure(as_(guest, starts=2))
+        assert (await hypervisor.usage())[guest.id].process != processes[0]
+    runs(house, first, second)
+
+
 def test_a_guest_runs_once_however_often_it_is_asked_for(house: SimHouse) -> None:
     async def body(hypervisor: Hypervisor, guest: Guest) -> None:
         first = await hypervisor.ensure(guest)

@@ -110,6 +110,13 @@ PLANTED = {
     "serial": ("update domains set serial = serial + 9", "zone example.com.: serial "),
     "zone key": ("update domains set signing_sealed = x'00112233445566778899aabbccddeeff0011'", "zone key of example.com"),
     "signed": ("update domains set ds = '1 13 2 00' where name = 'example.com'", "keys with the DS records none"),
+    "alarm's name": ("insert into names select account_id, region, 'bell', 'Alarm', 'a-1' from names limit 1",
+                     "name bell: taken, but nothing has it"),
+    "measurements": ("insert into measurements values ('nobody', 60, 0, x'80')", "measurements of nobody: no meter"),
+    "notice given up": ("insert into deliveries values ('d-1', 'c-1', 'me@example.org', 'bell', '', 0, 9, null, 'away')",
+                        "given up after 9 attempts: away"),
+    "notice without a sender": ("insert into deliveries values ('d-1', 'c-1', 'me@example.org', 'bell', '', 0, 9, 1e12, '')",
+                                "notice d-1: its contact method is gone"),
     "secret": ("update access_keys set secret_sealed = x'00112233445566778899aabbccddeeff0011'", "does not open"),
 }
 

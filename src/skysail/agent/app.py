@@ -13,13 +13,15 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from skysail.agent.keeper import Keeper, StaleGeneration
+from skysail.agent.samples import Sampler
 from skysail.contract import VERSION
 from skysail.contract.document import HostDocument
 from skysail.kit.errors import SkysailError
 
 
-def application(keeper: Keeper) -> Starlette:
-    """PUT and GET /document, GET /report, /reports (a line of JSON per change), /inventory, /healthz, POST /prepare."""
+def application(keeper: Keeper, sampler: Sampler) -> Starlette:
+    """PUT and GET /document, GET /report, /reports (a line of JSON per change), /samples, /inventory, /healthz,
+    POST /prepare."""
 
     async def put_document(request: Request) -> Response:
         try:
@@ -46,6 +48,14 @@ def application(keeper: Keeper) -> Starlette:
                 yield (msgspec.json.encode(report) if report is not None else b"{}") + b"\n"
         return StreamingResponse(lines(), media_type="application/x-ndjson")
 
+    async def samples(request: Request) -> Response:
+        try:
+            after = int(request.query_params.get("after", "0"))
+        except ValueError:
+            return PlainTextResponse("after is the number of a sample", 400)
+        return Response(msgspec.json.encode(sampler.page(request.query_params.get("ring", ""), after)),
+                        media_type="application/json")
+
     async def inventory(_request: Request) -> Response:
         return Response(msgspec.json.encode(await keeper.inventory()), media_type="application/json")
 
@@ -62,7 +72,8 @@ def application(keeper: Keeper) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         await keeper.start()
-        tasks = [asyncio.create_task(work) for work in (keeper.follow(), keeper.tend_network(), keeper.zones.run())]
+        tasks = [asyncio.create_task(work) for work in (keeper.follow(), keeper.tend_network(), keeper.zones.run(),
+                                                          sampler.run())]
         try:
             yield
         finally:
@@ -71,5 +82,5 @@ def application(keeper: Keeper) -> Starlette:
 
     return Starlette(lifespan=lifespan, routes=[
         Route("/document", put_document, methods=["PUT"]), Route("/document", document), Route("/report", report),
-        Route("/reports", reports),
+        Route("/reports", reports), Route("/samples", samples),
         Route("/inventory", inventory), Route("/prepare", prepare, methods=["POST"]), Route("/healthz", healthz)])

@@ -293,6 +293,10 @@ class Keeper:
             snapshots=tuple(await self._shelf.observe()), strays=tuple(await self._hypervisor.strays()),
             zones=await self.zones.inventory())
 
+    def wanted(self) -> dict[str, Guest]:
+        """The guests that documents named, as the last one wants them."""
+        return dict(self._wanted)
+
     def document(self) -> HostDocument | None:
         """The document that this host holds to; None before the first one."""
         return self._ledger.read()

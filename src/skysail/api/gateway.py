@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,8 +32,9 @@ WORKERS = 8
 
 
 def application(dispatcher: Dispatcher, find_secret: Callable[[str], tuple[str, str] | None], *, clock: Clock, region: str,
-                lifespan: Any = None) -> Starlette:
-    """The API as an ASGI application: ``POST /`` is Lightsail in ``region``, ``GET /healthz`` says that we live."""
+                lifespan: Any = None, beside: Sequence[Route] = ()) -> Starlette:
+    """The API as an ASGI application: ``POST /`` is Lightsail in ``region``, ``GET /healthz`` says that we live, ``beside``
+    is what else answers at this address."""
     workers = ThreadPoolExecutor(WORKERS, "request")
 
     def answer(headers: Mapping[str, str], query: bytes, body: bytes) -> bytes:
@@ -71,8 +72,8 @@ def application(dispatcher: Dispatcher, find_secret: Callable[[str], tuple[str, 
         return _response(failure.status, protocol.error(failure), str(uuid.uuid4()))
 
     protocol.service_model()
-    return Starlette(routes=[Route("/", lightsail, methods=["POST"]), Route("/healthz", healthz)], lifespan=lifespan,
-                     exception_handlers={404: elsewhere, 405: elsewhere})
+    return Starlette(routes=[Route("/", lightsail, methods=["POST"]), Route("/healthz", healthz), *beside],
+                     lifespan=lifespan, exception_handlers={404: elsewhere, 405: elsewhere})
 
 
 async def _read(http: HttpRequest) -> bytes:

@@ -16,6 +16,7 @@ from skysail.kit import config as configuration
 from skysail.kit.errors import SkysailError
 from skysail.serve import blueprints, customer, endpoint, tour
 from skysail.serve import up as machine
+from skysail.serve import usage as transfers
 
 app = cyclopts.App(name="skysail", help="A VPS cloud that you own: the Lightsail API over real QEMU guests.")
 images = cyclopts.App(name="images", help="The images that instances are made of.")
@@ -86,6 +87,14 @@ def list_instances(*, json: Json = False) -> None:
     found = customer.instances(configuration.load())
     show.as_json(found) if json else show.table(
         [customer.summary(instance) for instance in found], ["name", "state", "address", "blueprint", "bundle"])
+
+
+@app.command
+def usage(month: str = "", *, json: Json = False) -> None:
+    """What each instance moved in a month (2026-01; this one unless told), its allowance and the price of the rest."""
+    found = transfers.of_month(configuration.load(), month)
+    show.as_json([{name: getattr(one, name) for name in one.__struct_fields__} for one in found]) if json else show.table(
+        [transfers.summary(one) for one in found], ["instance", "in", "out", "allowance", "overage", "price"])
 
 
 @app.command

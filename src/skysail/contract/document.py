@@ -81,7 +81,8 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
     """One QEMU process that shall exist (or not). ``starts`` and ``reboots`` count the owner's requests: a guest that
     powered itself off stays off until ``starts`` grows; a reboot is due while the agent has done fewer than ``reboots``.
     ``force`` skips the orderly shutdown when the role is ``stop``. All its disks together take ``iops`` operations a
-    second; 0 sets no bound."""
+    second; 0 sets no bound. ``baseline_percent`` of each processor is what its plan gives for good, more is burst; 100 for a
+    plan without burst."""
 
     id: Id
     instance: str
@@ -96,6 +97,7 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
     force: bool = False
     disks: tuple[Attachment, ...] = ()
     iops: int = 0
+    baseline_percent: float = 100.0
 
 
 class Disk(msgspec.Struct, frozen=True, kw_only=True):

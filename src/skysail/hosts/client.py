@@ -9,6 +9,7 @@ import msgspec
 
 from skysail.contract.document import HostDocument
 from skysail.contract.report import HostReport
+from skysail.contract.samples import SamplePage
 
 
 class AgentClient:
@@ -35,6 +36,12 @@ class AgentClient:
             async for line in stream.aiter_lines():
                 if line.strip() and line.strip() != "{}":
                     yield msgspec.json.decode(line, type=HostReport)
+
+    async def samples(self, ring: str, after: int) -> SamplePage:
+        """The host's next samples behind number ``after`` of ``ring``."""
+        answer = await self._http.get("/samples", params={"ring": ring, "after": after})
+        answer.raise_for_status()
+        return msgspec.json.decode(answer.content, type=SamplePage)
 
     async def close(self) -> None:
         await self._http.aclose()

@@ -21,6 +21,7 @@ from skysail.contract.document import (
     Volume,
     Zone,
 )
+from skysail.hosts import plans
 from skysail.store.schema import (
     accounts,
     disks,
@@ -75,9 +76,11 @@ def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
                       private_ipv4=row["private_ipv4"], public_ipv4=row["public_ipv4"],
                       public_ipv6=row["public_ipv6"] or "",
                       firewall=tuple(rules.get(row["instance_id"], ()))),
-            personality=msgspec.convert(row["personality"], Personality))
-        for row in connection.execute(select(guests).where(guests.c.host_id == host_id).order_by(guests.c.id))
-        .mappings())
+            personality=msgspec.convert(row["personality"], Personality),
+            baseline_percent=plans.baseline_percent(row["bundle_id"]))
+        for row in connection.execute(
+            select(guests, instances.c.bundle_id).outerjoin(instances, instances.c.id == guests.c.instance_id)
+            .where(guests.c.host_id == host_id).order_by(guests.c.id)).mappings())
     return HostDocument(
         host=host_id, generation=generation, guests=found,
         disks=tuple(Disk(volume=disk_volume(row), role=row["role"], made=row["made"]) for row in stored),

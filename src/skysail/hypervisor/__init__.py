@@ -5,8 +5,21 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
+import msgspec
+
 from skysail.contract.document import Guest, Snapshot
 from skysail.contract.report import GuestReport, SnapshotReport
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """What a guest's process, of this identity and age, has used. ``answers``: whether its agent does; None when it was not
+    asked, or there is none. ``busy``: the guest is being changed just now, perhaps it has no process yet."""
+
+    process: str
+    age_seconds: float
+    cpu_seconds: float
+    answers: bool | None = None
+    busy: bool = False
 
 
 class Hypervisor(Protocol):
@@ -35,6 +48,14 @@ class Hypervisor(Protocol):
 
     def changes(self) -> AsyncIterator[GuestReport]:
         """Guests that changed by themselves (died, halted), as they stand now."""
+        ...
+
+    async def usage(self) -> dict[str, Usage]:
+        """What each guest that has a process, or is about to have one, has used; no effects."""
+        ...
+
+    async def bound(self, guest_id: str, processors: float) -> None:
+        """Let the guest use at most so many processors from now on, until its process ends."""
         ...
 
     async def prepare(self, image: str, vcpus: int) -> None:

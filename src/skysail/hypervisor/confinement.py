@@ -120,6 +120,34 @@ def limit(name: str, pid: int, *, vcpus: int, memory_mib: int) -> None:
                            "see: sudo ./skysail doctor") from refused
 
 
+def bound(name: str, processors: float) -> None:
+    """Let the guest's cgroup use so many processors. Raises SkysailError when the machine's cgroups refuse."""
+    # The kernel takes no quota below a millisecond.
+    quota = max(1000, round(processors * PERIOD_MICROSECONDS))
+    try:
+        for folder in _folders(name):
+            for file, value in (("cpu.max", f"{quota} {PERIOD_MICROSECONDS}"), ("cpu.cfs_quota_us", str(quota))):
+                if (folder / file).exists():
+                    (folder / file).write_text(value)
+    except OSError as refused:
+        raise SkysailError(f"the cgroup of guest {name} could not be set: {refused}",
+                           "see: sudo ./skysail doctor") from refused
+
+
+def used_seconds(name: str, pid: int) -> float | None:
+    """Processor seconds of the guest so far: its cgroup's counter (version 2: cpu.stat), else its process's with all
+    threads (proc(5), fields 14 and 15); None when the process is gone."""
+    with contextlib.suppress(OSError):
+        for line in (CGROUPS / "skysail" / name / "cpu.stat").read_text().splitlines():
+            if line.startswith("usage_usec "):
+                return int(line.split()[1]) / 1e6
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def release(name: str, seconds: float = 2.0) -> None:
     """Remove the guest's cgroup; one with a process still in it stays.
 

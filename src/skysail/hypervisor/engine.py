@@ -11,7 +11,7 @@ import msgspec
 
 from skysail.contract.document import Guest, Snapshot
 from skysail.contract.report import GuestReport, SnapshotReport
-from skysail.hypervisor import confinement, personality, process
+from skysail.hypervisor import Usage, confinement, personality, process
 from skysail.hypervisor.guest import QemuGuest, Record, Workshop, remove
 from skysail.hypervisor.qmp import Gone
 from skysail.hypervisor.snapshot import Copying, abandon, report
@@ -117,6 +117,22 @@ class Qemu:
         named = {guest.record.process.pid for guest in self._guests.values() if guest.record.process is not None}
         found = [f"the folder {path.name} of no guest" for path in sorted(folder.iterdir()) if path.name not in self._guests]
         return found + [f"process {pid} of no guest" for pid in confinement.holders(f"{folder}/") if pid not in named]
+
+    async def usage(self) -> dict[str, Usage]:
+        found = await asyncio.gather(*(self._usage(guest) for guest in list(self._guests.values())))
+        return {identifier: usage for identifier, usage in found if usage is not None}
+
+    async def _usage(self, guest: QemuGuest) -> tuple[str, Usage | None]:
+        busy = self._locks.setdefault(guest.record.id, asyncio.Lock()).locked()
+        used = await guest.usage(busy)
+        # One that is being made has no process yet, and is not down.
+        return guest.record.id, used or (Usage(process="", age_seconds=0, cpu_seconds=0, busy=True) if busy else None)
+
+    async def bound(self, guest_id: str, processors: float) -> None:
+        async with self._locks.setdefault(guest_id, asyncio.Lock()):
+            held = self._guests.get(guest_id)
+            if held is not None and held.alive():
+                confinement.bound(guest_id, processors)
 
     async def changes(self) -> AsyncIterator[GuestReport]:
         """Guests that were running and are not any more. Looked for twice a second: it costs 0.4 ms a guest, and works

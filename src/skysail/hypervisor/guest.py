@@ -22,7 +22,7 @@ import msgspec
 
 from skysail.contract.document import Guest, Port, Volume
 from skysail.contract.report import GuestReport, GuestState
-from skysail.hypervisor import confinement, disks, freezing, personality, process, qemu
+from skysail.hypervisor import Usage, confinement, disks, freezing, personality, process, qemu
 from skysail.hypervisor.personality import Identity, Surroundings
 from skysail.hypervisor.process import Pid
 from skysail.hypervisor.qmp import Channel, Gone, Monitor, Refused, ask
@@ -148,6 +148,19 @@ class QemuGuest:
         if self.record.halted:
             return "halted"
         return "crashed" if self.record.made else "preparing"
+
+    async def usage(self, busy: bool) -> Usage | None:
+        """What its process has used; None without one. A guest that is ``busy`` is not asked whether it answers: its agent
+        talks to one at a time."""
+        pid = self.record.process
+        if pid is None or not pid.alive():
+            return None
+        used = confinement.used_seconds(self.record.id, pid.pid)
+        if used is None:
+            return None  # it ended meanwhile
+        answers = None if busy or not self.record.made else await self._answers()
+        return Usage(process=f"{pid.boot}/{pid.pid}/{pid.started}", age_seconds=pid.age(), cpu_seconds=used, answers=answers,
+                     busy=busy)
 
     async def run(self, guest: Guest) -> GuestReport:
         """Let it run: clone or boot it, or adopt it as it is; carry out a reboot that is due."""

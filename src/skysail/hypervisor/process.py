@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ class Pid(msgspec.Struct, frozen=True, kw_only=True):
 
     def alive(self) -> bool:
         return started_at(self.pid) == self.started and self.boot in ("", machine_boot())
+
+    def age(self) -> float:
+        """Seconds since its start, if it is alive (proc(5): start times are ticks of the boot-time clock)."""
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - self.started / os.sysconf("SC_CLK_TCK"))
 
 
 def prepare(folder: Path, uid: int) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
+import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import msgspec
 
 from skysail.contract.document import Guest, Snapshot, Volume
 from skysail.contract.report import GuestReport, SnapshotReport
+from skysail.hypervisor import Usage
 from skysail.storage import Copy, Manifest, Shelf
 from skysail.storage.sim import SimShelf
 
@@ -19,11 +24,43 @@ MakeVolume = Callable[[Volume, Path | None, int, int], Awaitable[Path]]
 COPY_SECONDS = 0.3
 
 
+# A simulated guest's launch script is this line: what it does with its processors and its network as long as it runs.
+LOAD = re.compile(r"^#load(?: cpu=(?P<cpu>[0-9.]+))?(?: rx=(?P<rx>\d+))?(?: tx=(?P<tx>\d+))?$", re.MULTILINE)
+
+
+class Life:
+    """A process that is none: it burns ``cpu`` processors and moves bytes, per second, and counts them."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, launch_script: str, now: float) -> None:
+        told = LOAD.search(launch_script)
+        self.cpu = float(told["cpu"] or 0) if told else 0.0
+        self.rx, self.tx = (int(told["rx"] or 0), int(told["tx"] or 0)) if told else (0, 0)
+        self.name = f"sim/{os.getpid()}/{next(self._numbers)}"
+        self.processors = float("inf")
+        self.began = self.seen = now
+        self.used = 0.0
+
+    def count(self, now: float) -> None:
+        """Burn until ``now``."""
+        self.used += min(self.cpu, self.processors) * (now - self.seen)
+        self.seen = now
+
+    def flow(self, now: float) -> tuple[int, int]:
+        """Bytes in and out so far."""
+        return int(self.rx * (now - self.began)), int(self.tx * (now - self.began))
+
+
 class SimHypervisor:
     """Guests are entries of a table; :meth:`halt` and :meth:`crash` do what a guest does by itself. ``make_volume`` gives
-    each guest that runs its disk, as the real engine does."""
+    each guest that runs its disk, as the real engine does. What a guest uses is counted from its launch script (see LOAD)."""
 
-    def __init__(self, make_volume: MakeVolume | None = None, shelf: Shelf | None = None) -> None:
+    def __init__(self, make_volume: MakeVolume | None = None, now: Callable[[], float] = time.monotonic,
+                 shelf: Shelf | None = None) -> None:
+        self._now = now
+        self._lives: dict[str, Life] = {}
+        self._flows: dict[str, tuple[int, int]] = {}
         self._make_volume = make_volume
         self._shelf = shelf or SimShelf()
         self._guests: dict[str, GuestReport] = {}
@@ -34,8 +71,10 @@ class SimHypervisor:
         disks = tuple(one.volume.id for one in guest.disks)
         if guest.role == "gone":
             self._guests.pop(guest.id, None)
+            self._end(guest.id)
             return GuestReport(id=guest.id, state="gone", starts=guest.starts, reboots=guest.reboots)
         if guest.role == "stop":
+            self._end(guest.id)
             report = GuestReport(id=guest.id, state="stopped", starts=guest.starts, reboots=guest.reboots,
                                  host_keys=held.host_keys if held else (), disks=disks)
         elif held is not None and held.state == "halted" and held.starts >= guest.starts:
@@ -45,6 +84,8 @@ class SimHypervisor:
                 await self._make_volume(guest.volume, Path("/nonexistent"), guest.volume.size_gib << 30, 0)
             report = GuestReport(id=guest.id, state="running", starts=guest.starts, reboots=guest.reboots,
                                  host_keys=held.host_keys if held and held.host_keys else (_host_key(),), disks=disks)
+            if guest.id not in self._lives:
+                self._lives[guest.id] = Life(guest.personality.user_data, self._now())
         self._guests[guest.id] = report
         return report
 
@@ -70,6 +111,29 @@ class SimHypervisor:
         return [SnapshotReport(id=one.id, state="available", progress=100, consistency=one.consistency, parents=one.parents)
                 for one in found if one is not None]
 
+    def _end(self, guest_id: str) -> None:
+        self._flows[guest_id] = self.flow(guest_id)
+        self._lives.pop(guest_id, None)
+
+    def flow(self, guest_id: str) -> tuple[int, int]:
+        """Bytes that went in and out of the guest's port."""
+        before, life = self._flows.get(guest_id, (0, 0)), self._lives.get(guest_id)
+        now = life.flow(self._now()) if life is not None else (0, 0)
+        return before[0] + now[0], before[1] + now[1]
+
+    async def usage(self) -> dict[str, Usage]:
+        found = {}
+        for identifier, life in self._lives.items():
+            life.count(self._now())
+            found[identifier] = Usage(process=life.name, age_seconds=self._now() - life.began, cpu_seconds=life.used,
+                                      answers=True)
+        return found
+
+    async def bound(self, guest_id: str, processors: float) -> None:
+        if (life := self._lives.get(guest_id)) is not None:
+            life.count(self._now())
+            life.processors = processors
+
     async def observe(self) -> list[GuestReport]:
         return list(self._guests.values())
 
@@ -88,11 +152,13 @@ class SimHypervisor:
 
     def halt(self, guest_id: str) -> None:
         """The guest powers itself off."""
+        self._end(guest_id)
         self._guests[guest_id] = msgspec.structs.replace(self._guests[guest_id], state="halted")
         self._changes.put_nowait(self._guests[guest_id])
 
     def crash(self, guest_id: str) -> None:
         """The guest's process dies."""
+        self._end(guest_id)
         self._guests[guest_id] = msgspec.structs.replace(self._guests[guest_id], state="crashed")
         self._changes.put_nowait(self._guests[guest_id])
 

@@ -31,7 +31,10 @@ from skysail.store.database import Database
 from skysail.store.schema import (
     access_keys,
     accounts,
+    alarms,
     authorities,
+    contact_methods,
+    deliveries,
     disks,
     domain_entries,
     domains,
@@ -39,6 +42,8 @@ from skysail.store.schema import (
     hosts,
     instances,
     key_pairs,
+    measurements,
+    meters,
     names,
     operations,
     ports,
@@ -78,7 +83,7 @@ def verify(config: Config, pause_seconds: float = PAUSE_SECONDS) -> list[Differe
 def _look(database: Database, config: Config) -> list[Difference]:
     with database.transaction(write=False) as connection:
         found = [*_database(connection), *_names(connection), *_instances(connection), *_addresses(connection),
-                 *_owners(connection), *blocks.rows(connection), *_work(connection, time.time()),
+                 *_owners(connection), *_metrics(connection), *blocks.rows(connection), *_work(connection, time.time()),
                  *_secrets(connection, Vault.at(config.master_key))]
         for host in connection.execute(select(hosts)).mappings().all():
             found += _host(connection, host, config)
@@ -103,7 +108,7 @@ def _names(connection: Connection) -> Iterator[Difference]:
     """Each named resource holds its name, and each name is held by a resource."""
     held = {(row.account_id, row.region, row.name): row.resource_id for row in connection.execute(select(names))}
     real: dict[tuple[str, str, str], str] = {}
-    for kind, table in (("Instance", instances), ("KeyPair", key_pairs), ("StaticIp", static_ips)):
+    for kind, table in (("Instance", instances), ("KeyPair", key_pairs), ("StaticIp", static_ips), ("Alarm", alarms)):
         for row in connection.execute(select(table.c.account_id, table.c.region, table.c.name, table.c.id)):
             key = (row.account_id, row.region, row.name)
             real[key] = row.id
@@ -171,15 +176,29 @@ def _addresses(connection: Connection) -> Iterator[Difference]:
 
 def _owners(connection: Connection) -> Iterator[Difference]:
     """What belongs to a resource goes with it."""
-    known = set(connection.execute(select(instances.c.id)).scalars()) | set(
-        connection.execute(select(key_pairs.c.id)).scalars()) | set(
-        connection.execute(select(domains.c.id).where(domains.c.role == "serve")).scalars()) | set(
-        connection.execute(select(disks.c.id).where(disks.c.role == "keep")).scalars()) | set(
-        connection.execute(select(snapshots.c.id).where(snapshots.c.deleted.is_(False))).scalars())
+    known = set(connection.execute(select(domains.c.id).where(domains.c.role == "serve")).scalars())
+    for owners in (instances, key_pairs, static_ips, alarms, contact_methods):
+        known |= set(connection.execute(select(owners.c.id)).scalars())
+    known |= set(connection.execute(select(disks.c.id).where(disks.c.role == "keep")).scalars())
+    known |= set(connection.execute(select(snapshots.c.id).where(snapshots.c.deleted.is_(False))).scalars())
     for table, column in ((tags, tags.c.resource_id), (ports, ports.c.instance_id),
                           (domain_entries, domain_entries.c.domain_id)):
         for owner in set(connection.execute(select(column)).scalars()) - known:
             yield Difference(subject=f"{table.name} of {owner}", saw="their resource is gone", wanted="none")
+
+
+def _metrics(connection: Connection) -> Iterator[Difference]:
+    """What is measured can be swept, and notices reach somebody."""
+    swept = select(meters.c.instance_id)
+    for owner in connection.execute(select(measurements.c.instance_id).where(
+            measurements.c.instance_id.not_in(swept)).distinct()).scalars():
+        yield Difference(subject=f"measurements of {owner}", saw="no meter, so that they never go", wanted="none")
+    for row in connection.execute(select(deliveries).where(deliveries.c.due_at.is_(None))):
+        yield Difference(subject=f"notice {row.subject!r} to {row.endpoint}", wanted="a receiver",
+                         saw=f"given up after {row.attempts} attempts: {row.error}")
+    senders = select(contact_methods.c.id)
+    for row in connection.execute(select(deliveries.c.id).where(deliveries.c.contact_method_id.not_in(senders))):
+        yield Difference(subject=f"notice {row.id}", saw="its contact method is gone", wanted="none")
 
 
 def _work(connection: Connection, now: float) -> Iterator[Difference]:

@@ -12,6 +12,7 @@ import msgspec
 
 from skysail.kit.errors import SkysailError
 
+_MAIL = re.compile(r"[^\s@<>]+@[A-Za-z0-9.-]+")
 _HOST_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 # How many user ids guests may take, from ``guest_uid_base`` on.
 GUEST_UIDS = 60_000
@@ -29,6 +30,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ``template_memory`` is how clones come to their template's memory (see ``hypervisor/template.py``).
     ``dns_listen`` and ``dns_port`` say where the name server answers, ``dns_api_port`` where its REST API does on the
     loopback address; ``name_servers`` are the host names that domains are delegated to.
+    ``sample_seconds``: how often guests are measured. ``cpu_burst``: whether a guest that spent its credits is held to its
+    plan's baseline, as on Lightsail. Notices of alarms go out by the relay ``smtp_host``, from ``mail_from``, and to webhooks
+    of the origins in ``webhooks``; ``public_url`` is where their receivers reach this cloud. With a token in
+    ``metrics_token_file`` others than this machine may read ``/metrics``.
     """
 
     data: str = "/var/lib/skysail"
@@ -60,7 +65,25 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     dns_user: str = "skysail-dns"
     name_servers: tuple[str, ...] = ("ns1.skysail.internal", "ns2.skysail.internal")
 
+    sample_seconds: float = 60.0
+    cpu_burst: bool = False
+    smtp_host: str = ""
+    smtp_port: int = 25
+    smtp_security: Literal["none", "starttls", "tls"] = "none"
+    smtp_user: str = ""
+    smtp_password_file: str = ""
+    mail_from: str = ""
+    webhooks: tuple[str, ...] = ()
+    public_url: str = ""
+    metrics_token_file: str = ""
+
     def __post_init__(self) -> None:
+        if not 0.1 <= self.sample_seconds <= 300:
+            raise ValueError("sample_seconds takes 0.1 to 300")
+        if self.smtp_host and not _MAIL.fullmatch(self.mail_from):
+            raise ValueError("smtp_host needs mail_from, the address that notices come from")
+        if self.smtp_user and self.smtp_security == "none":
+            raise ValueError("smtp_user needs smtp_security: a password is not sent in the clear")
         if not self.name_servers or not all(_HOST_NAME.fullmatch(name) and len(name) <= 253 for name in self.name_servers):
             raise ValueError("name_servers takes host names such as ns1.example.com, in lower case, without a final dot")
 

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, RowMapping, delete, select, update
 from skysail.hosts import desired
 from skysail.operations.workflow import Step, StepFailed, Workflow
 from skysail.resources import names
-from skysail.store.schema import disks, guests, instances, operations, ports, static_ips, tags
+from skysail.store.schema import alarms, disks, guests, instances, operations, ports, static_ips, tags
 
 STATE_CODES = {"pending": 0, "running": 16, "rebooting": 16, "stopping": 64, "stopped": 80}
 
@@ -107,6 +107,10 @@ WORKFLOWS = {
 def forget(connection: Connection, instance_id: str) -> None:
     """The instance ceases to exist for its owner; its name is free at once, its guest is somebody else's business."""
     connection.execute(delete(ports).where(ports.c.instance_id == instance_id))
+    for alarm in connection.execute(select(alarms).where(alarms.c.instance_id == instance_id)).all():
+        connection.execute(delete(tags).where(tags.c.resource_id == alarm.id))
+        names.release(connection, alarm.account_id, alarm.region, alarm.name)
+    connection.execute(delete(alarms).where(alarms.c.instance_id == instance_id))
     connection.execute(update(static_ips).where(static_ips.c.instance_id == instance_id).values(instance_id=None))
     connection.execute(update(disks).where(disks.c.instance_id == instance_id).values(
         instance_id=None, path="", attachment="", state="available"))

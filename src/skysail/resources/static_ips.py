@@ -17,7 +17,7 @@ from skysail.kit.clock import Clock
 from skysail.kit.config import Config
 from skysail.kit.errors import invalid_input, not_found
 from skysail.operations import history
-from skysail.resources import addresses, names, paging
+from skysail.resources import addresses, names, paging, tags
 from skysail.resources.instances import get_guest, get_row
 from skysail.resources.request import Request
 from skysail.store.schema import guests, instances, static_ips
@@ -88,6 +88,7 @@ class StaticIps:
             raise invalid_input(f"The static IP {row['name']} is attached to {_instance_name(connection, row)}.",
                                 "Detach it before you release it.")
         connection.execute(delete(static_ips).where(static_ips.c.id == row["id"]))
+        tags.forget(connection, row["id"])
         names.release(connection, row["account_id"], row["region"], row["name"])
         desired.bump_zones(connection)  # an alias of it names nothing now
         return {"operations": [self._record(connection, request, row)]}

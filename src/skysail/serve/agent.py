@@ -18,11 +18,13 @@ import uvicorn
 from skysail.agent.app import application
 from skysail.agent.keeper import Keeper
 from skysail.agent.ledger import Ledger
+from skysail.agent.samples import SampleLog, Sampler
 from skysail.agent.traffic import Traffic
 from skysail.contract.report import HostReport, ImageReport
 from skysail.dns import Zones
 from skysail.dns.powerdns import PowerDns
 from skysail.dns.sim import SimZones
+from skysail.hypervisor import Hypervisor
 from skysail.hypervisor.accelerator import probe
 from skysail.hypervisor.engine import Qemu
 from skysail.hypervisor.guest import Workshop
@@ -32,6 +34,7 @@ from skysail.hypervisor.template import Image, Templates
 from skysail.images.library import Library
 from skysail.kit.config import Config, load
 from skysail.kit.errors import SkysailError
+from skysail.network import Fabric
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import GATEWAY_IPV6, Layout
 from skysail.network.sim import SimFabric
@@ -47,13 +50,16 @@ _SIM_IMAGE = ImageReport(digest="0" * 64, blueprint="debian_12", name="Debian", 
                          size_gib=2, templated=True)
 
 
-def build(config: Config) -> Keeper:
-    """The keeper with the engines that the configuration names; raises SkysailError when one does not work here."""
+def build(config: Config) -> tuple[Keeper, Sampler]:
+    """The keeper and the sampler with the engines that the configuration names; raises SkysailError when one does not
+    work here."""
     ledger, traffic = Ledger(config.root / "agent" / "document.json"), Traffic(config.root / "agent" / "traffic.json")
     if config.engines == "sim":
         volumes, shelf = SimPool(), SimShelf()
-        return Keeper(_SIM, SimHypervisor(volumes.ensure, shelf), volumes, shelf, SimFabric(), lambda: [_SIM_IMAGE], ledger,
-                      traffic, name_server(config))
+        simulated = SimHypervisor(volumes.ensure, shelf=shelf)
+        network = SimFabric(simulated.flow)
+        keeper = Keeper(_SIM, simulated, volumes, shelf, network, lambda: [_SIM_IMAGE], ledger, traffic, name_server(config))
+        return keeper, _sampler(config, simulated, network, traffic, keeper)
     library = Library(config.images_dir)
     for folder in (config.images_dir, config.templates_dir, config.guests_dir, config.volumes_dir,
                    config.snapshots_dir):
@@ -65,8 +71,15 @@ def build(config: Config) -> Keeper:
         templates=Templates(config.templates_dir, accelerator, config.guest_uid_base, config.template_memory),
         make_volume=pool.ensure, drop_volume=pool.remove, volumes=pool.observe, open_port=fabric.open_port,
         give_volume=pool.give, shelf=snapshots, around=lambda: surroundings(config))
-    return Keeper(capacity(config, accelerator), Qemu(workshop, config.guest_uid_base), pool, snapshots, fabric,
-                  lambda: _reports(library), ledger, traffic, name_server(config))
+    hypervisor = Qemu(workshop, config.guest_uid_base)
+    keeper = Keeper(capacity(config, accelerator), hypervisor, pool, snapshots, fabric, lambda: _reports(library), ledger,
+                    traffic, name_server(config))
+    return keeper, _sampler(config, hypervisor, fabric, traffic, keeper)
+
+
+def _sampler(config: Config, hypervisor: Hypervisor, fabric: Fabric, traffic: Traffic, keeper: Keeper) -> Sampler:
+    return Sampler(SampleLog(config.root / "agent" / "samples.jsonl"), hypervisor, fabric, traffic, keeper.wanted,
+                   interval_seconds=config.sample_seconds, throttles=config.cpu_burst)
 
 
 def name_server(config: Config) -> Zones:
@@ -152,10 +165,10 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per look at the zones is noise
     config = load()
     alone = hold(config)
-    keeper = build(config)
+    keeper, sampler = build(config)
     # qemu.qmp passes descriptors through the event loop's own socket, which uvloop hides.
-    server = uvicorn.Server(uvicorn.Config(application(keeper), log_level="warning", access_log=False, loop="asyncio",
-                                           timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(application(keeper, sampler), log_level="warning", access_log=False,
+                                           loop="asyncio", timeout_graceful_shutdown=1))
     server.run(sockets=[listen(config)])
     alone.close()
 

@@ -24,18 +24,25 @@ from skysail.api.gateway import application
 from skysail.api.tls import Certificates
 from skysail.api.wire import Wire
 from skysail.hosts.client import AgentClient
+from skysail.hosts.collector import Collector
 from skysail.hosts.watch import Watch
 from skysail.kit.clock import Clock, SystemClock
 from skysail.kit.config import Config, load
+from skysail.notices.smtp import Smtp
+from skysail.notices.webhook import Webhook
 from skysail.operations.engine import Engine
-from skysail.resources import accounts, disks, domains, lifecycle, snapshot_rows
+from skysail.resources import accounts, disks, domains, lifecycle, metering, snapshot_rows
+from skysail.resources import alarms as alarm_rows
 from skysail.resources.access import Access
+from skysail.resources.alarms import Alarms
 from skysail.resources.catalog import Catalog
+from skysail.resources.contact_methods import ContactMethods
 from skysail.resources.disk_snapshots import DiskSnapshots
 from skysail.resources.domains import Domains
 from skysail.resources.instance_snapshots import InstanceSnapshots
 from skysail.resources.instances import Instances
 from skysail.resources.key_pairs import KeyPairs
+from skysail.resources.metrics import Metrics
 from skysail.resources.names import Names
 from skysail.resources.operation_log import OperationLog
 from skysail.resources.public_ports import PublicPorts
@@ -43,12 +50,18 @@ from skysail.resources.regions import Regions
 from skysail.resources.request import Request
 from skysail.resources.static_ips import StaticIps
 from skysail.resources.tags import Tags
+from skysail.serve import confirmation, endpoint, prometheus
+from skysail.serve.courier import Courier
 from skysail.store.database import Database
 from skysail.store.schema import hosts
 from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
 HOST = "host-1"
+ALARM_SECONDS = 5.0
+# How often samples are asked for at the least; how often old ones are looked for, and the rest between two portions of them.
+COLLECT_SECONDS = 5.0
+SWEEP_SECONDS, SWEEP_PAUSE_SECONDS = 600.0, 0.2
 
 
 def initialise(config: Config, clock: Clock | None = None) -> None:
@@ -96,8 +109,14 @@ def action_table(config: Config, clock: Clock,
     instances = Instances(config, clock, vault)
     nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), instances, disks.Disks(config, clock),
              InstanceSnapshots(config, clock, instances), DiskSnapshots(clock), PublicPorts(clock),
-             StaticIps(config, clock), Access(clock, vault), Tags(clock), Domains(config, clock), OperationLog())
+             StaticIps(config, clock), Access(clock, vault), Tags(clock), Domains(config, clock), Metrics(clock),
+             Alarms(clock), ContactMethods(config, clock, confirmation_page(config)), OperationLog())
     return {name: action for noun in nouns for name, action in noun.actions().items()}
+
+
+def confirmation_page(config: Config) -> str:
+    """Where those who get notices confirm that they want them."""
+    return (config.public_url.rstrip("/") or endpoint.url(config)) + confirmation.PATH
 
 
 def build(config: Config, clock: Clock | None = None,
@@ -118,6 +137,8 @@ def build(config: Config, clock: Clock | None = None,
             watch.touch()
 
     engine = Engine(database, lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS, clock, touched)
+
+    courier = Courier(database, clock, Smtp(config), Webhook())
 
     def follow() -> bool:
         """Whether some document changed: by following, or by the operator's tools, which write rows beside this process."""
@@ -148,6 +169,31 @@ def build(config: Config, clock: Clock | None = None,
                 log.exception("following the guests failed; it is repeated")
             await asyncio.sleep(1.0)
 
+    def sweep() -> int:
+        with database.transaction() as connection:
+            return metering.sweep(connection, clock.now())
+
+    def look_at_alarms() -> int:
+        with database.transaction() as connection:
+            return alarm_rows.follow(connection, clock.now())
+
+    async def follow_alarms() -> None:
+        while True:
+            try:
+                await asyncio.to_thread(look_at_alarms)
+            except Exception:
+                log.exception("the alarms could not be looked at; it is tried again")
+            await asyncio.sleep(ALARM_SECONDS)
+
+    async def forget_old() -> None:
+        while True:
+            try:
+                while await asyncio.to_thread(sweep):
+                    await asyncio.sleep(SWEEP_PAUSE_SECONDS)
+            except Exception:
+                log.exception("old measurements could not be deleted; it is tried again")
+            await asyncio.sleep(SWEEP_SECONDS)
+
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         loop_of.append(asyncio.get_running_loop())
@@ -155,8 +201,12 @@ def build(config: Config, clock: Clock | None = None,
             rows = connection.execute(select(hosts)).all()
         for row in rows:
             watches.append(Watch(row.id, client(row.address), database, clock, vault, observed))
+        collectors = [Collector(row.id, client(row.address), database, metering.take_in,
+                                min(config.sample_seconds, COLLECT_SECONDS)) for row in rows]
         tasks = [asyncio.create_task(watch.run()) for watch in watches]
-        tasks += [asyncio.create_task(engine.run()), asyncio.create_task(follow_guests())]
+        tasks += [asyncio.create_task(collector.run()) for collector in collectors]
+        tasks += [asyncio.create_task(work) for work in (
+            engine.run(), follow_guests(), follow_alarms(), forget_old(), courier.run())]
         try:
             yield
         finally:
@@ -177,7 +227,8 @@ def build(config: Config, clock: Clock | None = None,
             committed()
 
     dispatcher = Dispatcher(action_table(config, clock, vault), transaction)
-    return application(dispatcher, find_secret, clock=clock, region=config.default_region, lifespan=lifespan)
+    return application(dispatcher, find_secret, clock=clock, region=config.default_region, lifespan=lifespan,
+                       beside=(*confirmation.routes(database), prometheus.route(config, database)))
 
 
 def main() -> None:

@@ -10,15 +10,22 @@ from collections.abc import Callable
 from sqlalchemy import Connection
 
 from skysail.store.schema import (
+    alarms,
     authorities,
+    contact_methods,
+    deliveries,
     disks,
     domain_entries,
     domains,
     guests,
+    measurements,
     metadata,
+    meters,
     operations,
+    sample_cursors,
     snapshots,
     static_ips,
+    transfers,
     zone_reports,
 )
 
@@ -58,6 +65,13 @@ def _authorities_of_accounts(connection: Connection) -> None:
         connection.exec_driver_sql("DROP TABLE authorities")
 
 
+def _metrics(connection: Connection) -> None:
+    metadata.create_all(connection, checkfirst=True, tables=[
+        sample_cursors, meters, measurements, transfers, alarms, contact_methods, deliveries])
+    # Documents say more of each guest from here on.
+    connection.exec_driver_sql("UPDATE hosts SET generation = generation + 1")
+
+
 def _disks_and_snapshots(connection: Connection) -> None:
     for table in (disks, snapshots):
         table.create(connection, checkfirst=True)
@@ -70,7 +84,7 @@ def _disks_and_snapshots(connection: Connection) -> None:
 
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts,
-    _disks_and_snapshots)
+    _metrics, _disks_and_snapshots)
 
 
 def upgrade(connection: Connection) -> int:

@@ -279,6 +279,96 @@ zone_reports = Table(
     Column("reason", String, nullable=False, default=""),
 )
 
+# How far each host's samples were taken in: all up to ``sequence`` of ``ring``.
+sample_cursors = Table(
+    "sample_cursors", metadata,
+    Column("host_id", ForeignKey("hosts.id"), primary_key=True),
+    Column("ring", String(32), nullable=False),
+    Column("sequence", Integer, nullable=False),
+)
+
+# What an instance has used in all; it goes when the last measurement of an instance that is gone has been deleted.
+meters = Table(
+    "meters", metadata,
+    Column("instance_id", String(64), primary_key=True),
+    Column("cpu_seconds", Float, nullable=False, default=0.0),
+    Column("rx_bytes", Integer, nullable=False, default=0),
+    Column("tx_bytes", Integer, nullable=False, default=0),
+    Column("sampled_at", Float, nullable=False),
+)
+
+# One instance's samples of the ``seconds`` (60 or 300) from ``at`` on, rolled up: metric to count, sum, minimum, maximum.
+measurements = Table(
+    "measurements", metadata,
+    Column("instance_id", String(64), primary_key=True),
+    Column("seconds", Integer, primary_key=True),
+    Column("at", Integer, primary_key=True),
+    Column("stats", LargeBinary, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+# Bytes of one instance in one month (UTC, as 2026-01). It outlives its instance: they were transferred.
+transfers = Table(
+    "transfers", metadata,
+    Column("instance_id", String(64), primary_key=True),
+    Column("month", String(7), primary_key=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("instance_name", String(255), nullable=False),
+    Column("bundle_id", String(64), nullable=False, default=""),
+    Column("rx_bytes", Integer, nullable=False, default=0),
+    Column("tx_bytes", Integer, nullable=False, default=0),
+)
+
+alarms = Table(
+    "alarms", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("region", String(32), nullable=False),
+    Column("name", String(255), nullable=False),
+    Column("instance_id", ForeignKey("instances.id"), nullable=False, index=True),
+    Column("metric", String(64), nullable=False),
+    Column("comparison", String(64), nullable=False),
+    Column("threshold", Float, nullable=False),
+    Column("evaluation_periods", Integer, nullable=False),
+    Column("datapoints_to_alarm", Integer, nullable=False),
+    Column("treat_missing_data", String(16), nullable=False),
+    Column("contact_protocols", JSON, nullable=False),
+    Column("notification_triggers", JSON, nullable=False),
+    Column("notification_enabled", Boolean, nullable=False),
+    Column("state", String(24), nullable=False),
+    Column("created_at", Float, nullable=False),
+    UniqueConstraint("account_id", "region", "name"),
+)
+
+# ``status`` as the API shows it: PendingVerification, Valid. The code that verifies it is kept as its SHA-256.
+contact_methods = Table(
+    "contact_methods", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("region", String(32), nullable=False),
+    Column("protocol", String(8), nullable=False),
+    Column("endpoint", String(256), nullable=False),
+    Column("status", String(24), nullable=False),
+    Column("code_digest", String(64), nullable=False, index=True),
+    Column("asked_at", Float, nullable=False),
+    Column("created_at", Float, nullable=False),
+    UniqueConstraint("account_id", "region", "protocol"),
+)
+
+# Notices on their way. One is deleted when its receiver took it; ``due_at`` is NULL once it was given up.
+deliveries = Table(
+    "deliveries", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("contact_method_id", String(64), nullable=False, index=True),
+    Column("endpoint", String(256), nullable=False),
+    Column("subject", String, nullable=False),
+    Column("body", String, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("due_at", Float, index=True),
+    Column("error", String, nullable=False, default=""),
+)
+
 # The durable record of work. ``status`` is what the customer sees; ``step`` and ``done`` drive the workflow, which may
 # go on after the customer's answer (a deleted instance's guest is torn down behind a terminal operation).
 operations = Table(

@@ -1,0 +1,43 @@
+"""What a host measured of its guests: one sample per interval, numbered without gaps within one *ring*."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+# ``silent``: its process runs, and its agent, which has answered since the process was started, does not any more.
+# ``down``: it ran, shall run, and has no process. ``off``: its owner has it off, or it is on its way: no failure.
+Condition = Literal["up", "silent", "down", "off"]
+
+
+class GuestSample(msgspec.Struct, frozen=True, kw_only=True):
+    """What one guest did since its last sample: processor seconds over ``seconds`` of time (0: it had no process), bytes as
+    it sees them. ``balance_seconds`` of ``capacity_seconds``: the processor seconds that it may burn above its baseline,
+    after this sample; a capacity of 0 means that its plan has no baseline."""
+
+    id: str
+    condition: Condition
+    seconds: float = 0.0
+    vcpus: int = 1
+    cpu_seconds: float = 0.0
+    rx_bytes: int = 0
+    tx_bytes: int = 0
+    balance_seconds: float = 0.0
+    capacity_seconds: float = 0.0
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """One look at every guest of a host. ``at``: when the interval began that it speaks of, in seconds since the epoch."""
+
+    sequence: int
+    at: float
+    guests: tuple[GuestSample, ...] = ()
+
+
+class SamplePage(msgspec.Struct, frozen=True, kw_only=True):
+    """Samples behind the one that was asked for, oldest first. A ``ring`` is one numbering: a host that lost its disk begins
+    another one."""
+
+    ring: str
+    samples: tuple[Sample, ...] = ()

@@ -1,0 +1,138 @@
+"""GET /metrics: counters and gauges for the operator's Prometheus.
+
+Source: Prometheus documentation, "Exposition formats" (text format 0.0.4). Written by hand: its few lines need no library,
+and a client library would keep in memory what stands in the rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from sqlalchemy import Connection, func, select
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from skysail.kit.config import Config
+from skysail.resources import metering
+from skysail.store.database import Database
+from skysail.store.schema import alarms, deliveries, guests, hosts, instances, meters, transfers
+
+Labels = dict[str, str]
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def route(config: Config, database: Database) -> Route:
+    """The endpoint: for this machine alone, or, with a token file, for whoever shows the token."""
+
+    def text() -> str:
+        with database.transaction(write=False) as connection:
+            return page(connection, time.time())
+
+    async def metrics(request: Request) -> Response:
+        if not await asyncio.to_thread(_allowed, config, request):
+            return PlainTextResponse("not for you\n", 401 if config.metrics_token_file else 403)
+        return Response(await asyncio.to_thread(text), headers={"content-type": CONTENT_TYPE})
+
+    return Route("/metrics", metrics)
+
+
+def _allowed(config: Config, request: Request) -> bool:
+    if not config.metrics_token_file:
+        # A proxy on this machine makes everybody local: it says so, and then nobody is.
+        return request.client is not None and _is_loopback(request.client.host) and not any(
+            header in request.headers for header in ("forwarded", "x-forwarded-for", "via"))
+    try:
+        token = Path(config.metrics_token_file).read_bytes().strip()
+    except OSError:
+        return False
+    shown = request.headers.get("authorization", "").encode("latin-1", "replace")
+    return bool(token) and hmac.compare_digest(shown, b"Bearer " + token)
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def page(connection: Connection, now: float) -> str:
+    """Every metric of this cloud in the text format."""
+    return "".join(f"# HELP {name} {words}\n# TYPE {name} {kind}\n"
+                   + "".join(f"{name}{_labels(labels)} {value!r}\n" for labels, value in samples)
+                   for name, kind, words, samples in _families(connection, now))
+
+
+def _families(connection: Connection, now: float) -> Iterator[tuple[str, str, str, Iterable[tuple[Labels, float]]]]:
+    machines = connection.execute(select(hosts).order_by(hosts.c.id)).mappings().all()
+
+    def of_host(column: str, factor: int = 1) -> list[tuple[Labels, float]]:
+        return [({"host": row["id"]}, row[column] * factor) for row in machines if row[column] is not None]
+
+    yield "skysail_host_seen_timestamp_seconds", "gauge", "When the host last reported.", of_host("seen_at")
+    yield "skysail_host_vcpus", "gauge", "Processors of the host.", of_host("vcpus")
+    yield "skysail_host_memory_bytes", "gauge", "Memory of the host.", of_host("memory_mib", 1 << 20)
+    yield "skysail_host_disk_bytes", "gauge", "Disk of the host.", of_host("disk_gib", 1 << 30)
+    promised = connection.execute(select(guests.c.host_id, func.count(), func.sum(guests.c.memory_mib))
+                                  .where(guests.c.role == "run").group_by(guests.c.host_id)).all()
+    yield ("skysail_host_guests", "gauge", "Guests that shall run on the host.",
+           [({"host": row[0]}, row[1]) for row in promised])
+    yield ("skysail_host_promised_memory_bytes", "gauge", "Memory of these guests.",
+           [({"host": row[0]}, row[2] << 20) for row in promised])
+
+    rows = connection.execute(
+        select(instances.c.id, instances.c.name, instances.c.account_id, instances.c.region, instances.c.bundle_id,
+               instances.c.state, guests.c.host_id, meters.c.cpu_seconds, meters.c.rx_bytes, meters.c.tx_bytes,
+               meters.c.sampled_at)
+        .join(guests, guests.c.instance_id == instances.c.id).outerjoin(meters, meters.c.instance_id == instances.c.id)
+        .order_by(instances.c.id)).mappings().all()
+    named = {row["id"]: {"instance": row["name"], "account": row["account_id"], "region": row["region"],
+                         "host": row["host_id"]} for row in rows}
+
+    def of_instance(column: str) -> list[tuple[Labels, float]]:
+        return [(named[row["id"]], row[column]) for row in rows if row[column] is not None]
+
+    yield ("skysail_instance_info", "gauge", "An instance; its plan and state are labels.",
+           [(named[row["id"]] | {"bundle": row["bundle_id"], "state": row["state"]}, 1) for row in rows])
+    yield ("skysail_instance_cpu_seconds_total", "counter", "Processor seconds that the instance used.",
+           of_instance("cpu_seconds"))
+    yield ("skysail_instance_network_receive_bytes_total", "counter", "Bytes that the instance received.",
+           of_instance("rx_bytes"))
+    yield ("skysail_instance_network_transmit_bytes_total", "counter", "Bytes that the instance sent.",
+           of_instance("tx_bytes"))
+    yield ("skysail_instance_sampled_timestamp_seconds", "gauge", "When the instance was last measured.",
+           of_instance("sampled_at"))
+    month = connection.execute(select(transfers).where(transfers.c.month == metering.month(now))).mappings().all()
+    yield ("skysail_instance_month_transfer_bytes", "gauge", "Bytes that count against this month's allowance.",
+           [(named[row["instance_id"]] | {"direction": direction}, row[column]) for row in month
+            if row["instance_id"] in named for direction, column in (("in", "rx_bytes"), ("out", "tx_bytes"))])
+    for metric, name, words in (
+            ("StatusCheckFailed", "skysail_instance_status_check_failed", "Whether its latest status check failed."),
+            ("BurstCapacityPercentage", "skysail_instance_burst_capacity_percent", "Burst capacity that is left.")):
+        found = []
+        for row in rows:
+            if row["sampled_at"] is not None:
+                latest = metering.read(connection, row["id"], metric, 60, row["sampled_at"] // 60 * 60, row["sampled_at"] + 1)
+                found += [(named[row["id"]], stats.minimum if "Burst" in metric else stats.maximum) for _, stats in latest]
+        yield name, "gauge", words, found
+
+    yield ("skysail_alarms", "gauge", "Alarms by state.",
+           [({"state": row[0]}, row[1]) for row in connection.execute(
+               select(alarms.c.state, func.count()).group_by(alarms.c.state).order_by(alarms.c.state))])
+    waiting = connection.execute(select(func.count()).select_from(deliveries)).scalar_one()
+    yield "skysail_notices_waiting", "gauge", "Notices that no receiver took yet.", [({}, waiting)]
+
+
+def _labels(labels: Labels) -> str:
+    told = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
+    return f"{{{told}}}" if told else ""
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
