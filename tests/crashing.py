@@ -99,14 +99,26 @@ def leaks(cloud: Cloud) -> list[str]:
     (host,) = rows(cloud, "SELECT generation, observed_generation FROM hosts")
     if host["generation"] != host["observed_generation"]:
         found.append(f"the host is behind its document: {host}")
-    held = inventory(cloud)
-    for kind in ("guests", "volumes") if isinstance(cloud, RealCloud) else ("guests",):
-        if set(held[kind]) != set(guests):
-            found.append(f"{kind} {held[kind]} for rows {sorted(guests)}")
+    try:
+        held = inventory(cloud)
+    except httpx.HTTPError as silent:  # it died after it was last looked at
+        return [f"the agent does not answer: {silent}"]
+    disks = {row["id"] for row in rows(cloud, "SELECT id FROM disks")}
+    snapshots = {row["id"] for row in rows(cloud, "SELECT id FROM snapshots")}
+    wanted = {"guests": set(guests), "snapshots": snapshots}
+    if isinstance(cloud, RealCloud):
+        wanted["volumes"] = set(guests) | disks
+    found += [f"{kind} {held[kind]} for rows {sorted(rows)}" for kind, rows in wanted.items() if set(held[kind]) != rows]
     if not running <= set(held["ports"]) <= set(guests):
         found.append(f"ports {held['ports']} for rows {sorted(guests)}, of which run {sorted(running)}")
     if isinstance(cloud, RealCloud):
         found += machine_leaks(cloud, set(guests), running, len(held["ports"]))
+        files = {path.name for path in cloud.config.volumes_dir.iterdir()}
+        if files != {f"{volume}.qcow2" for volume in wanted["volumes"]}:
+            found.append(f"files {files} for volumes {wanted['volumes']}")
+        folders = {path.name for path in cloud.config.snapshots_dir.iterdir()}
+        if folders != snapshots:
+            found.append(f"folders {folders} for snapshots {snapshots}")
     return found
 
 
@@ -119,9 +131,6 @@ def machine_leaks(cloud: RealCloud, guests: set[str], running: set[str], ports: 
     folders = {path.name for path in cloud.config.guests_dir.iterdir()}
     if folders != guests:
         found.append(f"folders {folders} for guests {guests}")
-    files = {path.name for path in cloud.config.volumes_dir.iterdir()}
-    if files != {f"{guest}.qcow2" for guest in guests}:
-        found.append(f"files {files} for guests {guests}")
     taps = [] if not links.exists(cloud.config.namespace) else [
         link.name for link in links.inside(cloud.config.namespace, links.every) if link.is_tap]
     if len(taps) != ports:

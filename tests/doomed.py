@@ -28,7 +28,8 @@ from typing import Any
 DATA = Path(os.environ["SKYSAIL_DATA"])
 # In this order: a function is wrapped before other modules take its name.
 EFFECTS = (
-    "skysail.kit.process:run", "shutil:rmtree", "os:chown", "os:chmod", "os:unlink",
+    "skysail.kit.process:run", "shutil:rmtree", "os:chown", "os:chmod", "os:unlink", "os:rename", "os:replace", "os:mkdir",
+    "skysail.kit.durable:replace",
     "skysail.agent.ledger:Ledger.write", "skysail.agent.traffic:Traffic._write",
     "skysail.agent.samples:SampleLog.append", "skysail.agent.keeper:Keeper._say",
     "skysail.storage.files:_finish", "skysail.storage.files:FilePool.remove",

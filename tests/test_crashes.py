@@ -101,6 +101,66 @@ def test_the_agent_dies_at_every_step_of_stop_start_and_reboot(tiny_cloud: RealC
     assert not doom.missed(), doom.deaths
 
 
+@pytest.mark.real
+def test_the_agent_dies_at_every_step_of_a_snapshot(tiny_cloud: RealCloud) -> None:
+    doom, life, client = Doom(tiny_cloud, "agent"), Life(tiny_cloud, "tiny"), tiny_cloud.client()
+    life.done(life.create)
+    pid = pid_of(tiny_cloud, "one")
+
+    def snapshot() -> None:
+        client.create_instance_snapshot(instanceName="one", instanceSnapshotName="snap")
+
+    def forget() -> None:
+        client.delete_instance_snapshot(instanceSnapshotName="snap")
+
+    taken = forgotten = False
+    while not (taken and forgotten):
+        died = doom.during("snapshot", snapshot)
+        taken = died is None
+        assert client.get_instance_snapshot(instanceSnapshotName="snap")["instanceSnapshot"]["state"] == "available", died
+        forgotten = doom.during("forget", forget) is None
+        assert pid_of(tiny_cloud, "one") == pid, "the guest has seen nothing of it"
+    assert {"Monitor.execute transaction", "QemuGuest.save copying", "os:rename"} <= set(doom.deaths["snapshot"])
+    life.done(life.delete)
+    assert not doom.missed(), doom.deaths
+    assert not list(tiny_cloud.config.snapshots_dir.iterdir())
+
+
+@pytest.mark.real
+def test_the_agent_dies_at_every_step_of_a_disk(tiny_cloud: RealCloud) -> None:
+    doom, life, client = Doom(tiny_cloud, "agent"), Life(tiny_cloud, "tiny"), tiny_cloud.client()
+    life.done(life.create)
+    client.create_disk(diskName="data", availabilityZone="us-east-1a", sizeInGb=8)
+    whole(tiny_cloud)
+    client.create_disk_snapshot(diskName="data", diskSnapshotName="copy")
+    whole(tiny_cloud)
+
+    def restore() -> None:
+        client.create_disk_from_snapshot(diskName="child", diskSnapshotName="copy", availabilityZone="us-east-1a", sizeInGb=9)
+
+    def attach() -> None:
+        client.attach_disk(diskName="child", instanceName="one", diskPath="/dev/xvdg")
+
+    def delete() -> None:
+        client.delete_disk(diskName="child")
+
+    while doom.during("restore", restore) is not None:
+        life.done(delete)
+    while doom.during("attach", attach) is not None:
+        # Off, detached, on again: each a kind of work of its own.
+        life.done(life.stop)
+        doom.during("detach", lambda: client.detach_disk(diskName="child"))
+        life.done(life.start)
+    life.done(life.delete)
+    while doom.during("delete", delete) is not None:
+        life.done(restore)
+    assert not doom.missed(), doom.deaths
+    client.delete_disk(diskName="data")
+    client.delete_disk_snapshot(diskSnapshotName="copy")
+    whole(tiny_cloud)
+    assert not list(tiny_cloud.config.snapshots_dir.iterdir())
+
+
 # --- what a crash or an accident leaves on the disk
 
 @pytest.mark.real

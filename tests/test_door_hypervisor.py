@@ -30,6 +30,7 @@ from skysail.resources.catalog import BUNDLES
 from skysail.serve import processes
 from skysail.serve.agent import surroundings
 from skysail.storage.files import FilePool
+from skysail.storage.shelf import FileShelf
 
 
 class SimHouse:
@@ -76,7 +77,9 @@ class QemuHouse(SimHouse):
             volumes=pool.observe,
             templates=Templates(self.config.templates_dir, accelerator, self.config.guest_uid_base),
             find_image=lambda digest: Image(digest=digest, path=library.path(digest), ours=True),
-            open_port=self.fabric.open_port, around=lambda: surroundings(self.config)), self.config.guest_uid_base)
+            open_port=self.fabric.open_port, give_volume=pool.give,
+            shelf=FileShelf(self.config.snapshots_dir),
+            around=lambda: surroundings(self.config)), self.config.guest_uid_base)
 
     def guest(self) -> Guest:
         plain = super().guest()

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from skysail.contract.document import Volume
+from skysail.contract.document import Origin, Volume
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import run
-from skysail.storage import Pool
+from skysail.storage import Copy, Manifest, Pool, Shelf
 from skysail.storage.files import FilePool
-from skysail.storage.sim import SimPool
+from skysail.storage.shelf import FileShelf
+from skysail.storage.sim import SimPool, SimShelf
 
 GIB = 1 << 30
 VOLUME = Volume(id="g-1", image="0" * 64, size_gib=20)
@@ -54,6 +55,14 @@ def test_volumes_come_and_go(pool: Pool, parent: Path) -> None:
 def test_ensure_is_idempotent(pool: Pool, parent: Path) -> None:
     assert ensure(pool, VOLUME, parent) == ensure(pool, VOLUME, parent, 30 * GIB)
     assert list(observe(pool)) == [VOLUME.id]
+
+
+def test_a_blank_volume_and_its_owner(pool: Pool) -> None:
+    disk = Volume(id="d-1", image="", size_gib=8)
+    path = asyncio.run(pool.ensure(disk, None, 8 * GIB, os.getuid()))
+    assert asyncio.run(pool.give("d-1", os.getuid())) == path
+    with pytest.raises(SkysailError):
+        asyncio.run(pool.give("d-2", os.getuid()))
 
 
 def test_removing_what_is_not_there_is_fine(pool: Pool, parent: Path) -> None:
@@ -121,3 +130,92 @@ def test_a_machine_without_qemu_says_what_to_do(tmp_path: Path, monkeypatch: pyt
 def test_a_volume_belongs_to_its_guests_user(tmp_path: Path, parent: Path) -> None:
     path = asyncio.run(FilePool(tmp_path / "volumes").ensure(VOLUME, parent, GIB, 2_000_123))
     assert path.stat().st_uid == 2_000_123
+
+
+# --- the shelf
+
+@pytest.fixture(params=["sim", "files"])
+def shelf(request: pytest.FixtureRequest, tmp_path: Path) -> Shelf:
+    return SimShelf() if request.param == "sim" else FileShelf(tmp_path / "snapshots")
+
+
+def plan(*parents: str) -> tuple[Copy, ...]:
+    return (Copy(volume="g-1", file="g-1.qcow2", parents=parents, virtual_bytes=GIB),)
+
+
+def take(shelf: Shelf, name: str, *parents: str, standing: tuple[str, ...] = ()) -> Manifest:
+    async def both() -> Manifest:
+        await shelf.draft(name, plan(*parents), os.getuid())
+        return await shelf.finish(Manifest(id=name, consistency="off", copies=plan(*parents), parents=standing), os.getuid())
+    return asyncio.run(both())
+
+
+def test_a_snapshot_is_there_once_it_is_whole(shelf: Shelf) -> None:
+    assert asyncio.run(shelf.observe()) == [] and asyncio.run(shelf.find("s-1")) is None
+    asyncio.run(shelf.draft("s-1", plan(), os.getuid()))
+    assert asyncio.run(shelf.observe()) == [] and asyncio.run(shelf.find("s-1")) is None
+    with pytest.raises(SkysailError):
+        asyncio.run(shelf.chain(Origin(snapshot="s-1", volume="g-1")))
+    made = take(shelf, "s-1")
+    assert asyncio.run(shelf.observe()) == ["s-1"] and asyncio.run(shelf.find("s-1")) == made
+    assert len(made.copies[0].sha256) == 64
+    for _ in range(2):
+        asyncio.run(shelf.remove("s-1"))
+    assert asyncio.run(shelf.observe()) == []
+
+
+def test_a_draft_can_be_thrown_away(shelf: Shelf) -> None:
+    asyncio.run(shelf.draft("s-1", plan(), os.getuid()))
+    asyncio.run(shelf.remove("s-1"))
+    assert take(shelf, "s-1").id == "s-1"
+
+
+def test_a_snapshot_that_another_stands_on_stays(shelf: Shelf) -> None:
+    take(shelf, "s-1")
+    chain = asyncio.run(shelf.chain(Origin(snapshot="s-1", volume="g-1")))
+    take(shelf, "s-2", *chain, standing=("s-1",))
+    assert asyncio.run(shelf.chain(Origin(snapshot="s-2", volume="g-1")))[1:] == chain
+    with pytest.raises(SkysailError):
+        asyncio.run(shelf.remove("s-1"))
+    for name in ("s-2", "s-1"):
+        asyncio.run(shelf.remove(name))
+    assert asyncio.run(shelf.observe()) == []
+
+
+def test_a_volume_grows_from_a_snapshot(tmp_path: Path) -> None:
+    shelf, pool = FileShelf(tmp_path / "snapshots"), FilePool(tmp_path / "volumes")
+    files = asyncio.run(shelf.draft("s-1", plan(), os.getuid()))
+    run(["qemu-io", "-f", "qcow2", "-c", "write -P 0x5a 0 64k", str(files["g-1"])])
+    made = asyncio.run(shelf.finish(Manifest(id="s-1", consistency="frozen", copies=plan()), os.getuid()))
+    origin = Origin(snapshot="s-1", volume="g-1")
+    parent = Path(asyncio.run(shelf.chain(origin))[0])
+    assert parent.stat().st_mode & 0o777 == 0o444
+    assert made.copies[0].sha256 == run(["sha256sum", str(parent)]).split()[0].decode()
+    child = Volume(id="d-1", image="", size_gib=2, origin=origin)
+    path = asyncio.run(pool.ensure(child, parent, 2 * GIB, os.getuid()))
+    assert b"failed" not in run(["qemu-io", "-f", "qcow2", "-c", "read -P 0x5a 0 64k", str(path)])
+    parent.unlink()
+    asyncio.run(pool.remove("d-1"))
+    with pytest.raises(SkysailError):
+        asyncio.run(pool.ensure(child, parent, 2 * GIB, os.getuid()))
+
+
+@pytest.mark.parametrize("harm", ["parent", "data", "garbage", "table"])
+def test_a_file_that_is_not_what_was_asked_for_is_no_snapshot(tmp_path: Path, harm: str) -> None:
+    shelf = FileShelf(tmp_path / "snapshots")
+    path = asyncio.run(shelf.draft("s-1", plan(), os.getuid()))["g-1"]
+    if harm == "parent":
+        run(["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", "/etc/shadow", str(path)])
+    elif harm == "data":
+        path.unlink()
+        run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={tmp_path / 'data'}", str(path), "1G"])
+    elif harm == "garbage":
+        path.write_bytes(b"garbage")
+    else:
+        run(["qemu-io", "-f", "qcow2", "-c", "write 0 1M", str(path)])
+        with path.open("r+b") as file:
+            file.seek(48)
+            file.write((1 << 40).to_bytes(8, "big"))  # refcount_table_offset
+    with pytest.raises(SkysailError):
+        asyncio.run(shelf.finish(Manifest(id="s-1", consistency="frozen", copies=plan()), os.getuid()))
+    assert asyncio.run(shelf.observe()) == []

@@ -21,7 +21,7 @@ from skysail.dns.sim import SimZones
 from skysail.hypervisor.sim import SimHypervisor
 from skysail.kit.errors import SkysailError
 from skysail.network.sim import SimFabric
-from skysail.storage.sim import SimPool
+from skysail.storage.sim import SimPool, SimShelf
 
 CAPACITY = HostReport(host="h", boot="", sequence=0, generation=0, vcpus=4, memory_mib=4096, disk_gib=10, accelerator="sim")
 
@@ -61,8 +61,8 @@ class Host:
     def __init__(self, folder: Path, hypervisor: Watched | None = None) -> None:
         self.hypervisor = hypervisor or Watched()
         self.fabric = Fabric()
-        self.keeper = Keeper(CAPACITY, self.hypervisor, SimPool(), self.fabric, lambda: [], Ledger(folder / "document.json"),
-                             Traffic(folder / "traffic.json"), SimZones())
+        self.keeper = Keeper(CAPACITY, self.hypervisor, SimPool(), SimShelf(), self.fabric, lambda: [],
+                             Ledger(folder / "document.json"), Traffic(folder / "traffic.json"), SimZones())
 
     def seen(self, name: str = "g-1") -> GuestReport | None:
         return next((guest for guest in self.keeper.report().guests if guest.id == name), None)

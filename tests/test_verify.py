@@ -42,6 +42,14 @@ def lived() -> Iterator[Cloud]:
                                    domainEntry={"name": "www.example.com", "type": "A", "target": "192.0.2.1"})
         client.create_domain(domainName="gone.example")
         client.delete_domain(domainName="gone.example")
+        client.create_disk(diskName="data", availabilityZone="us-east-1a", sizeInGb=8)
+        eventually(lambda: client.get_disk(diskName="data")["disk"]["state"] == "available")
+        client.attach_disk(diskName="data", instanceName="one", diskPath="/dev/xvdf")
+        eventually(lambda: client.get_disk(diskName="data")["disk"]["attachmentState"] == "attached")
+        client.create_instance_snapshot(instanceName="one", instanceSnapshotName="snap")
+        client.create_disk_snapshot(diskName="data", diskSnapshotName="copy")
+        eventually(lambda: client.get_disk_snapshot(diskSnapshotName="copy")["diskSnapshot"]["state"] == "completed")
+        client.create_disk_from_snapshot(diskName="child", diskSnapshotName="copy", availabilityZone="us-east-1a", sizeInGb=8)
         client.untag_resource(resourceName="one", tagKeys=["none"])
         client.stop_instance(instanceName="two")
         client.delete_instance(instanceName="gone")
@@ -66,6 +74,18 @@ def store(lived: Cloud) -> Iterator[Cloud]:
 
 PLANTED = {
     "name forgotten": ("delete from names where name = 'one'", "Instance one: its name is not registered"),
+    "disk's name": ("delete from names where name = 'data'", "Disk data: its name is not registered"),
+    "disk's state": ("update disks set state = 'available' where name = 'data'", "disk data: available attached"),
+    "disk not plugged": ("update guests set observed_disks = '[]'", "the guest does not have it"),
+    "disk twice at a path": ("update disks set instance_id = (select id from instances where name = 'one'), "
+                             "path = '/dev/xvdf'", "where another disk is"),
+    "disk unknown": ("delete from disks where name = 'child'", "there on host-1, but no row knows it"),
+    "disk lost": ("update disks set id = 'd-lost', made = 1 where name = 'child'", "volume d-lost: not there on host-1"),
+    "snapshot's name": ("delete from names where name = 'snap'", "Snapshot snap: its name is not registered"),
+    "snapshot's state": ("update snapshots set observed_state = 'failed' where name = 'snap'", "its host says failed"),
+    "snapshot unknown": ("delete from snapshots where name = 'snap'", "there on host-1, but no row knows it"),
+    "snapshot needed": ("update snapshots set id = 's-lost' where name = 'copy'", "which is not there"),
+    "snapshot lost": ("update snapshots set id = 's-lost' where name = 'snap'", "snapshot s-lost: not there"),
     "name kept": ("update names set name = 'ghost' where name = 'one'", "name ghost: taken, but nothing has it"),
     "size": ("update guests set memory_mib = 9999 where instance_name = 'one'", "instance one: 2 processors, 9999 MiB"),
     "role": ("update guests set role = 'stop' where instance_name = 'one'", "its guest's role is stop"),

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
+from skysail.agent.blocks import Blocks
 from skysail.agent.ledger import Ledger
 from skysail.agent.traffic import Traffic
 from skysail.agent.zones import ZoneKeeper
@@ -23,7 +24,7 @@ from skysail.hypervisor import Hypervisor
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread
 from skysail.network import Fabric
-from skysail.storage import Pool
+from skysail.storage import Pool, Shelf
 
 log = logging.getLogger(__name__)
 BACK_OFF_SECONDS = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
@@ -41,10 +42,12 @@ class StaleGeneration(Exception):
 class Keeper:
     """Holds one host. ``capacity`` carries what the machine has; its lists of guests and images are filled in here."""
 
-    def __init__(self, capacity: HostReport, hypervisor: Hypervisor, pool: Pool, fabric: Fabric,
+    def __init__(self, capacity: HostReport, hypervisor: Hypervisor, pool: Pool, shelf: Shelf, fabric: Fabric,
                  images: Callable[[], list[ImageReport]], ledger: Ledger, traffic: Traffic, zones: Zones) -> None:
         self._hypervisor = hypervisor
         self._pool = pool
+        self._shelf = shelf
+        self._blocks = Blocks(hypervisor, pool, shelf, self._changed)
         self._fabric = fabric
         self._images = images
         self._ledger = ledger
@@ -67,6 +70,7 @@ class Keeper:
         """Adopt what runs, then converge to the last document; call once, before anything else."""
         for report in await self._hypervisor.observe():
             self._hold(report)
+        await self._blocks.start()
         document = self._ledger.read()
         if document is not None:
             # One that went before we died has no port: its addresses may be another guest's by now.
@@ -88,6 +92,7 @@ class Keeper:
 
     async def _take(self, document: HostDocument) -> None:
         self._report = msgspec.structs.replace(self._report, generation=document.generation)
+        self._blocks.take(document)
         self.zones.take(document.zones)
         for guest in document.guests:
             known = self._wanted.get(guest.id)
@@ -218,6 +223,8 @@ class Keeper:
     async def _converge(self, guest: Guest) -> GuestReport:
         if guest.role == "run":
             await self._apply_network()
+            for one in guest.disks:
+                await self._blocks.ready(one.volume.id)
         report = await self._hypervisor.ensure(guest)
         if guest.role == "gone" and report.state == "gone":
             await self._pool.remove(guest.volume.id)
@@ -252,9 +259,10 @@ class Keeper:
 
     async def _changed(self) -> None:
         async with self._news:
+            disks, snapshots = self._blocks.reports()
             self._report = msgspec.structs.replace(
                 self._report, sequence=self._report.sequence + 1, guests=tuple(self._guests.values()),
-                images=tuple(self._images()), zones=self.zones.reports())
+                images=tuple(self._images()), disks=disks, snapshots=snapshots, zones=self.zones.reports())
             self._news.notify_all()
 
     def report(self) -> HostReport:
@@ -282,7 +290,8 @@ class Keeper:
             guests=tuple(sorted(report.id for report in seen)),
             running=tuple(sorted(report.id for report in seen if report.state == "running")),
             volumes=tuple(sorted(await self._pool.observe())), ports=tuple(sorted(await self._fabric.observe())),
-            strays=tuple(await self._hypervisor.strays()), zones=await self.zones.inventory())
+            snapshots=tuple(await self._shelf.observe()), strays=tuple(await self._hypervisor.strays()),
+            zones=await self.zones.inventory())
 
     def wanted(self) -> dict[str, Guest]:
         """The guests that documents named, as the last one wants them."""

@@ -13,6 +13,7 @@ import msgspec
 from skysail.contract import VERSION
 
 Role = Literal["run", "stop", "gone"]
+Kept = Literal["keep", "gone"]
 # The agent, which is root, makes names of files and devices from it, and removes them.
 Id = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9-]{0,62}\Z")]
 # Refresh, retry and expire of every zone's SOA record, and for how many seconds an answer that there is nothing is kept.
@@ -42,12 +43,28 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
     firewall: tuple[FirewallRule, ...] = ()
 
 
+class Origin(msgspec.Struct, frozen=True, kw_only=True):
+    """What a volume was made of: the copy of ``volume`` in ``snapshot``."""
+
+    snapshot: Id
+    volume: Id
+
+
 class Volume(msgspec.Struct, frozen=True, kw_only=True):
-    """A guest's system disk: a copy-on-write child of image ``image`` (its digest), ``size_gib`` large."""
+    """A disk, ``size_gib`` large: a copy-on-write child of its ``origin``, else of image ``image`` (its digest), else
+    (block storage, without an image) blank."""
 
     id: Id
     image: str
     size_gib: int
+    origin: Origin | None = None
+
+
+class Attachment(msgspec.Struct, frozen=True, kw_only=True):
+    """A block-storage disk in a guest, which finds it by its serial ``name``."""
+
+    volume: Volume
+    name: Annotated[str, msgspec.Meta(pattern=r"\Axvd[f-z]\Z")]
 
 
 class Personality(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,8 +80,9 @@ class Personality(msgspec.Struct, frozen=True, kw_only=True):
 class Guest(msgspec.Struct, frozen=True, kw_only=True):
     """One QEMU process that shall exist (or not). ``starts`` and ``reboots`` count the owner's requests: a guest that
     powered itself off stays off until ``starts`` grows; a reboot is due while the agent has done fewer than ``reboots``.
-    ``force`` skips the orderly shutdown when the role is ``stop``. ``baseline_percent`` of each processor is what its plan
-    gives for good, more is burst; 100 for a plan without burst."""
+    ``force`` skips the orderly shutdown when the role is ``stop``. All its disks together take ``iops`` operations a
+    second; 0 sets no bound. ``baseline_percent`` of each processor is what its plan gives for good, more is burst; 100 for a
+    plan without burst."""
 
     id: Id
     instance: str
@@ -77,7 +95,31 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
     port: Port
     personality: Personality
     force: bool = False
+    disks: tuple[Attachment, ...] = ()
+    iops: int = 0
     baseline_percent: float = 100.0
+
+
+class Disk(msgspec.Struct, frozen=True, kw_only=True):
+    """A block-storage disk that shall exist (or not). One that was ``made`` is never made again: a blank disk in the place of
+    somebody's would hide the loss."""
+
+    volume: Volume
+    role: Kept
+    made: bool
+
+    @property
+    def id(self) -> str:
+        return self.volume.id
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """A copy of ``volumes``, all of one moment, that shall exist (or not). ``guest`` has them; '' when none does."""
+
+    id: Id
+    role: Kept
+    guest: str
+    volumes: tuple[Volume, ...]
 
 
 class RecordSet(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,5 +154,7 @@ class HostDocument(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     generation: int
     guests: tuple[Guest, ...] = ()
+    disks: tuple[Disk, ...] = ()
+    snapshots: tuple[Snapshot, ...] = ()
     zones: tuple[Zone, ...] = ()
     version: int = VERSION

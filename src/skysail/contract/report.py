@@ -13,10 +13,14 @@ GuestState = Literal["preparing", "starting", "running", "rebooting", "stopping"
                      "failed", "gone"]
 
 
+# ``waiting``: not begun. ``copying``: the moment that it holds is past, and it is being written.
+SnapshotState = Literal["waiting", "copying", "available", "failed", "gone"]
+
+
 class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
     """One guest as seen on its host. ``halted``: it powered itself off; ``crashed``: it died and will be restarted after
     a back-off; ``failed``: it could not be made at all, ``reason`` says why. ``stages`` maps a launch stage to the
-    seconds since its start."""
+    seconds since its start. ``disks`` are the block-storage disks that it holds."""
 
     id: str
     state: GuestState
@@ -27,6 +31,29 @@ class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
     rx_bytes: int = 0
     tx_bytes: int = 0
     stages: dict[str, float] = {}
+    disks: tuple[str, ...] = ()
+
+
+class DiskReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One block-storage disk."""
+
+    id: str
+    state: Literal["preparing", "available", "failed", "gone"]
+    reason: str = ""
+
+
+class SnapshotReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One snapshot. ``progress`` is in percent. ``consistency``: the guest's file systems were ``frozen`` for
+    ``frozen_ms``, or the disks are as a power cut would have left them (``crash``), or nobody wrote them (``off``).
+    ``parents`` are the snapshots whose files it stands on."""
+
+    id: str
+    state: SnapshotState
+    progress: int = 0
+    consistency: Literal["", "frozen", "crash", "off"] = ""
+    frozen_ms: float = 0.0
+    parents: tuple[str, ...] = ()
+    reason: str = ""
 
 
 class ImageReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +95,8 @@ class HostReport(msgspec.Struct, frozen=True, kw_only=True):
     accelerator: str
     guests: tuple[GuestReport, ...] = ()
     images: tuple[ImageReport, ...] = ()
+    disks: tuple[DiskReport, ...] = ()
+    snapshots: tuple[SnapshotReport, ...] = ()
     zones: tuple[ZoneReport, ...] = ()
     version: int = VERSION
 
@@ -82,12 +111,14 @@ class HeldZone(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Inventory(msgspec.Struct, frozen=True, kw_only=True):
-    """What a host really holds at this moment, by id: guests, those of them that have a process, volumes, ports.
-    ``strays`` says in words what is there of guests that the host does not hold. ``zones``: what its name server has."""
+    """What a host really holds at this moment, by id: guests, those of them that have a process, volumes (block storage
+    too), ports, snapshots. ``strays`` says in words what is there of guests that the host does not hold.
+    ``zones``: what its name server has."""
 
     guests: tuple[str, ...] = ()
     running: tuple[str, ...] = ()
     volumes: tuple[str, ...] = ()
     ports: tuple[str, ...] = ()
+    snapshots: tuple[str, ...] = ()
     strays: tuple[str, ...] = ()
     zones: tuple[HeldZone, ...] = ()

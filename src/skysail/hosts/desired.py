@@ -5,11 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import msgspec
-from sqlalchemy import Connection, or_, select, update
+from sqlalchemy import Connection, RowMapping, or_, select, update
 
-from skysail.contract.document import FirewallRule, Guest, HostDocument, Personality, Port, RecordSet, Volume, Zone
+from skysail.contract.document import (
+    Attachment,
+    Disk,
+    FirewallRule,
+    Guest,
+    HostDocument,
+    Origin,
+    Personality,
+    Port,
+    RecordSet,
+    Snapshot,
+    Volume,
+    Zone,
+)
 from skysail.hosts import plans
-from skysail.store.schema import accounts, domain_entries, domains, guests, hosts, instances, ports, static_ips
+from skysail.store.schema import (
+    accounts,
+    disks,
+    domain_entries,
+    domains,
+    guests,
+    hosts,
+    instances,
+    ports,
+    snapshots,
+    static_ips,
+)
 from skysail.store.vault import Vault
 
 NAME_SERVER_TTL = 3600
@@ -36,11 +60,18 @@ def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
         rules.setdefault(port.instance_id, []).append(FirewallRule(
             protocol=port.protocol, from_port=port.from_port, to_port=port.to_port, cidrs=tuple(port.cidrs),
             ipv6_cidrs=tuple(port.ipv6_cidrs)))
+    stored = connection.execute(select(disks).where(disks.c.host_id == host_id).order_by(disks.c.id)).mappings().all()
+    attached: dict[str, list[Attachment]] = {}
+    for disk in stored:
+        if disk["instance_id"] is not None:
+            attached.setdefault(disk["instance_id"], []).append(
+                Attachment(volume=disk_volume(disk), name=disk["path"].removeprefix("/dev/")))
     found = tuple(
         Guest(
             id=row["id"], instance=row["instance_name"], role=row["role"], starts=row["starts"],
             reboots=row["reboots"], force=row["force"], vcpus=row["vcpus"], memory_mib=row["memory_mib"],
-            volume=Volume(id=row["id"], image=row["image"], size_gib=row["disk_gib"]),
+            volume=system_volume(row), disks=tuple(attached.get(row["instance_id"], ())),
+            iops=row["iops"],
             port=Port(id=row["id"], mac=row["mac"], tenant=tenants[row["account_id"]],
                       private_ipv4=row["private_ipv4"], public_ipv4=row["public_ipv4"],
                       public_ipv6=row["public_ipv6"] or "",
@@ -50,7 +81,29 @@ def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
         for row in connection.execute(
             select(guests, instances.c.bundle_id).outerjoin(instances, instances.c.id == guests.c.instance_id)
             .where(guests.c.host_id == host_id).order_by(guests.c.id)).mappings())
-    return HostDocument(host=host_id, generation=generation, guests=found, zones=tuple(zones(connection, vault)))
+    return HostDocument(
+        host=host_id, generation=generation, guests=found,
+        disks=tuple(Disk(volume=disk_volume(row), role=row["role"], made=row["made"]) for row in stored),
+        snapshots=tuple(
+            Snapshot(id=row["id"], role=row["role"], guest=row["guest_id"],
+                     volumes=msgspec.convert(row["volumes"], tuple[Volume, ...]))
+            for row in connection.execute(select(snapshots).where(snapshots.c.host_id == host_id).order_by(snapshots.c.id))
+            .mappings()),
+        zones=tuple(zones(connection, vault)))
+
+
+def system_volume(guest: RowMapping) -> Volume:
+    """The system disk of a guest."""
+    return Volume(id=guest["id"], image=guest["image"], size_gib=guest["disk_gib"], origin=_origin(guest))
+
+
+def disk_volume(disk: RowMapping) -> Volume:
+    """The volume that is a block-storage disk."""
+    return Volume(id=disk["id"], image="", size_gib=disk["size_gib"], origin=_origin(disk))
+
+
+def _origin(row: RowMapping) -> Origin | None:
+    return msgspec.convert(row["origin"], Origin | None)
 
 
 def zones(connection: Connection, vault: Vault) -> Iterator[Zone]:

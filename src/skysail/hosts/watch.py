@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 
 import httpx
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, Table, delete, insert, select, update
 
 from skysail.contract.document import HostDocument
 from skysail.contract.report import HostReport
@@ -16,14 +16,14 @@ from skysail.hosts import desired
 from skysail.hosts.client import AgentClient
 from skysail.kit.clock import Clock
 from skysail.store.database import Database
-from skysail.store.schema import domains, guests, hosts, images, zone_reports
+from skysail.store.schema import disks, domains, guests, hosts, images, snapshots, zone_reports
 from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 0.5
 # What a report may change of a guest's row.
 _OBSERVED = (guests.c.id, guests.c.observed_state, guests.c.observed_starts, guests.c.observed_reboots, guests.c.reason,
-             guests.c.rx_bytes, guests.c.tx_bytes, guests.c.host_keys)
+             guests.c.rx_bytes, guests.c.tx_bytes, guests.c.host_keys, guests.c.observed_disks)
 
 
 class Watch:
@@ -127,12 +127,19 @@ def write_report(connection: Connection, host_id: str, report: HostReport, now: 
             continue
         values: dict[str, object] = {
             "observed_state": guest.state, "observed_starts": guest.starts, "observed_reboots": guest.reboots,
-            "reason": guest.reason, "rx_bytes": guest.rx_bytes, "tx_bytes": guest.tx_bytes}
+            "reason": guest.reason, "rx_bytes": guest.rx_bytes, "tx_bytes": guest.tx_bytes,
+            "observed_disks": list(guest.disks)}
         if guest.host_keys and list(guest.host_keys) != row["host_keys"]:
             values |= {"host_keys": list(guest.host_keys), "witnessed_at": now}
         # A report names every guest of its host, most of them as they were.
         if any(row[name] != value for name, value in values.items()):
             connection.execute(update(guests).where(guests.c.id == guest.id).values(**values))
+    for disk in report.disks:
+        _write(connection, disks, disk.id, {"observed_state": disk.state, "reason": disk.reason})
+    for snapshot in report.snapshots:
+        _write(connection, snapshots, snapshot.id, {
+            "observed_state": snapshot.state, "progress": snapshot.progress, "consistency": snapshot.consistency,
+            "frozen_ms": snapshot.frozen_ms, "parents": list(snapshot.parents), "reason": snapshot.reason})
     held = {row.digest for row in connection.execute(select(images.c.digest).where(images.c.host_id == host_id))}
     reported = {image.digest: image for image in report.images}
     for digest in held - reported.keys():
@@ -143,6 +150,13 @@ def write_report(connection: Connection, host_id: str, report: HostReport, now: 
             host_id=host_id, digest=digest, blueprint=image.blueprint, name=image.name, user=image.user,
             version=image.version, size_gib=image.size_gib))
     _write_zones(connection, host_id, report)
+
+
+def _write(connection: Connection, table: Table, identifier: str, values: dict[str, object]) -> None:
+    """Change the row, if there is one, and it is not so already."""
+    row = connection.execute(select(table).where(table.c.id == identifier)).mappings().first()
+    if row is not None and any(row[name] != value for name, value in values.items()):
+        connection.execute(update(table).where(table.c.id == identifier).values(**values))
 
 
 def _write_zones(connection: Connection, host_id: str, report: HostReport) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
 import msgspec
 
-from skysail.contract.document import Guest
-from skysail.contract.report import GuestReport
+from skysail.contract.document import Guest, Snapshot
+from skysail.contract.report import GuestReport, SnapshotReport
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +27,15 @@ class Hypervisor(Protocol):
 
     async def ensure(self, guest: Guest) -> GuestReport:
         """Bring ``guest`` to its role (run, stop or gone) and say how it stands. Volume and port exist already."""
+        ...
+
+    async def snapshot(self, snapshot: Snapshot, progress: Callable[[SnapshotReport], Awaitable[None]]) -> SnapshotReport:
+        """Bring ``snapshot`` to its role and say how it stands, and by ``progress`` how it comes along. Its volumes exist
+        already. A guest that runs goes on meanwhile."""
+        ...
+
+    async def snapshots(self) -> list[SnapshotReport]:
+        """Every snapshot that is here whole; no effects."""
         ...
 
     async def observe(self) -> list[GuestReport]:

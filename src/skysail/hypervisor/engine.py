@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 
-from skysail.contract.document import Guest
-from skysail.contract.report import GuestReport
+from skysail.contract.document import Guest, Snapshot
+from skysail.contract.report import GuestReport, SnapshotReport
 from skysail.hypervisor import Usage, confinement, personality, process
 from skysail.hypervisor.guest import QemuGuest, Record, Workshop, remove
 from skysail.hypervisor.qmp import Gone
+from skysail.hypervisor.snapshot import Copying, abandon, report
 from skysail.kit.config import GUEST_UIDS
 from skysail.kit.errors import ProcessFailed, SkysailError
 from skysail.kit.process import in_thread, run_async
@@ -53,6 +54,7 @@ class Qemu:
                 held = self._guests.get(guest.id)
                 if held is not None:
                     await held.kill()
+                    await held.release()
                 # Also without a record: an agent may have died when half of the folder was removed.
                 await remove(self._shop.guests / guest.id)
                 self._guests.pop(guest.id, None)
@@ -77,6 +79,27 @@ class Qemu:
         self._guests[guest.id] = made
         made.save()
         return made
+
+    async def snapshot(self, snapshot: Snapshot, progress: Callable[[SnapshotReport], Awaitable[None]]) -> SnapshotReport:
+        """See :class:`skysail.hypervisor.Hypervisor`; raises SkysailError when it cannot be taken now."""
+        guest = self._guests.get(snapshot.guest)
+        lock = self._locks.setdefault(snapshot.guest, asyncio.Lock()) if snapshot.guest else asyncio.Lock()
+        if snapshot.role == "gone":
+            if guest is not None:
+                async with lock:
+                    await abandon(guest, snapshot.id)
+            await self._shop.shelf.remove(snapshot.id)
+            return SnapshotReport(id=snapshot.id, state="gone")
+        manifest = await self._shop.shelf.find(snapshot.id)
+        if manifest is None:
+            if guest is None and snapshot.guest:
+                raise SkysailError(f"the guest {snapshot.guest} is not on this host")
+            manifest = await Copying(self._shop, snapshot, guest, lock, self._uid_base, progress).take()
+        return report(manifest)
+
+    async def snapshots(self) -> list[SnapshotReport]:
+        found = [await self._shop.shelf.find(identifier) for identifier in await self._shop.shelf.observe()]
+        return [report(one) for one in found if one is not None]
 
     async def observe(self) -> list[GuestReport]:
         return await asyncio.gather(*(self._observed(guest) for guest in list(self._guests.values())))

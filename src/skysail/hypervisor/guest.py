@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ import msgspec
 
 from skysail.contract.document import Guest, Port, Volume
 from skysail.contract.report import GuestReport, GuestState
-from skysail.hypervisor import Usage, confinement, personality, process, qemu
+from skysail.hypervisor import Usage, confinement, disks, freezing, personality, process, qemu
 from skysail.hypervisor.personality import Identity, Surroundings
 from skysail.hypervisor.process import Pid
 from skysail.hypervisor.qmp import Channel, Gone, Monitor, Refused, ask
@@ -30,6 +30,7 @@ from skysail.hypervisor.template import Image, Template, Templates
 from skysail.kit import durable
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread
+from skysail.storage import Manifest, Shelf
 
 log = logging.getLogger(__name__)
 # An orderly shutdown under emulation takes some 10 s; a guest that ignores the button is cut off after this.
@@ -43,7 +44,7 @@ STATES: Mapping[str, GuestState] = {
     "prelaunch": "starting", "inmigrate": "starting", "shutdown": "halted", "guest-panicked": "crashed",
     "internal-error": "crashed", "io-error": "crashed"}
 
-MakeVolume = Callable[[Volume, Path, int, int], Awaitable[Path]]
+MakeVolume = Callable[[Volume, Path | None, int, int], Awaitable[Path]]
 OpenPort = Callable[[Port], Awaitable[int]]
 
 
@@ -52,7 +53,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     ``starts``: the owner's start that it last ran for. ``reboots``: the owner's reboots that are done. ``leaving``: the boot
     that the reboot under way is to end, as the guest itself names it. ``halted``: it powered itself off. ``stopped``: its
-    owner stopped it. ``grown``: it has all of its plan's disk and memory, not only the template's.
+    owner stopped it. ``grown``: it has all of its plan's disk and memory, not only the template's. ``parent``: its volume's;
+    one that was made from a snapshot has all of its ``parents`` here instead. ``disks``: the block storage that may be given
+    to it. ``freezing``: its file systems may be frozen by us. ``copying``: the snapshots that its process writes.
     """
 
     id: str
@@ -67,6 +70,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     halted: bool = False
     stopped: bool = False
     grown: bool = True
+    parents: tuple[str, ...] = ()
+    disks: tuple[str, ...] = ()
+    freezing: bool = False
+    copying: dict[str, Manifest] = {}
 
 
 class Workshop(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +86,8 @@ class Workshop(msgspec.Struct, frozen=True, kw_only=True):
     make_volume: MakeVolume
     drop_volume: Callable[[str], Awaitable[None]]
     volumes: Callable[[], Awaitable[dict[str, Path]]]
+    give_volume: Callable[[str, int], Awaitable[Path]]
+    shelf: Shelf
     open_port: OpenPort
     around: Callable[[], Surroundings]  # asked at each launch: a machine's resolvers may change
 
@@ -113,7 +122,8 @@ class QemuGuest:
     def report(self, state: GuestState, reason: str = "") -> GuestReport:
         """The guest as it stands."""
         return GuestReport(id=self.record.id, state=state, starts=self.record.starts, reboots=self.record.reboots,
-                           reason=reason, host_keys=(self.record.identity.host_public,), stages=dict(self._stages))
+                           reason=reason, host_keys=(self.record.identity.host_public,), stages=dict(self._stages),
+                           disks=self.record.disks)
 
     async def monitor(self) -> Monitor:
         """The control connection, made again after a restart of the agent."""
@@ -167,18 +177,22 @@ class QemuGuest:
             await self.kill()
         if not self.alive():
             await (self._boot(guest) if self.record.made else self._make(guest))
+            await self._plug_disks(guest, await self.monitor())
             self.save(starts=guest.starts)
             return self.report("running")
+        if self.record.reboots >= guest.reboots:
+            await self.melt()
         if not self.record.grown:
             await self._grow(guest, await self.monitor())
+        await self._plug_disks(guest, await self.monitor())
         if self.record.starts != guest.starts:
             # An agent died while it booted, or it was started again while a stop had not reached it.
-            if self._image(guest.volume.image).ours:
+            if self.image(guest.volume.image).ours:
                 await self._await_agent(await self.monitor())
             self.save(starts=guest.starts)
         if self.record.reboots < guest.reboots:
             await self._reboot(guest)
-            self.save(reboots=guest.reboots, leaving="")
+            self.save(reboots=guest.reboots, leaving="", freezing=False)
         return self.report("running")
 
     async def _resume(self) -> GuestState:
@@ -196,6 +210,8 @@ class QemuGuest:
         """Shut it down, orderly unless ``force``; its disk stays."""
         if self.alive() and self.record.made and not guest.force and await self.look() == "running":
             try:
+                with contextlib.suppress(SkysailError):  # one that stays frozen is cut off in the end
+                    await self.melt()
                 monitor = await self.monitor()
                 await monitor.execute("system_powerdown")
                 end = time.monotonic() + SHUTDOWN_SECONDS
@@ -204,7 +220,9 @@ class QemuGuest:
             except Gone:
                 pass  # it is off, which is what was asked for
         await self.kill()
-        self.save(starts=guest.starts, halted=False, stopped=True)
+        wanted = tuple(one.volume.id for one in guest.disks)
+        await self.release(wanted)
+        self.save(starts=guest.starts, halted=False, stopped=True, disks=wanted)
         return self.report("stopped")
 
     async def kill(self) -> None:
@@ -214,7 +232,43 @@ class QemuGuest:
         await clear(self.folder)
         await self._leave()
         if self.record.process is not None:
-            self.save(process=None)
+            # With the process went what it was copying; the snapshots are taken again, from the disks that it left.
+            self.save(process=None, freezing=False, copying={})
+
+    async def release(self, kept: Collection[str] = ()) -> None:
+        """Take its block storage back, but for what is ``kept``. Its process is gone."""
+        for volume in self.record.disks:
+            if volume not in kept:
+                with contextlib.suppress(SkysailError):  # a disk that is lost is nobody's any more
+                    await self._shop.give_volume(volume, os.geteuid())
+
+    async def melt(self) -> None:
+        """Thaw what an agent froze that died before it could thaw it."""
+        if self.record.freezing:
+            await freezing.thaw(self.agent)
+            self.save(freezing=False)
+
+    async def _plug_disks(self, guest: Guest, monitor: Monitor) -> None:
+        if not guest.disks:
+            return
+        there = await disks.plugged(monitor)
+        # Noted before they are given: whoever finds this record takes them back.
+        if missing := [one.volume.id for one in guest.disks if one.volume.id not in self.record.disks]:
+            self.save(disks=(*self.record.disks, *missing))
+        for one in guest.disks:
+            if one.name not in there:
+                path = await self._shop.give_volume(one.volume.id, self.record.uid)
+                await disks.plug(monitor, one.name, (str(path), *await self.parents(one.volume)))
+                await disks.throttle(monitor, one.name, guest.iops)
+
+    async def parents(self, volume: Volume) -> tuple[str, ...]:
+        """The files that one of its volumes stands on, nearest first."""
+        if volume.id == self.record.id:
+            if self.record.parents:
+                return self.record.parents
+            image = str(self.image(volume.image).path)
+            return (image,) if self.record.parent == image else (self.record.parent, image)
+        return await self._shop.shelf.chain(volume.origin) if volume.origin is not None else ()
 
     async def _leave(self) -> None:
         if self._monitor is not None:
@@ -227,7 +281,10 @@ class QemuGuest:
         began = time.monotonic()
         # What an interrupted attempt left behind belonged to nobody.
         await self._shop.drop_volume(guest.volume.id)
-        image = self._image(guest.volume.image)
+        image = self.image(guest.volume.image)
+        if guest.volume.origin is not None:
+            await self._restore(guest, image, await self._shop.shelf.chain(guest.volume.origin))
+            return
         template = await self._shop.templates.ensure(image, guest.vcpus) if image.ours else None
         self._stages["template"] = time.monotonic() - began
         if template is not None:
@@ -235,18 +292,34 @@ class QemuGuest:
             await self._clone(guest, image, template, began)
         else:
             self.save(parent=str(image.path))
-            await in_thread(personality.write_seed, personality.seed(guest, self.record.identity, self._shop.around()),
-                            self._seed)
-            os.chown(self._seed, self.record.uid, self.record.uid)
+            await self._write_seed(guest, image)
             await self._cold(guest, await self._shop.make_volume(guest.volume, image.path, guest.volume.size_gib << 30,
                                                                  self.record.uid))
             self.save(made=True)
+
+    async def _restore(self, guest: Guest, image: Image, parents: tuple[str, ...]) -> None:
+        """First life from a copy of another guest's disk: it boots cold, and takes on an identity of its own."""
+        self.save(parents=parents)
+        await self._write_seed(guest, image)
+        volume = await self._shop.make_volume(guest.volume, Path(parents[0]), guest.volume.size_gib << 30,
+                                              self.record.uid)
+        await self._cold(guest, volume)
+        self.save(made=True)
+
+    async def _write_seed(self, guest: Guest, image: Image) -> None:
+        if image.ours:
+            told = personality.message(guest, self.record.identity, self._shop.around())
+            await in_thread(durable.replace, self._seed, personality.identity_disk(told))
+        else:
+            await in_thread(personality.write_seed, personality.seed(guest, self.record.identity, self._shop.around()),
+                            self._seed)
+        os.chown(self._seed, self.record.uid, self.record.uid)
 
     @property
     def _seed(self) -> Path:
         return self.folder / "seed.iso"
 
-    def _image(self, digest: str) -> Image:
+    def image(self, digest: str) -> Image:
         image = self._shop.find_image(digest)
         if image is None:
             raise SkysailError(f"the image {digest[:12]} is not on this host", "build it: sudo ./skysail images build")
@@ -266,6 +339,7 @@ class QemuGuest:
             await template.load(monitor)
             self._stages["restored"] = time.monotonic() - began
             await self._plug(guest, monitor)
+            await disks.throttle(monitor, disks.SYSTEM, guest.iops)
             await monitor.execute("cont")
             self._stages["running"] = time.monotonic() - began
             answer = await channel.ask(
@@ -306,29 +380,32 @@ class QemuGuest:
 
     async def _cold(self, guest: Guest, volume: Path) -> None:
         began = time.monotonic()
-        image = self._image(guest.volume.image)
-        parents = [self.record.parent] if self.record.parent == str(image.path) else [self.record.parent, str(image.path)]
-        machine = self._machine(guest, (str(volume), *parents),
-                                seed=str(self._seed) if self._seed.exists() else "", memory_mib=guest.memory_mib)
+        image = self.image(guest.volume.image)
+        machine = self._machine(guest, (str(volume), *await self.parents(guest.volume)),
+                                seed=str(self._seed) if self._seed.exists() else "", memory_mib=guest.memory_mib,
+                                seed_serial="identity" if image.ours else "seed")
         monitor = await self._spawn(guest, machine)
         # Also for a clone that died before it was grown: from here on it has all that its plan gives.
         await monitor.execute("block_resize", {"node-name": "disk", "size": guest.volume.size_gib << 30})
         if not self.record.grown:
             self.save(grown=True)
         await self._plug(guest, monitor)
+        await disks.throttle(monitor, disks.SYSTEM, guest.iops)
+        await self._plug_disks(guest, monitor)
         await monitor.execute("cont")
         self._stages["running"] = time.monotonic() - began
         if image.ours:
             await self._await_agent(monitor)
         self._stages["answering"] = time.monotonic() - began
 
-    def _machine(self, guest: Guest, chain: tuple[str, ...], *, memory_mib: int, seed: str = "",
+    def _machine(self, guest: Guest, chain: tuple[str, ...], *, memory_mib: int, seed: str = "", seed_serial: str = "seed",
                  memory: Literal["private", "template", "clone"] = "private", memory_file: str = "",
                  pluggable: bool = False, incoming: bool = False) -> qemu.Machine:
         return qemu.Machine(
             id=guest.id, accelerator=self._shop.accelerator, vcpus=guest.vcpus, memory_mib=memory_mib,
             folder=str(self.folder / "run"), disk=chain, generation_id=self.record.identity.generation_id, memory=memory,
-            memory_file=memory_file, pluggable=pluggable, incoming=incoming, seed=seed)
+            memory_file=memory_file, pluggable=pluggable, incoming=incoming, seed=seed,
+            seed_serial=seed_serial)
 
     async def _spawn(self, guest: Guest, machine: qemu.Machine) -> Monitor:
         await in_thread(confinement.sweep, f"{self.folder}/")
@@ -357,7 +434,7 @@ class QemuGuest:
         end = time.monotonic() + BOOT_SECONDS
         while time.monotonic() < end:
             try:
-                await ask(self._agent, {"execute": "guest-ping"}, 2.0)
+                await ask(self.agent, {"execute": "guest-ping"}, 2.0)
                 return
             except (Gone, Refused):
                 if await process.status(monitor) != "running":
@@ -372,7 +449,7 @@ class QemuGuest:
         boot whether the reboot happened, and does not reboot it twice.
         """
         monitor = await self.monitor()
-        image = self._image(guest.volume.image)
+        image = self.image(guest.volume.image)
         if self.record.leaving:
             await self._await_agent(monitor)
         answers = await self._answers()
@@ -386,12 +463,12 @@ class QemuGuest:
             await self._await_agent(monitor)
 
     @property
-    def _agent(self) -> Path:
+    def agent(self) -> Path:
         return self.folder / "run" / "agent.sock"
 
     async def _answers(self) -> bool:
         try:
-            await ask(self._agent, {"execute": "guest-ping"}, 5.0)
+            await ask(self.agent, {"execute": "guest-ping"}, 5.0)
             return True
         except (Gone, Refused):
             return False
@@ -399,7 +476,7 @@ class QemuGuest:
     async def _present_boot(self) -> str:
         """The guest's boot_id (proc(5)), read by its agent; empty when the agent does not say."""
         try:
-            channel = await Channel.connect(self._agent)
+            channel = await Channel.connect(self.agent)
             try:
                 opened = await channel.ask({"execute": "guest-file-open", "arguments": {
                     "path": "/proc/sys/kernel/random/boot_id", "mode": "r"}}, 5.0)
@@ -416,7 +493,7 @@ class QemuGuest:
         with monitor.listening("RESET") as resets:
             # An answer to guest-shutdown never comes: the agent goes down with its guest.
             with contextlib.suppress(Gone, Refused):
-                await ask(self._agent, {"execute": "guest-shutdown", "arguments": {"mode": "reboot"}}, 1.0)
+                await ask(self.agent, {"execute": "guest-shutdown", "arguments": {"mode": "reboot"}}, 1.0)
             try:
                 async with asyncio.timeout(SHUTDOWN_SECONDS):
                     await monitor.heard(resets)

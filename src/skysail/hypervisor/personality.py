@@ -22,6 +22,8 @@ import msgspec
 from skysail.contract.document import Guest
 from skysail.kit.process import run
 
+SECTOR = 512
+
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """Made once per guest and kept: SSH host key (OpenSSH texts), machine-id, and the GUID of its vmgenid device."""
@@ -68,6 +70,12 @@ def message(guest: Guest, identity: Identity, around: Surroundings) -> dict[str,
         "resolvers": list(around.resolvers), "epoch": time.time(), "seed_hex": os.urandom(64).hex(),
         "user_data": launch_script(person.user_data), "instance_id": guest.id, "disk_bytes": guest.volume.size_gib << 30,
     }
+
+
+def identity_disk(told: dict[str, Any]) -> bytes:
+    """:func:`message` as the content of a disk, for a guest of ours that boots from a copy of another one's."""
+    line = json.dumps(told).encode() + b"\n"
+    return line.ljust(-(-len(line) // SECTOR) * SECTOR, b"\0")
 
 
 def launch_script(user_data: str) -> str:

@@ -6,8 +6,9 @@ the guest's owner object after the start, so that a clone does not carry its tem
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -18,6 +19,10 @@ TEMPLATE_MEMORY_MIB = 512
 MAX_MEMORY_MIB = 66 * 1024
 NIC_PORT = "port-nic"
 MEMORY_PORT = "port-memory"
+# The controller that block-storage disks are plugged into.
+DISKS = "disks"
+# Counts the machine's shapes: a template saved with one cannot be restored into another.
+SHAPE = 2
 CLONE_CHANNEL = "org.skysail.clone.0"
 
 
@@ -26,7 +31,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
     ``disk`` lists the chain of qcow2 files, the guest's own first and its parents behind it. ``memory`` says where the
     base memory comes from: ``private`` (the kernel's), ``template`` (a shared file that is being written), or ``clone``
-    (the same file, read-only on disk, written copy-on-write). ``incoming`` waits for a device state to be loaded.
+    (the same file, read-only on disk, written copy-on-write). ``incoming`` waits for a device state to be loaded. The guest
+    tells its ``seed`` from other disks by ``seed_serial``.
     """
 
     id: str
@@ -41,6 +47,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     pluggable: bool = False
     incoming: bool = False
     seed: str = ""
+    seed_serial: str = "seed"
 
 
 def cpu_model(accelerator: str) -> str:
@@ -78,6 +85,7 @@ def argv(machine: Machine) -> list[str]:
         "-object", "rng-random,id=entropy,filename=/dev/urandom",
         "-device", "virtio-rng-pci,rng=entropy,bus=pcie.0,addr=0x12",
         "-device", "virtio-serial-pci,id=channels,bus=pcie.0,addr=0x13",
+        "-device", f"virtio-scsi-pci,id={DISKS},bus=pcie.0,addr=0x16",
         "-chardev", f"socket,id=agent,path={run / 'agent.sock'},server=on,wait=off",
         "-device", "virtserialport,bus=channels.0,nr=1,chardev=agent,name=org.qemu.guest_agent.0",
         "-chardev", f"socket,id=clone,path={run / 'clone.sock'},server=on,wait=off",
@@ -87,10 +95,24 @@ def argv(machine: Machine) -> list[str]:
     if machine.seed:
         words += ["-blockdev", f"driver=file,node-name=seed-file,filename={machine.seed},read-only=on",
                   "-blockdev", "driver=raw,node-name=seed,file=seed-file,read-only=on",
-                  "-device", "virtio-blk-pci,drive=seed,bus=pcie.0,addr=0x15"]
+                  "-device", f"virtio-blk-pci,drive=seed,serial={machine.seed_serial},bus=pcie.0,addr=0x15"]
     if machine.incoming:
         words += ["-incoming", "defer"]
     return words
+
+
+def nodes(name: str, chain: Sequence[str]) -> list[dict[str, Any]]:
+    """The same chain as :func:`argv` makes of a system disk, in the words of ``blockdev-add``: the deepest parent first, the
+    disk's own node ``name`` last."""
+    made: list[dict[str, Any]] = []
+    for depth in reversed(range(len(chain))):
+        mine = f"{name}-{depth}" if depth else name
+        held: dict[str, Any] = {"read-only": True} if depth else {"discard": "unmap"}
+        # Named even where there is none: what the file says of its parent is not followed.
+        backing = f"{name}-{depth + 1}" if depth + 1 < len(chain) else None
+        made.append({"driver": "file", "node-name": f"{mine}-file", "filename": chain[depth], **held})
+        made.append({"driver": "qcow2", "node-name": mine, "file": f"{mine}-file", "backing": backing, **held})
+    return made
 
 
 def _disk(chain: tuple[str, ...]) -> list[str]:

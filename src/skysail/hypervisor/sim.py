@@ -13,11 +13,15 @@ from pathlib import Path
 import asyncssh
 import msgspec
 
-from skysail.contract.document import Guest, Volume
-from skysail.contract.report import GuestReport
+from skysail.contract.document import Guest, Snapshot, Volume
+from skysail.contract.report import GuestReport, SnapshotReport
 from skysail.hypervisor import Usage
+from skysail.storage import Copy, Manifest, Shelf
+from skysail.storage.sim import SimShelf
 
-MakeVolume = Callable[[Volume, Path, int, int], Awaitable[Path]]
+MakeVolume = Callable[[Volume, Path | None, int, int], Awaitable[Path]]
+# Long enough to be seen under way.
+COPY_SECONDS = 0.3
 
 
 # A simulated guest's launch script is this line: what it does with its processors and its network as long as it runs.
@@ -52,16 +56,19 @@ class SimHypervisor:
     """Guests are entries of a table; :meth:`halt` and :meth:`crash` do what a guest does by itself. ``make_volume`` gives
     each guest that runs its disk, as the real engine does. What a guest uses is counted from its launch script (see LOAD)."""
 
-    def __init__(self, make_volume: MakeVolume | None = None, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, make_volume: MakeVolume | None = None, now: Callable[[], float] = time.monotonic,
+                 shelf: Shelf | None = None) -> None:
         self._now = now
         self._lives: dict[str, Life] = {}
         self._flows: dict[str, tuple[int, int]] = {}
         self._make_volume = make_volume
+        self._shelf = shelf or SimShelf()
         self._guests: dict[str, GuestReport] = {}
         self._changes: asyncio.Queue[GuestReport] = asyncio.Queue()
 
     async def ensure(self, guest: Guest) -> GuestReport:
         held = self._guests.get(guest.id)
+        disks = tuple(one.volume.id for one in guest.disks)
         if guest.role == "gone":
             self._guests.pop(guest.id, None)
             self._end(guest.id)
@@ -69,18 +76,40 @@ class SimHypervisor:
         if guest.role == "stop":
             self._end(guest.id)
             report = GuestReport(id=guest.id, state="stopped", starts=guest.starts, reboots=guest.reboots,
-                                 host_keys=held.host_keys if held else ())
+                                 host_keys=held.host_keys if held else (), disks=disks)
         elif held is not None and held.state == "halted" and held.starts >= guest.starts:
             return held
         else:
             if self._make_volume is not None:
                 await self._make_volume(guest.volume, Path("/nonexistent"), guest.volume.size_gib << 30, 0)
             report = GuestReport(id=guest.id, state="running", starts=guest.starts, reboots=guest.reboots,
-                                 host_keys=held.host_keys if held and held.host_keys else (_host_key(),))
+                                 host_keys=held.host_keys if held and held.host_keys else (_host_key(),), disks=disks)
             if guest.id not in self._lives:
                 self._lives[guest.id] = Life(guest.personality.user_data, self._now())
         self._guests[guest.id] = report
         return report
+
+    async def snapshot(self, snapshot: Snapshot, progress: Callable[[SnapshotReport], Awaitable[None]]) -> SnapshotReport:
+        if snapshot.role == "gone":
+            await self._shelf.remove(snapshot.id)
+            return SnapshotReport(id=snapshot.id, state="gone")
+        if await self._shelf.find(snapshot.id) is None:
+            copies = tuple(Copy(volume=volume.id, file=f"{volume.id}.qcow2", parents=(), virtual_bytes=volume.size_gib << 30)
+                           for volume in snapshot.volumes)
+            await self._shelf.draft(snapshot.id, copies, 0)
+            for percent in (0, 50):
+                await progress(SnapshotReport(id=snapshot.id, state="copying", progress=percent))
+                await asyncio.sleep(COPY_SECONDS)
+            held = self._guests.get(snapshot.guest)
+            await self._shelf.finish(Manifest(
+                id=snapshot.id, consistency="frozen" if held and held.state == "running" else "off", copies=copies,
+                parents=tuple(volume.origin.snapshot for volume in snapshot.volumes if volume.origin)), 0)
+        return next(one for one in await self.snapshots() if one.id == snapshot.id)
+
+    async def snapshots(self) -> list[SnapshotReport]:
+        found = [await self._shelf.find(identifier) for identifier in await self._shelf.observe()]
+        return [SnapshotReport(id=one.id, state="available", progress=100, consistency=one.consistency, parents=one.parents)
+                for one in found if one is not None]
 
     def _end(self, guest_id: str) -> None:
         self._flows[guest_id] = self.flow(guest_id)

@@ -131,7 +131,7 @@ class Templates:
         """The template of ``image`` with ``vcpus`` processors; raises SkysailError when it cannot be made."""
         version = await self._qemu_version()
         way = choose_way(self._memory, version)
-        facts = (image.digest, vcpus, version, qemu.MACHINE, self._accelerator, qemu.TEMPLATE_MEMORY_MIB, way)
+        facts = (image.digest, vcpus, version, qemu.MACHINE, qemu.SHAPE, self._accelerator, qemu.TEMPLATE_MEMORY_MIB, way)
         key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         folder = self._folder / key
         if not folder.exists():

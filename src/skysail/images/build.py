@@ -80,11 +80,12 @@ def furnish(recipe: Recipe, tree: Path, root_uuid: str) -> None:
         "etc/ssh/skysail_user_ca.pub": "",
         f"etc/sudoers.d/90-{recipe.user}": f"{recipe.user} ALL=(ALL) NOPASSWD:ALL\n",
         # Loaded before a template is saved: a clone's network card finds its driver in memory.
-        "etc/modules-load.d/skysail.conf": "virtio_net\n",
+        "etc/modules-load.d/skysail.conf": "virtio_net\nvirtio_scsi\nsd_mod\n",
         "etc/resolv.conf": "",
         "usr/lib/skysail/personalise.py": (GUEST / "personalise.py").read_text(),
         "usr/lib/systemd/system/skysail-personalise.service": (GUEST / "skysail-personalise.service").read_text(),
         "usr/lib/systemd/system/skysail-host-key.service": (GUEST / "skysail-host-key.service").read_text(),
+        "usr/lib/systemd/system/skysail-identity.service": (GUEST / "skysail-identity.service").read_text(),
         "usr/lib/udev/rules.d/60-skysail.rules": (GUEST / "60-skysail.rules").read_text(),
         "boot/grub/grub.cfg": "serial --unit=0 --speed=115200\nterminal_output serial\n"
                               f"search --no-floppy --fs-uuid --set=root {root_uuid}\n"
@@ -101,7 +102,7 @@ def furnish(recipe: Recipe, tree: Path, root_uuid: str) -> None:
     if f"\n{recipe.user}:" not in (tree / "etc/passwd").read_text():
         run(["useradd", f"--root={tree}", "--create-home", "--shell=/bin/bash", "--groups=sudo,adm", recipe.user])
     units = ("systemd-networkd.service", "ssh.service", "serial-getty@ttyS0.service", "skysail-host-key.service",
-             *recipe.units)
+             "skysail-identity.service", *recipe.units)
     run(["systemctl", f"--root={tree}", "enable", *units])
     # A template boots without a network card, and waiting for one would hold its boot for ever.
     run(["systemctl", f"--root={tree}", "mask", "systemd-networkd-wait-online.service"])

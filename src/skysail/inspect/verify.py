@@ -19,10 +19,13 @@ from skysail.contract.report import HeldZone, Inventory
 from skysail.dns.sim import SIMULATED
 from skysail.hosts import desired
 from skysail.images.library import Library, file_digest
+from skysail.inspect import blocks
+from skysail.inspect.difference import Difference
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
 from skysail.resources import catalog
 from skysail.resources.names import GLOBAL
+from skysail.resources.snapshot_rows import WHOLE
 from skysail.store import migrations
 from skysail.store.database import Database
 from skysail.store.schema import (
@@ -32,6 +35,7 @@ from skysail.store.schema import (
     authorities,
     contact_methods,
     deliveries,
+    disks,
     domain_entries,
     domains,
     guests,
@@ -43,6 +47,7 @@ from skysail.store.schema import (
     names,
     operations,
     ports,
+    snapshots,
     static_ips,
     tags,
 )
@@ -52,14 +57,6 @@ from skysail.store.vault import Vault
 STUCK_SECONDS = 900.0
 LOOKS = 4
 PAUSE_SECONDS = 1.5
-
-
-class Difference(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that is not as it should be: what it is about, what was seen, what should be."""
-
-    subject: str
-    saw: str
-    wanted: str
 
 
 def verify(config: Config, pause_seconds: float = PAUSE_SECONDS) -> list[Difference]:
@@ -86,7 +83,7 @@ def verify(config: Config, pause_seconds: float = PAUSE_SECONDS) -> list[Differe
 def _look(database: Database, config: Config) -> list[Difference]:
     with database.transaction(write=False) as connection:
         found = [*_database(connection), *_names(connection), *_instances(connection), *_addresses(connection),
-                 *_owners(connection), *_metrics(connection), *_work(connection, time.time()),
+                 *_owners(connection), *_metrics(connection), *blocks.rows(connection), *_work(connection, time.time()),
                  *_secrets(connection, Vault.at(config.master_key))]
         for host in connection.execute(select(hosts)).mappings().all():
             found += _host(connection, host, config)
@@ -113,6 +110,14 @@ def _names(connection: Connection) -> Iterator[Difference]:
     real: dict[tuple[str, str, str], str] = {}
     for kind, table in (("Instance", instances), ("KeyPair", key_pairs), ("StaticIp", static_ips), ("Alarm", alarms)):
         for row in connection.execute(select(table.c.account_id, table.c.region, table.c.name, table.c.id)):
+            key = (row.account_id, row.region, row.name)
+            real[key] = row.id
+            if held.get(key) != row.id:
+                yield Difference(subject=f"{kind} {row.name}", saw="its name is not registered", wanted="a row in names")
+    stored = [("Disk", select(disks).where(disks.c.role == "keep")),
+              ("Snapshot", select(snapshots).where(snapshots.c.deleted.is_(False)))]
+    for kind, query in stored:
+        for row in connection.execute(query):
             key = (row.account_id, row.region, row.name)
             real[key] = row.id
             if held.get(key) != row.id:
@@ -174,6 +179,8 @@ def _owners(connection: Connection) -> Iterator[Difference]:
     known = set(connection.execute(select(domains.c.id).where(domains.c.role == "serve")).scalars())
     for owners in (instances, key_pairs, static_ips, alarms, contact_methods):
         known |= set(connection.execute(select(owners.c.id)).scalars())
+    known |= set(connection.execute(select(disks.c.id).where(disks.c.role == "keep")).scalars())
+    known |= set(connection.execute(select(snapshots.c.id).where(snapshots.c.deleted.is_(False))).scalars())
     for table, column in ((tags, tags.c.resource_id), (ports, ports.c.instance_id),
                           (domain_entries, domain_entries.c.domain_id)):
         for owner in set(connection.execute(select(column)).scalars()) - known:
@@ -256,12 +263,17 @@ def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[
         for identifier in sorted(wanted.keys() - set(found)):
             yield Difference(subject=called[identifier], saw=f"its host has no {kind} of it", wanted=f"a {kind}")
         for identifier in sorted(set(found) - wanted.keys() - leaving):
-            yield Difference(subject=f"{kind} {identifier}", saw=f"there on {host['id']}, but no row knows it", wanted="none")
+            if kind != "volume":  # there is block storage too
+                yield Difference(subject=f"{kind} {identifier}", saw=f"there on {host['id']}, but no row knows it",
+                                 wanted="none")
     for identifier, guest in sorted(wanted.items()):
         if (guest.role == "run") != (identifier in there.running):
             yield Difference(subject=called[identifier],
                              saw=f"its process {'runs' if identifier in there.running else 'does not run'}",
                              wanted=f"the role {guest.role}")
+    whole = set(connection.execute(select(snapshots.c.id).where(
+        snapshots.c.host_id == host["id"], snapshots.c.role == "keep", snapshots.c.state.in_(WHOLE.values()))).scalars())
+    yield from blocks.host(document, there, whole)
     for stray in there.strays:
         yield Difference(subject=subject, saw=stray, wanted="only what the rows know")
     signers = {row.name + ".": row.ds for row in connection.execute(select(domains))}

@@ -150,6 +150,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def volumes_dir(self) -> Path:
         return self.root / "volumes"
 
+    @property
+    def snapshots_dir(self) -> Path:
+        return self.root / "snapshots"
+
 
 def _is_loopback(address: str) -> bool:
     try:

@@ -59,6 +59,11 @@ def get_bundle(bundle_id: str) -> dict[str, Any]:
     return BUNDLES[bundle_id]
 
 
+def iops(bundle: dict[str, Any]) -> int:
+    """How many operations a second the disks of an instance of this bundle take together, over longer than a burst."""
+    return 2000 + 5 * int(bundle["diskSizeInGb"])
+
+
 def is_app(blueprint_id: str) -> bool:
     """Whether the blueprint carries an application (its instances open port 443 too)."""
     return blueprint_id in RECIPES and RECIPES[blueprint_id][2]

@@ -10,19 +10,19 @@ import contextlib
 import ipaddress
 import secrets
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, RowMapping, func, insert, select, update
 
-from skysail.contract.document import Personality
+from skysail.contract.document import Origin, Personality
 from skysail.hosts import desired, placement
 from skysail.kit.clock import Clock
 from skysail.kit.config import Config
 from skysail.kit.errors import ApiError, invalid_input, not_found
 from skysail.operations import history
-from skysail.resources import accounts, addresses, catalog, key_pairs, names, paging, tags
+from skysail.resources import accounts, addresses, attachments, catalog, key_pairs, names, paging, tags
 from skysail.resources.lifecycle import STATE_CODES, forget
 from skysail.resources.request import Request
 from skysail.store.schema import guests, hosts, images, instances, ports, static_ips
@@ -87,24 +87,31 @@ class Instances:
     def create(self, connection: Connection, request: Request) -> dict[str, Any]:
         """Place and record each named instance; the operations succeed when the guests run."""
         asked = request.params
-        wanted: list[str] = asked["instanceNames"]
-        if not wanted or len(wanted) > MAX_NAMES or len(set(wanted)) != len(wanted):
-            raise invalid_input(f"instanceNames takes 1 to {MAX_NAMES} different names.")
-        if asked.get("addOns"):
-            raise invalid_input("addOns are not offered by this cloud yet.")
         if asked.get("customImageName"):
             raise invalid_input("customImageName is not offered; import the image as a blueprint instead.")
-        if asked.get("ipAddressType") == "ipv6":
-            raise invalid_input("ipAddressType ipv6 is not offered by this cloud yet; use dualstack or ipv4.")
-        user_data = asked.get("userData") or ""
-        if len(user_data.encode()) > MAX_USER_DATA_BYTES:
-            raise invalid_input(f"userData is limited to {MAX_USER_DATA_BYTES} bytes.")
-        zone = self._zone(asked["availabilityZone"])
         bundle = catalog.get_bundle(asked["bundleId"])
         image = self._image(connection, asked["blueprintId"])
         if image["size_gib"] > bundle["diskSizeInGb"]:
             raise invalid_input(f"The blueprint {image['blueprint']} needs a disk of {image['size_gib']} GB, the bundle "
                                 f"{bundle['bundleId']} has {bundle['diskSizeInGb']} GB.", "Choose a larger bundle.")
+        return {"operations": self.launch(connection, request, bundle, dict(image))}
+
+    def launch(self, connection: Connection, request: Request, bundle: dict[str, Any], image: Mapping[str, Any],
+               origin: Origin | None = None, host: str = "") -> list[dict[str, Any]]:
+        """Place and record each instance that the request names, of ``image`` (a row of images, or the same keys); from
+        ``origin``, which lies on ``host``, if that is told. Their operations. Raises InvalidInputException."""
+        asked = request.params
+        wanted: list[str] = asked["instanceNames"]
+        if not wanted or len(wanted) > MAX_NAMES or len(set(wanted)) != len(wanted):
+            raise invalid_input(f"instanceNames takes 1 to {MAX_NAMES} different names.")
+        if asked.get("addOns"):
+            raise invalid_input("addOns are not offered by this cloud yet.")
+        if asked.get("ipAddressType") == "ipv6":
+            raise invalid_input("ipAddressType ipv6 is not offered by this cloud yet; use dualstack or ipv4.")
+        user_data = asked.get("userData") or ""
+        if len(user_data.encode()) > MAX_USER_DATA_BYTES:
+            raise invalid_input(f"userData is limited to {MAX_USER_DATA_BYTES} bytes.")
+        zone = attachments.zone(self._config, asked["availabilityZone"])
         key_name = asked.get("keyPairName") or key_pairs.DEFAULT_NAME
         public_key = key_pairs.public_key(connection, self._vault, request, key_name, self._clock.now())
         authority = accounts.ensure_authority(connection, self._vault, request.account_id, request.region)
@@ -114,15 +121,8 @@ class Instances:
             names.claim(connection, request, name, "Instance", identifier)
             made.append(self._launch(connection, request, name, identifier, zone, bundle, image, key_name, Personality(
                 hostname=_hostname(name), user=image["user"], authorized_keys=(public_key,), trusted_user_ca=(authority,),
-                user_data=user_data)))
-        return {"operations": made}
-
-    def _zone(self, name: str) -> str:
-        zones = {self._config.default_region + letter: letter for letter in self._config.zones}
-        if name not in zones:
-            raise invalid_input(f"The availability zone {name} does not exist here.",
-                                "Zones of this cloud: " + ", ".join(zones))
-        return zones[name]
+                user_data=user_data), origin, host))
+        return made
 
     def _image(self, connection: Connection, blueprint_id: str) -> RowMapping:
         row = connection.execute(select(images).where(images.c.blueprint == blueprint_id)
@@ -134,11 +134,13 @@ class Instances:
         return row
 
     def _launch(self, connection: Connection, request: Request, name: str, identifier: str, zone: str,
-                bundle: dict[str, Any], image: RowMapping, key_name: str, personality: Personality) -> dict[str, Any]:
+                bundle: dict[str, Any], image: Mapping[str, Any], key_name: str, personality: Personality,
+                origin: Origin | None, wanted_host: str) -> dict[str, Any]:
         memory_mib = round(bundle["ramSizeInGb"] * 1024)
         try:
-            host = placement.choose(self._candidates(connection), zone=zone, image=image["digest"],
-                                    vcpus=bundle["cpuCount"], memory_mib=memory_mib, disk_gib=bundle["diskSizeInGb"])
+            host = placement.choose(self._candidates(connection, wanted_host, image["digest"]), zone=zone,
+                                    image=image["digest"], vcpus=bundle["cpuCount"], memory_mib=memory_mib,
+                                    disk_gib=bundle["diskSizeInGb"])
         except placement.NoHost as full:
             raise invalid_input(f"The bundle {bundle['bundleId']} does not fit this cloud now: {full}.",
                                 "Choose a smaller bundle, or delete instances.") from full
@@ -159,8 +161,9 @@ class Instances:
             id=guest, instance_id=identifier, instance_name=name, account_id=request.account_id, host_id=host,
             role="run", starts=1, reboots=0, vcpus=bundle["cpuCount"], memory_mib=memory_mib,
             disk_gib=bundle["diskSizeInGb"], image=image["digest"],
-            mac=mac, private_ipv4=private, public_ipv4=public, public_ipv6=public6,
-            personality=msgspec.to_builtins(personality), host_keys=[]))
+            iops=catalog.iops(bundle), mac=mac, private_ipv4=private, public_ipv4=public, public_ipv6=public6,
+            personality=msgspec.to_builtins(personality), host_keys=[],
+            origin=msgspec.to_builtins(origin)))
         opened = (*DEFAULT_PORTS, ("tcp", 443, 443)) if catalog.is_app(image["blueprint"]) else DEFAULT_PORTS
         connection.execute(insert(ports), [
             {"instance_id": identifier, "protocol": protocol, "from_port": first, "to_port": last,
@@ -171,19 +174,23 @@ class Instances:
                               resource_type="Instance", resource_id=identifier, zone=zone, status="Started",
                               workflow="create", arguments={"guest": guest, "starts": 1})
 
-    def _candidates(self, connection: Connection) -> list[placement.Candidate]:
+    def _candidates(self, connection: Connection, wanted: str, image: str) -> list[placement.Candidate]:
+        """The hosts; with ``wanted``, only that one, which has what is needed also where it launches a newer image."""
         promised = {row.host_id: row for row in connection.execute(
             select(guests.c.host_id, func.sum(guests.c.memory_mib).label("mib"), func.sum(guests.c.disk_gib).label("gib"))
             .group_by(guests.c.host_id))}
+        stored = attachments.promised_gib(connection)
         held: dict[str, set[str]] = {}
         for row in connection.execute(select(images.c.host_id, images.c.digest)):
             held.setdefault(row.host_id, set()).add(row.digest)
+        if wanted:
+            held.setdefault(wanted, set()).add(image)
         return [placement.Candidate(
             id=row.id, zone=row.zone, vcpus=row.vcpus, memory_mib=row.memory_mib,
             promised_mib=promised[row.id].mib if row.id in promised else 0,
             disk_gib=round(row.disk_gib * self._config.disk_overcommit),
-            promised_gib=promised[row.id].gib if row.id in promised else 0,
-            images=frozenset(held.get(row.id, ()))) for row in connection.execute(select(hosts))]
+            promised_gib=(promised[row.id].gib if row.id in promised else 0) + stored.get(row.id, 0),
+            images=frozenset(held.get(row.id, ()))) for row in connection.execute(select(hosts)) if wanted in ("", row.id)]
 
     def get(self, connection: Connection, request: Request) -> dict[str, Any]:
         row = get_row(connection, request, request.params["instanceName"])
@@ -209,11 +216,12 @@ class Instances:
                                        .order_by(ports.c.protocol, ports.c.from_port)).mappings():
             opened.setdefault(port["instance_id"], []).append(port)
         static = _static(connection, identifiers)
+        stored = attachments.of(connection, identifiers)
         return [self._shape(row, running[row["id"]], tagged.get(row["id"], []), opened.get(row["id"], []),
-                            row["id"] in static) for row in rows]
+                            stored.get(row["id"], []), row["id"] in static) for row in rows]
 
     def _shape(self, row: RowMapping, guest: RowMapping, tagged: list[dict[str, Any]], opened: list[RowMapping],
-               static: bool) -> dict[str, Any]:
+               stored: list[dict[str, Any]], static: bool) -> dict[str, Any]:
         bundle = catalog.get_bundle(row["bundle_id"])
         return {
             "name": row["name"],
@@ -227,7 +235,8 @@ class Instances:
             "hardware": {
                 "cpuCount": guest["vcpus"], "ramSizeInGb": guest["memory_mib"] / 1024,
                 "disks": [{"createdAt": row["created_at"], "sizeInGb": guest["disk_gib"], "isSystemDisk": True,
-                           "iops": 100, "path": "/dev/vda", "attachedTo": row["name"], "attachmentState": "attached"}],
+                           "iops": 100, "path": "/dev/vda", "attachedTo": row["name"], "attachmentState": "attached"},
+                          *stored],
             },
             "networking": {
                 "monthlyTransfer": {"gbPerMonthAllocated": bundle["transferPerMonthInGb"]},
@@ -274,6 +283,7 @@ class Instances:
         """Gone for its owner at once; the guest is torn down behind the answer."""
         row = get_row(connection, request, request.params["instanceName"])
         guest = get_guest(connection, row)
+        attachments.refuse_while_copied(connection, guest["id"], f"delete the instance {row['name']}")
         values: dict[str, Any] = {"role": "gone", "force": True}
         if _static(connection, [row["id"]]):
             # The static IP is free for another instance at once, also while this one's guest is still going.
@@ -281,6 +291,7 @@ class Instances:
                 values["public_ipv4"] = addresses.free_public(connection, self._config.public_pool)
         answer = self._change(connection, request, row, guest, "DeleteInstance", "delete", "stopping",
                               status="Succeeded", values=values)
+        answer["operations"] += attachments.detach_all(connection, request, row["id"], guest["id"], self._clock.now())
         forget(connection, row["id"])
         return answer
 

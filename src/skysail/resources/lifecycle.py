@@ -10,7 +10,7 @@ from sqlalchemy import Connection, RowMapping, delete, select, update
 from skysail.hosts import desired
 from skysail.operations.workflow import Step, StepFailed, Workflow
 from skysail.resources import names
-from skysail.store.schema import alarms, guests, instances, operations, ports, static_ips, tags
+from skysail.store.schema import alarms, disks, guests, instances, operations, ports, static_ips, tags
 
 STATE_CODES = {"pending": 0, "running": 16, "rebooting": 16, "stopping": 64, "stopped": 80}
 
@@ -112,6 +112,8 @@ def forget(connection: Connection, instance_id: str) -> None:
         names.release(connection, alarm.account_id, alarm.region, alarm.name)
     connection.execute(delete(alarms).where(alarms.c.instance_id == instance_id))
     connection.execute(update(static_ips).where(static_ips.c.instance_id == instance_id).values(instance_id=None))
+    connection.execute(update(disks).where(disks.c.instance_id == instance_id).values(
+        instance_id=None, path="", attachment="", state="available"))
     connection.execute(delete(tags).where(tags.c.resource_id == instance_id))
     row = connection.execute(select(instances).where(instances.c.id == instance_id)).first()
     if row is not None:

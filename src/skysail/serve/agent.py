@@ -39,7 +39,8 @@ from skysail.network.linux import LinuxFabric
 from skysail.network.plan import GATEWAY_IPV6, Layout
 from skysail.network.sim import SimFabric
 from skysail.storage.files import FilePool
-from skysail.storage.sim import SimPool
+from skysail.storage.shelf import FileShelf
+from skysail.storage.sim import SimPool, SimShelf
 
 HOST = "host-1"
 # A simulated host is as large as a small cluster, so that limits come from the controller and not from it.
@@ -54,24 +55,25 @@ def build(config: Config) -> tuple[Keeper, Sampler]:
     work here."""
     ledger, traffic = Ledger(config.root / "agent" / "document.json"), Traffic(config.root / "agent" / "traffic.json")
     if config.engines == "sim":
-        volumes = SimPool()
-        simulated = SimHypervisor(volumes.ensure)
+        volumes, shelf = SimPool(), SimShelf()
+        simulated = SimHypervisor(volumes.ensure, shelf=shelf)
         network = SimFabric(simulated.flow)
-        keeper = Keeper(_SIM, simulated, volumes, network, lambda: [_SIM_IMAGE], ledger, traffic, name_server(config))
+        keeper = Keeper(_SIM, simulated, volumes, shelf, network, lambda: [_SIM_IMAGE], ledger, traffic, name_server(config))
         return keeper, _sampler(config, simulated, network, traffic, keeper)
     library = Library(config.images_dir)
-    for folder in (config.images_dir, config.templates_dir, config.guests_dir, config.volumes_dir):
+    for folder in (config.images_dir, config.templates_dir, config.guests_dir, config.volumes_dir,
+                   config.snapshots_dir):
         folder.mkdir(parents=True, exist_ok=True)
     accelerator = probe(config.accelerator_file).accelerator
-    pool, fabric = FilePool(config.volumes_dir), LinuxFabric(Layout.of(config))
+    pool, snapshots, fabric = FilePool(config.volumes_dir), FileShelf(config.snapshots_dir), LinuxFabric(Layout.of(config))
     workshop = Workshop(
         guests=config.guests_dir, accelerator=accelerator, find_image=lambda digest: _image(library, digest),
         templates=Templates(config.templates_dir, accelerator, config.guest_uid_base, config.template_memory),
         make_volume=pool.ensure, drop_volume=pool.remove, volumes=pool.observe, open_port=fabric.open_port,
-        around=lambda: surroundings(config))
+        give_volume=pool.give, shelf=snapshots, around=lambda: surroundings(config))
     hypervisor = Qemu(workshop, config.guest_uid_base)
-    keeper = Keeper(capacity(config, accelerator), hypervisor, pool, fabric, lambda: _reports(library), ledger, traffic,
-                    name_server(config))
+    keeper = Keeper(capacity(config, accelerator), hypervisor, pool, snapshots, fabric, lambda: _reports(library), ledger,
+                    traffic, name_server(config))
     return keeper, _sampler(config, hypervisor, fabric, traffic, keeper)
 
 

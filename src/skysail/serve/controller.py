@@ -31,13 +31,15 @@ from skysail.kit.config import Config, load
 from skysail.notices.smtp import Smtp
 from skysail.notices.webhook import Webhook
 from skysail.operations.engine import Engine
-from skysail.resources import accounts, domains, lifecycle, metering
+from skysail.resources import accounts, disks, domains, lifecycle, metering, snapshot_rows
 from skysail.resources import alarms as alarm_rows
 from skysail.resources.access import Access
 from skysail.resources.alarms import Alarms
 from skysail.resources.catalog import Catalog
 from skysail.resources.contact_methods import ContactMethods
+from skysail.resources.disk_snapshots import DiskSnapshots
 from skysail.resources.domains import Domains
+from skysail.resources.instance_snapshots import InstanceSnapshots
 from skysail.resources.instances import Instances
 from skysail.resources.key_pairs import KeyPairs
 from skysail.resources.metrics import Metrics
@@ -104,9 +106,11 @@ def served_names(config: Config) -> list[str]:
 def action_table(config: Config, clock: Clock,
                  vault: Vault) -> dict[str, Callable[[Connection, Request], dict[str, Any]]]:
     """Every action that is offered."""
-    nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), Instances(config, clock, vault),
-             PublicPorts(clock), StaticIps(config, clock), Access(clock, vault), Tags(clock), Domains(config, clock),
-             Metrics(clock), Alarms(clock), ContactMethods(config, clock, confirmation_page(config)), OperationLog())
+    instances = Instances(config, clock, vault)
+    nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), instances, disks.Disks(config, clock),
+             InstanceSnapshots(config, clock, instances), DiskSnapshots(clock), PublicPorts(clock),
+             StaticIps(config, clock), Access(clock, vault), Tags(clock), Domains(config, clock), Metrics(clock),
+             Alarms(clock), ContactMethods(config, clock, confirmation_page(config)), OperationLog())
     return {name: action for noun in nouns for name, action in noun.actions().items()}
 
 
@@ -132,7 +136,7 @@ def build(config: Config, clock: Clock | None = None,
         for watch in watches:
             watch.touch()
 
-    engine = Engine(database, lifecycle.WORKFLOWS, clock, touched)
+    engine = Engine(database, lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS, clock, touched)
 
     courier = Courier(database, clock, Smtp(config), Webhook())
 
@@ -140,6 +144,7 @@ def build(config: Config, clock: Clock | None = None,
         """Whether some document changed: by following, or by the operator's tools, which write rows beside this process."""
         with database.transaction() as connection:
             lifecycle.follow(connection, clock.now())
+            snapshot_rows.sweep(connection)
             domains.follow(connection)
             now = connection.execute(select(hosts.c.id, hosts.c.generation)).all()
         changed = now != generations

@@ -1,19 +1,49 @@
-"""The storage door: volumes of one host. Engines: qcow2 files, and a simulation."""
+"""The storage door: volumes and snapshots of one host. Engines: qcow2 files, and a simulation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from skysail.contract.document import Volume
+import msgspec
+
+from skysail.contract.document import Origin, Volume
+
+Consistency = Literal["frozen", "crash", "off"]
+
+
+class Copy(msgspec.Struct, frozen=True, kw_only=True):
+    """One volume in a snapshot: its file and that file's parents, nearest first; ``sha256`` of the file; sizes in bytes."""
+
+    volume: str
+    file: str
+    parents: tuple[str, ...]
+    virtual_bytes: int
+    sha256: str = ""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a snapshot is. It lies beside its files and appears with them, in one rename. ``parents`` are the snapshots whose
+    files it stands on, ``frozen_ms`` is how long the guest could not write."""
+
+    id: str
+    consistency: Consistency
+    copies: tuple[Copy, ...]
+    frozen_ms: float = 0.0
+    parents: tuple[str, ...] = ()
 
 
 class Pool(Protocol):
-    """Holds volumes; each is a copy-on-write child of a read-only parent."""
+    """Holds volumes; each is blank, or a copy-on-write child of a read-only parent."""
 
-    async def ensure(self, volume: Volume, parent: Path, size_bytes: int, uid: int) -> Path:
+    async def ensure(self, volume: Volume, parent: Path | None, size_bytes: int, uid: int) -> Path:
         """The qcow2 file of ``volume``, made if absent over ``parent`` (qcow2, named format, never probed), owned by
         ``uid``. An existing file is left as it is. Atomic: a crash leaves a whole volume or none."""
+        ...
+
+    async def give(self, volume_id: str, uid: int) -> Path:
+        """The file of an existing volume belongs to ``uid`` from now on; raises SkysailError when it is not here."""
         ...
 
     async def observe(self) -> dict[str, Path]:
@@ -26,4 +56,34 @@ class Pool(Protocol):
 
     async def check(self) -> list[str]:
         """What keeps this engine from working here, each with its cure."""
+        ...
+
+
+class Shelf(Protocol):
+    """Holds snapshots: read-only files that never change, and volumes grow from."""
+
+    async def draft(self, snapshot_id: str, copies: Sequence[Copy], uid: int) -> dict[str, Path]:
+        """Empty files for ``uid`` to copy into, by volume; those of an earlier draft of this snapshot are gone."""
+        ...
+
+    async def finish(self, manifest: Manifest, uid: int) -> Manifest:
+        """Check the draft's files, note their checksums, and let the snapshot appear, whole, and nobody's to change. Raises
+        SkysailError when a file is damaged."""
+        ...
+
+    async def find(self, snapshot_id: str) -> Manifest | None:
+        """The snapshot, if it is here whole."""
+        ...
+
+    async def chain(self, origin: Origin) -> tuple[str, ...]:
+        """The files that a volume of this origin stands on, nearest first; raises SkysailError when they are not here."""
+        ...
+
+    async def observe(self) -> list[str]:
+        """The ids of the snapshots that are here whole."""
+        ...
+
+    async def remove(self, snapshot_id: str) -> None:
+        """Delete the snapshot, or what there is of its draft; absent is fine. Raises SkysailError while another stands on
+        it."""
         ...

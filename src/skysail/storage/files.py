@@ -1,4 +1,4 @@
-"""Volumes as qcow2 files, each a copy-on-write child of a read-only parent."""
+"""Volumes as qcow2 files, each blank or a copy-on-write child of a read-only parent."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from skysail.contract.document import Volume
 from skysail.kit import durable
-from skysail.kit.errors import ProcessFailed
+from skysail.kit.errors import ProcessFailed, SkysailError
 from skysail.kit.process import in_thread, run_async
 
 
@@ -20,16 +20,30 @@ class FilePool:
     def _path(self, volume_id: str) -> Path:
         return self._folder / f"{volume_id}.qcow2"
 
-    async def ensure(self, volume: Volume, parent: Path, size_bytes: int, uid: int) -> Path:
+    async def ensure(self, volume: Volume, parent: Path | None, size_bytes: int, uid: int) -> Path:
         """See :class:`skysail.storage.Pool`; raises ProcessFailed when the disk is full or the parent is damaged."""
         path = self._path(volume.id)
         if path.exists():
             return path
         self._folder.mkdir(parents=True, exist_ok=True)
         half = path.with_suffix(".new")
-        await run_async(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(parent), str(half),
-                         str(size_bytes)])
+        over = [] if parent is None else ["-F", "qcow2", "-b", str(parent)]
+        if volume.origin is not None and parent is not None:
+            # A guest's own process wrote that file: what it says of its parents is not followed, least of all by root.
+            over.append("-u")
+            if not parent.is_file():
+                raise SkysailError(f"the snapshot of volume {volume.id} is not on this host any more")
+        await run_async(["qemu-img", "create", "-q", "-f", "qcow2", *over, str(half), str(size_bytes)])
         await in_thread(_finish, half, path, uid)
+        return path
+
+    async def give(self, volume_id: str, uid: int) -> Path:
+        path = self._path(volume_id)
+        try:
+            os.chown(path, uid, -1)
+        except FileNotFoundError as lost:
+            raise SkysailError(f"the disk {volume_id} is not on this host any more",
+                               "bring its file back, or delete the disk") from lost
         return path
 
     async def observe(self) -> dict[str, Path]:

@@ -1,10 +1,15 @@
-"""Volumes in memory."""
+"""Volumes and snapshots in memory."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from skysail.contract.document import Volume
+import msgspec
+
+from skysail.contract.document import Origin, Volume
+from skysail.kit.errors import SkysailError
+from skysail.storage import Copy, Manifest
 
 
 class SimPool:
@@ -13,8 +18,13 @@ class SimPool:
     def __init__(self) -> None:
         self._volumes: dict[str, Path] = {}
 
-    async def ensure(self, volume: Volume, parent: Path, size_bytes: int, uid: int) -> Path:
+    async def ensure(self, volume: Volume, parent: Path | None, size_bytes: int, uid: int) -> Path:
         return self._volumes.setdefault(volume.id, Path("/nonexistent") / volume.id)
+
+    async def give(self, volume_id: str, uid: int) -> Path:
+        if volume_id not in self._volumes:
+            raise SkysailError(f"the disk {volume_id} is not on this host")
+        return self._volumes[volume_id]
 
     async def observe(self) -> dict[str, Path]:
         return dict(self._volumes)
@@ -24,3 +34,40 @@ class SimPool:
 
     async def check(self) -> list[str]:
         return []
+
+
+class SimShelf:
+    """Remembers which snapshots exist."""
+
+    def __init__(self) -> None:
+        self._drafts: dict[str, tuple[Copy, ...]] = {}
+        self._held: dict[str, Manifest] = {}
+
+    async def draft(self, snapshot_id: str, copies: Sequence[Copy], uid: int) -> dict[str, Path]:
+        self._drafts[snapshot_id] = tuple(copies)
+        return {copy.volume: Path("/nonexistent") / snapshot_id / copy.file for copy in copies}
+
+    async def finish(self, manifest: Manifest, uid: int) -> Manifest:
+        copies = tuple(msgspec.structs.replace(copy, sha256="0" * 64) for copy in self._drafts.pop(manifest.id))
+        self._held[manifest.id] = msgspec.structs.replace(manifest, copies=copies)
+        return self._held[manifest.id]
+
+    async def find(self, snapshot_id: str) -> Manifest | None:
+        return self._held.get(snapshot_id)
+
+    async def chain(self, origin: Origin) -> tuple[str, ...]:
+        held = self._held.get(origin.snapshot)
+        found = [copy for copy in held.copies if copy.volume == origin.volume] if held else []
+        if not found:
+            raise SkysailError(f"the snapshot {origin.snapshot} of {origin.volume} is not on this host")
+        return (f"/nonexistent/{origin.snapshot}/{found[0].file}", *found[0].parents)
+
+    async def observe(self) -> list[str]:
+        return sorted(self._held)
+
+    async def remove(self, snapshot_id: str) -> None:
+        standing = [held.id for held in self._held.values() if snapshot_id in held.parents and held.id != snapshot_id]
+        if standing:
+            raise SkysailError(f"the snapshots {standing} stand on {snapshot_id}")
+        self._drafts.pop(snapshot_id, None)
+        self._held.pop(snapshot_id, None)

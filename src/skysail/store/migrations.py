@@ -14,6 +14,7 @@ from skysail.store.schema import (
     authorities,
     contact_methods,
     deliveries,
+    disks,
     domain_entries,
     domains,
     guests,
@@ -22,6 +23,7 @@ from skysail.store.schema import (
     meters,
     operations,
     sample_cursors,
+    snapshots,
     static_ips,
     transfers,
     zone_reports,
@@ -70,9 +72,19 @@ def _metrics(connection: Connection) -> None:
     connection.exec_driver_sql("UPDATE hosts SET generation = generation + 1")
 
 
+def _disks_and_snapshots(connection: Connection) -> None:
+    for table in (disks, snapshots):
+        table.create(connection, checkfirst=True)
+    held = {row[1] for row in connection.exec_driver_sql("PRAGMA table_info(guests)")}
+    for column, words in (("origin", "JSON"), ("iops", "INTEGER DEFAULT '0' NOT NULL"),
+                          ("observed_disks", "JSON DEFAULT '[]' NOT NULL")):
+        if column not in held:
+            connection.exec_driver_sql(f"ALTER TABLE guests ADD COLUMN {column} {words}")
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts,
-    _metrics)
+    _metrics, _disks_and_snapshots)
 
 
 def upgrade(connection: Connection) -> int:

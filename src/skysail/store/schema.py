@@ -157,6 +157,10 @@ guests = Table(
     Column("witnessed_at", Float),
     Column("rx_bytes", Integer, nullable=False, default=0),
     Column("tx_bytes", Integer, nullable=False, default=0),
+    # The copy in a snapshot that its system disk was made of (contract.document.Origin).
+    Column("origin", JSON),
+    Column("iops", Integer, nullable=False, default=0, server_default="0"),
+    Column("observed_disks", JSON, nullable=False, default=list, server_default="[]"),
     Index("uq_guests_public_ipv6", "public_ipv6", unique=True),
 )
 
@@ -182,6 +186,56 @@ static_ips = Table(
     Column("instance_id", ForeignKey("instances.id"), unique=True),
     Column("created_at", Float, nullable=False),
     UniqueConstraint("account_id", "region", "name"),
+)
+
+# Block storage. ``made``: its host has had it once. ``attachment``: '', attaching, attached or detaching.
+disks = Table(
+    "disks", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("region", String(32), nullable=False),
+    Column("zone", String(4), nullable=False),
+    Column("name", String(255), nullable=False),
+    Column("host_id", ForeignKey("hosts.id"), nullable=False),
+    Column("size_gib", Integer, nullable=False),
+    Column("origin", JSON),
+    Column("role", String(8), nullable=False, default="keep"),
+    Column("made", Boolean, nullable=False, default=False),
+    Column("state", String(16), nullable=False),
+    Column("instance_id", ForeignKey("instances.id"), index=True),
+    Column("path", String(16), nullable=False, default=""),
+    Column("attachment", String(16), nullable=False, default=""),
+    Column("created_at", Float, nullable=False),
+    Column("observed_state", String(16), nullable=False, default=""),
+    Column("reason", String, nullable=False, default=""),
+    Index("ix_disks_listing", "account_id", "region", "name"),
+)
+
+# Copies of volumes, of an instance or of one disk. ``deleted``: gone for its owner; its files stay while others stand on them
+# (``parents``). ``source`` is what its owner is shown of where it came from, ``volumes`` what its host copies.
+snapshots = Table(
+    "snapshots", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("region", String(32), nullable=False),
+    Column("name", String(255), nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("host_id", ForeignKey("hosts.id"), nullable=False),
+    Column("guest_id", String(64), nullable=False, default=""),
+    Column("volumes", JSON, nullable=False),
+    Column("source", JSON, nullable=False),
+    Column("size_gib", Integer, nullable=False),
+    Column("role", String(8), nullable=False, default="keep"),
+    Column("deleted", Boolean, nullable=False, default=False),
+    Column("state", String(16), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("observed_state", String(16), nullable=False, default=""),
+    Column("progress", Integer, nullable=False, default=0),
+    Column("consistency", String(8), nullable=False, default=""),
+    Column("frozen_ms", Float, nullable=False, default=0.0),
+    Column("parents", JSON, nullable=False, default=list),
+    Column("reason", String, nullable=False, default=""),
+    Index("ix_snapshots_listing", "account_id", "region", "kind", "name"),
 )
 
 # A domain is what the customer owns, and the zone that name servers answer for. A deleted one keeps its row, with the role

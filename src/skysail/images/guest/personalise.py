@@ -5,6 +5,9 @@ It waits in the template, its modules loaded and its pages warm, reading lines o
 walks the whole way once inside the template; the next line is a clone's identity. Everything up to the answer is done in
 this one process: under emulation a fork and exec costs as much as all the rest together.
 
+With ``--identity`` it runs early in a boot instead, before anything shows who this is: on a disk that was copied from another
+guest's it takes on the identity that the host has put on a small disk of its own, once.
+
 Kept free of imports beyond the standard library: it runs on the guest's own Python (3.11 and later).
 """
 
@@ -190,6 +193,53 @@ def personalise(told: Told, route: Route, root: str = "") -> None:
         route.configure_ipv6("eth0", told["ipv6"], told["gateway_ipv6"])
 
 
+def reborn() -> None:
+    """Take on the identity of the disk with the serial ``identity``, unless this system has it already.
+
+    What its owner put there stays: further keys in authorized_keys above all. Host keys go, of whatever kind.
+    """
+    held = [name for name in os.listdir("/sys/block") if name.startswith("vd") and serial(name) == "identity"]
+    if not held:
+        return
+    with open("/dev/" + held[0]) as disk:
+        told: Told = json.loads(disk.readline())
+    try:
+        with open(DONE) as file:
+            if file.read().strip() == told["instance_id"]:
+                return
+    except FileNotFoundError:
+        pass
+    entropy(bytes.fromhex(told["seed_hex"][:64]))
+    socket.sethostname(told["hostname"])
+    for name in os.listdir("/etc/ssh"):
+        if name.startswith("ssh_host_"):
+            os.unlink("/etc/ssh/" + name)
+    try:
+        with open(pwd.getpwnam(told["user"]).pw_dir + "/.ssh/authorized_keys") as keys:
+            own = [line.strip() for line in keys]
+        told["authorized_keys"] += [line for line in own if line and line not in told["authorized_keys"]]
+    except (FileNotFoundError, KeyError):
+        pass
+    files(told, "")
+    person(told, "")
+    os.sync()
+    write(DONE, told["instance_id"] + "\n")
+    os.sync()
+    # Under its new machine-id, as everything that starts from here on.
+    subprocess.run(["systemctl", "restart", "--no-block", "systemd-journald.service"], check=False)
+    if told["user_data"]:
+        start_user_data()
+
+
+def serial(name: str) -> str:
+    """The serial of a virtio disk, from sysfs: udev may not have come to it yet."""
+    try:
+        with open("/sys/block/" + name + "/serial") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
 def renew_sshd(seconds: float = 20) -> None:
     """Let sshd show its new host key from the first connection on.
 
@@ -325,12 +375,7 @@ def settle(told: Told) -> None:
         time.sleep(0.25)
     grow()
     if told["user_data"]:
-        # As a boot would have done, had the seed been there; a reboot in the middle lets cloud-init carry on by itself.
-        subprocess.run(["/usr/lib/cloud-init/ds-identify", "--force"], check=False)
-        if os.path.exists("/run/cloud-init/disabled"):
-            os.unlink("/run/cloud-init/disabled")
-        write("/run/cloud-init/enabled", "")
-        subprocess.run(["systemctl", "start", "--no-block", "cloud-init.target"], check=False)
+        start_user_data()
     # The journal goes on under the new machine-id; what the template wrote is nobody's history.
     subprocess.run(["systemctl", "restart", "systemd-journald.service"], check=False)
     for name in os.listdir("/var/log/journal") if os.path.isdir("/var/log/journal") else ():
@@ -339,7 +384,19 @@ def settle(told: Told) -> None:
     subprocess.run(["networkctl", "reload"], check=False)
 
 
+def start_user_data() -> None:
+    """As a boot would have done, had the seed been there; a reboot in the middle lets cloud-init carry on by itself."""
+    subprocess.run(["/usr/lib/cloud-init/ds-identify", "--force"], check=False)
+    if os.path.exists("/run/cloud-init/disabled"):
+        os.unlink("/run/cloud-init/disabled")
+    write("/run/cloud-init/enabled", "")
+    subprocess.run(["systemctl", "start", "--no-block", "cloud-init.target"], check=False)
+
+
 def main() -> int:
+    if sys.argv[1:] == ["--identity"]:
+        reborn()
+        return 0
     if os.path.exists(DONE):
         grow()
         return 0

@@ -1,0 +1,68 @@
+"""Block storage and snapshots of this host, each thing brought to its role by a task of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from skysail.agent.chores import Chores
+from skysail.contract.document import Disk, HostDocument, Snapshot
+from skysail.contract.report import DiskReport, SnapshotReport
+from skysail.hypervisor import Hypervisor
+from skysail.kit.errors import SkysailError
+from skysail.storage import Pool, Shelf
+
+# A copy that fails once may have lost its guest's process; after this many it is said to have failed.
+TRIES = 3
+
+
+class Blocks:
+    """Holds the disks and snapshots of a document. ``changed`` is called after each change."""
+
+    def __init__(self, hypervisor: Hypervisor, pool: Pool, shelf: Shelf, changed: Callable[[], Awaitable[None]]) -> None:
+        self._hypervisor = hypervisor
+        self._pool = pool
+        self._shelf = shelf
+        self._disks: Chores[Disk, DiskReport] = Chores(self._converge_disk, _disk_failed, changed)
+        self._snapshots: Chores[Snapshot, SnapshotReport] = Chores(self._converge_snapshot, _snapshot_failed, changed)
+
+    async def start(self) -> None:
+        """Report the snapshots that are here already."""
+        for report in await self._hypervisor.snapshots():
+            await self._snapshots.say(report)
+
+    def take(self, document: HostDocument) -> None:
+        """Converge to the document, behind this call."""
+        self._disks.take(document.disks)
+        self._snapshots.take(document.snapshots)
+
+    def reports(self) -> tuple[tuple[DiskReport, ...], tuple[SnapshotReport, ...]]:
+        return self._disks.reports(), self._snapshots.reports()
+
+    async def ready(self, disk_id: str) -> None:
+        """Once the disk has been made, or could not be."""
+        await self._disks.settled(disk_id)
+
+    async def _converge_disk(self, disk: Disk) -> DiskReport:
+        if disk.role == "gone":
+            await self._pool.remove(disk.id)
+            return DiskReport(id=disk.id, state="gone")
+        if disk.made:
+            if disk.id not in await self._pool.observe():
+                raise SkysailError(f"the disk {disk.id} is not on this host any more", "bring its file back, or delete it")
+        else:
+            parent = Path((await self._shelf.chain(disk.volume.origin))[0]) if disk.volume.origin else None
+            await self._pool.ensure(disk.volume, parent, disk.volume.size_gib << 30, os.geteuid())
+        return DiskReport(id=disk.id, state="available")
+
+    async def _converge_snapshot(self, snapshot: Snapshot) -> SnapshotReport:
+        return await self._hypervisor.snapshot(snapshot, self._snapshots.say)
+
+
+def _disk_failed(disk: Disk, failures: int, reason: str) -> DiskReport:
+    return DiskReport(id=disk.id, state="failed" if failures >= TRIES else "preparing", reason=reason)
+
+
+def _snapshot_failed(snapshot: Snapshot, failures: int, reason: str) -> SnapshotReport:
+    return SnapshotReport(id=snapshot.id, state="failed" if failures >= TRIES else "waiting", reason=reason)

@@ -1,0 +1,48 @@
+"""Block-storage disks of a running guest: plugged in by QMP, behind one SCSI controller.
+
+The guest sees each as a SCSI disk whose serial is its name (``xvdf``), the same at every boot; images of ours link
+/dev/<serial> to it. They are plugged out only with the process. Source: QEMU QMP Reference Manual, blockdev-add, device_add.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+from skysail.hypervisor import qemu
+from skysail.hypervisor.qmp import Monitor, Refused
+
+# The device that QEMU knows the system disk's backend by.
+SYSTEM = "/machine/peripheral/vda/virtio-backend"
+# Long enough to boot at full speed.
+BURST_SECONDS = 120
+
+
+async def plugged(monitor: Monitor) -> set[str]:
+    """The names of the disks that the guest has."""
+    return {str(one.get("qdev", "")) for one in await monitor.execute("query-block")}
+
+
+async def throttle(monitor: Monitor, name: str, iops: int) -> None:
+    """Let the disk of device ``name`` share ``iops`` operations a second with the guest's others; for BURST_SECONDS it takes
+    four times as many."""
+    if iops:
+        await monitor.execute("block_set_io_throttle", {
+            "id": name, "group": "guest", "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": iops, "iops_rd": 0, "iops_wr": 0,
+            "iops_max": 4 * iops, "iops_max_length": BURST_SECONDS})
+
+
+async def plug(monitor: Monitor, name: str, chain: Sequence[str]) -> None:
+    """Plug in the disk whose file is the first of ``chain``, its parents behind it; raises Refused."""
+    present = {one["node-name"] for one in await monitor.execute("query-named-block-nodes", {"flat": True})}
+    for node in qemu.nodes(name, chain):
+        if node["node-name"] not in present:  # it may be there from an attempt that was cut off
+            await monitor.execute("blockdev-add", node)
+    try:
+        await monitor.execute("device_add", {"driver": "scsi-hd", "id": name, "bus": f"{qemu.DISKS}.0", "drive": name,
+                                             "serial": name, "device_id": name})
+    except Refused:
+        for node in reversed(qemu.nodes(name, chain)):
+            with contextlib.suppress(Refused):
+                await monitor.execute("blockdev-del", {"node-name": node["node-name"]})
+        raise

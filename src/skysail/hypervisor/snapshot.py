@@ -1,0 +1,255 @@
+"""Snapshots: copies of a guest's disks, all of one moment, while it runs.
+
+QEMU copies each disk's own layer to a file (``blockdev-backup``): what the guest overwrites meanwhile is copied before. So
+the guest's own chain never grows, and the guest stands still only while the jobs are started, whatever the size of its disks;
+its file systems are frozen by its agent around that moment where it has one. A copy stands on what the disk itself stands on.
+A chain of copies of copies would grow: from MAX_PARENTS on, a copy holds everything.
+
+Source: QEMU QMP Reference Manual, blockdev-backup, transaction, query-jobs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from skysail.contract.document import Snapshot, Volume
+from skysail.contract.report import SnapshotReport
+from skysail.hypervisor import freezing
+from skysail.hypervisor.guest import QemuGuest, Workshop
+from skysail.hypervisor.qmp import Gone, Monitor, Refused
+from skysail.kit.errors import SkysailError
+from skysail.kit.process import in_thread, run
+from skysail.storage import Copy, Manifest
+
+log = logging.getLogger(__name__)
+# A template's disk, its image, and this many snapshots less two.
+MAX_PARENTS = 6
+LOOK_SECONDS = 0.25
+# A disk is copied no faster: its guest shares the host's disks with others.
+BYTES_PER_SECOND = 400 << 20
+
+
+def report(manifest: Manifest) -> SnapshotReport:
+    """A snapshot that is whole."""
+    return SnapshotReport(id=manifest.id, state="available", progress=100, consistency=manifest.consistency,
+                          frozen_ms=manifest.frozen_ms, parents=manifest.parents)
+
+
+class Copying:
+    """Takes one snapshot, once. ``lock`` is the guest's; ``uid`` is the user id that handles disks of no guest."""
+
+    def __init__(self, shop: Workshop, snapshot: Snapshot, guest: QemuGuest | None, lock: asyncio.Lock, uid: int,
+                 progress: Callable[[SnapshotReport], Awaitable[None]]) -> None:
+        self._shop = shop
+        self._snapshot = snapshot
+        self._guest = guest
+        self._lock = lock
+        self._uid = guest.record.uid if guest is not None else uid
+        self._progress = progress
+
+    async def take(self) -> Manifest:
+        """The snapshot, whole and checked; raises SkysailError when it could not be taken. Nothing of it is left then but a
+        draft, which the next attempt replaces."""
+        guest = self._guest
+        async with self._lock:
+            if guest is None or not guest.alive():
+                # Under the lock all the time: a guest that is off is not started while its disks are copied.
+                if guest is not None and not guest.record.made:
+                    raise SkysailError("the instance has not been made yet")
+                await self._say(0)
+                return await self._take_off()
+            manifest = await self._adopt(guest) or await self._begin(guest)
+        await self._say(0)
+        await self._follow(guest)
+        made = await self._shop.shelf.finish(manifest, self._uid)
+        guest.save(copying={key: one for key, one in guest.record.copying.items() if key != made.id})
+        return made
+
+    async def _say(self, percent: int) -> None:
+        await self._progress(SnapshotReport(id=self._snapshot.id, state="copying", progress=percent))
+
+    async def _plan(self) -> tuple[list[Copy], tuple[str, ...]]:
+        """What is to be copied, and the snapshots that the copies stand on."""
+        copies, standing = [], set()
+        for volume in self._snapshot.volumes:
+            parents = await self._parents(volume)
+            if len(parents) > MAX_PARENTS:
+                parents = ()
+            elif volume.origin is not None:
+                held = await self._shop.shelf.find(volume.origin.snapshot)
+                standing |= {volume.origin.snapshot, *(held.parents if held else ())}
+            copies.append(Copy(volume=volume.id, file=f"{volume.id}.qcow2", parents=parents,
+                               virtual_bytes=volume.size_gib << 30))
+        return copies, tuple(sorted(standing))
+
+    async def _parents(self, volume: Volume) -> tuple[str, ...]:
+        if self._guest is not None:
+            return await self._guest.parents(volume)
+        return await self._shop.shelf.chain(volume.origin) if volume.origin is not None else ()
+
+    # --- a guest that runs
+
+    async def _begin(self, guest: QemuGuest) -> Manifest:
+        """Start the jobs at one moment of the guest; its disks are copied behind this."""
+        if not guest.record.made:
+            raise SkysailError("the instance has not been made yet")
+        monitor = await guest.monitor()
+        await guest.melt()  # one that is frozen already cannot be frozen for this
+        await abandon(guest, self._snapshot.id)
+        names = await _nodes(monitor, self._snapshot.volumes)
+        copies, parents = await self._plan()
+        files = await self._shop.shelf.draft(self._snapshot.id, copies, self._uid)
+        jobs = []
+        for number, copy in enumerate(copies):
+            node = f"{self._snapshot.id}.{number}"
+            source = names[copy.volume]
+            backing = ("parent1" if source == "disk" else f"{source}-1") if copy.parents else None
+            await monitor.execute("blockdev-add", {"driver": "file", "node-name": f"{node}-file",
+                                                   "filename": str(files[copy.volume]), "discard": "unmap"})
+            await monitor.execute("blockdev-add", {"driver": "qcow2", "node-name": node, "file": f"{node}-file",
+                                                   "backing": backing, "discard": "unmap"})
+            jobs.append({"type": "blockdev-backup", "data": {
+                "job-id": node, "device": source, "target": node, "sync": "top" if copy.parents else "full",
+                "speed": BYTES_PER_SECOND, "auto-dismiss": False}})
+
+        async def start() -> None:
+            await monitor.execute("transaction", {"actions": jobs, "properties": {"completion-mode": "grouped"}})
+
+        milliseconds = await self._frozen(guest, start)
+        if milliseconds is None:
+            await start()
+        manifest = Manifest(id=self._snapshot.id, copies=tuple(copies), parents=parents, frozen_ms=milliseconds or 0.0,
+                            consistency="crash" if milliseconds is None else "frozen")
+        log.info("snapshot %s of guest %s: %s, %.0f ms", manifest.id, guest.record.id, manifest.consistency,
+                 manifest.frozen_ms)
+        guest.save(copying={**guest.record.copying, manifest.id: manifest})
+        return manifest
+
+    async def _frozen(self, guest: QemuGuest, act: Callable[[], Awaitable[None]]) -> float | None:
+        """Run ``act`` with the guest's file systems frozen; None, and not run, where the guest cannot do that."""
+        if not await _listens(await guest.monitor()):
+            return None
+        channel = await freezing.reach(guest.agent)
+        if channel is None:
+            return None
+        try:
+            await freezing.flush(channel)
+            # Noted first: an agent that comes after one that died in here thaws the guest.
+            guest.save(freezing=True)
+            milliseconds = await freezing.frozen(channel, guest.agent, act)
+            guest.save(freezing=False)
+            return milliseconds
+        except (Gone, Refused) as unable:
+            guest.save(freezing=False)  # thawed, as frozen() promises; when it cannot be, that is another error
+            jobs = {job["id"] for job in await (await guest.monitor()).execute("query-jobs")}
+            if any(job.startswith(f"{self._snapshot.id}.") for job in jobs) or not guest.alive():
+                raise
+            log.warning("guest %s is not frozen for its snapshot: %s", guest.record.id, unable.what)
+            return None
+        finally:
+            channel.close()
+
+    async def _adopt(self, guest: QemuGuest) -> Manifest | None:
+        """What an earlier agent began, if its jobs are all still known to QEMU."""
+        held = guest.record.copying.get(self._snapshot.id)
+        if held is None:
+            return None
+        jobs = {job["id"] for job in await (await guest.monitor()).execute("query-jobs")}
+        return held if all(f"{held.id}.{number}" in jobs for number in range(len(held.copies))) else None
+
+    async def _follow(self, guest: QemuGuest) -> None:
+        """Until every job is through, and QEMU has let go of the files; raises SkysailError when one failed."""
+        said = 0
+        while True:
+            seen = [job for job in await (await guest.monitor()).execute("query-jobs")
+                    if job["id"].startswith(f"{self._snapshot.id}.")]
+            if all(job["status"] == "concluded" for job in seen):
+                break
+            total = sum(job["total-progress"] for job in seen) or 1
+            percent = min(99, 100 * sum(job["current-progress"] for job in seen) // total)
+            if percent != said:
+                await self._say(said := percent)
+            await asyncio.sleep(LOOK_SECONDS)
+        failed = [job["error"] for job in seen if "error" in job]
+        async with self._lock:
+            await abandon(guest, self._snapshot.id)
+        if failed or len(seen) != len(self._snapshot.volumes):
+            raise SkysailError(f"the disks could not be copied: {'; '.join(failed) or 'QEMU forgot the work'}")
+
+    # --- volumes that nobody writes
+
+    async def _take_off(self) -> Manifest:
+        copies, parents = await self._plan()
+        files = await self._shop.shelf.draft(self._snapshot.id, copies, self._uid)
+        for volume, copy in zip(self._snapshot.volumes, copies, strict=True):
+            source = await self._shop.give_volume(volume.id, self._uid)
+            if copy.parents or volume.origin is None:
+                await in_thread(_copy, source, files[volume.id])
+            else:
+                await in_thread(_convert, (str(source), *await self._parents(volume)), files[volume.id], self._uid)
+        if self._guest is None:
+            for volume in self._snapshot.volumes:
+                await self._shop.give_volume(volume.id, 0)
+        return await self._shop.shelf.finish(
+            Manifest(id=self._snapshot.id, consistency="off", copies=tuple(copies), parents=parents), self._uid)
+
+
+async def abandon(guest: QemuGuest, snapshot_id: str) -> None:
+    """QEMU has no job and no node of the snapshot any more; the guest's record neither. The guest's lock is held."""
+    if guest.alive():
+        with contextlib.suppress(Gone):  # a process that dies takes its jobs along
+            await _abandon(await guest.monitor(), f"{snapshot_id}.")
+    if snapshot_id in guest.record.copying:
+        guest.save(copying={key: one for key, one in guest.record.copying.items() if key != snapshot_id})
+
+
+async def _abandon(monitor: Monitor, prefix: str) -> None:
+    while jobs := [job for job in await monitor.execute("query-jobs") if job["id"].startswith(prefix)]:
+        for job in jobs:
+            with contextlib.suppress(Refused):  # it ended, or is ending, by itself
+                if job["status"] == "concluded":
+                    await monitor.execute("job-dismiss", {"id": job["id"]})
+                elif job["status"] != "aborting":
+                    await monitor.execute("job-cancel", {"id": job["id"]})
+        await asyncio.sleep(0.01)
+    nodes = [one["node-name"] for one in await monitor.execute("query-named-block-nodes", {"flat": True})]
+    for node in sorted((node for node in nodes if node.startswith(prefix)), key=lambda node: node.endswith("-file")):
+        await monitor.execute("blockdev-del", {"node-name": node})
+
+
+async def _nodes(monitor: Monitor, volumes: tuple[Volume, ...]) -> dict[str, str]:
+    """The name of QEMU's node of each volume, found by its file; raises SkysailError for one that QEMU does not have."""
+    found = {}
+    for one in await monitor.execute("query-named-block-nodes", {"flat": True}):
+        if one["drv"] == "file":
+            found[Path(one["file"]).stem] = one["node-name"].removesuffix("-file")
+    missing = [volume.id for volume in volumes if volume.id not in found]
+    if missing:
+        raise SkysailError(f"the guest does not have the disks {missing}")
+    return {volume.id: found[volume.id] for volume in volumes}
+
+
+async def _listens(monitor: Monitor) -> bool:
+    """Whether something in the guest has its agent's port open: one that has no agent is not waited for."""
+    return any(one["label"] == "agent" and one["frontend-open"] for one in await monitor.execute("query-chardev"))
+
+
+def _copy(source: Path, target: Path) -> None:
+    run(["cp", "--reflink=auto", "--sparse=always", str(source), str(target)])
+
+
+def _convert(chain: tuple[str, ...], target: Path, uid: int) -> None:
+    """Write all that the chain shows into the empty file ``target``, with the rights of ``uid``."""
+    opened: dict[str, Any] | None = None
+    for file in reversed(chain):
+        opened = {"driver": "qcow2", "file": {"driver": "file", "filename": file}, "backing": opened}
+    run(["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--no-new-privs", "--bounding-set=-all",
+         "--inh-caps=-all", "--", "qemu-img", "convert", "-q", "-n", "--target-is-zero", "-O", "qcow2",
+         f"json:{msgspec.json.encode(opened).decode()}", str(target)])

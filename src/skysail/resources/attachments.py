@@ -1,0 +1,98 @@
+"""Block storage as instances see it: what is attached, what a deletion lets go, what a snapshot under way forbids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, func, select, update
+
+from skysail.kit.config import Config
+from skysail.kit.errors import invalid_input
+from skysail.operations import history
+from skysail.resources import tags
+from skysail.resources.request import Request
+from skysail.store.schema import disks, guests, hosts, instances, snapshots
+
+IOPS = 100
+
+
+def zone(config: Config, name: str) -> str:
+    """The letter of the availability zone ``name``; raises InvalidInputException."""
+    zones = {config.default_region + letter: letter for letter in config.zones}
+    if name not in zones:
+        raise invalid_input(f"The availability zone {name} does not exist here.",
+                            "Zones of this cloud: " + ", ".join(zones))
+    return zones[name]
+
+
+def of(connection: Connection, instance_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The disks attached to each instance, in API shape, by path."""
+    rows = connection.execute(select(disks).where(disks.c.instance_id.in_(instance_ids))
+                              .order_by(disks.c.path)).mappings().all()
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row, shape in zip(rows, shapes(connection, rows), strict=True):
+        found.setdefault(row["instance_id"], []).append(shape)
+    return found
+
+
+def promised_gib(connection: Connection) -> dict[str, int]:
+    """What block storage takes of each host, were it full."""
+    return {row[0]: row[1] for row in connection.execute(
+        select(disks.c.host_id, func.sum(disks.c.size_gib)).group_by(disks.c.host_id))}
+
+
+def refuse_beyond_room(config: Config, connection: Connection, host_id: str, size_gib: int) -> None:
+    """Raises InvalidInputException when the host cannot promise that much disk more."""
+    taken = promised_gib(connection).get(host_id, 0) + (connection.execute(
+        select(func.sum(guests.c.disk_gib)).where(guests.c.host_id == host_id)).scalar_one() or 0)
+    held = connection.execute(select(hosts.c.disk_gib).where(hosts.c.id == host_id)).scalar_one()
+    left = max(round(held * config.disk_overcommit) - taken, 0)
+    if size_gib > left:
+        raise invalid_input(f"A disk of {size_gib} GB does not fit this cloud now: its host may promise {left} GB more.",
+                            "Choose a smaller disk, or delete others.")
+
+
+def shapes(connection: Connection, rows: Sequence[RowMapping]) -> list[dict[str, Any]]:
+    """Disks as the API shows them."""
+    tagged = tags.of(connection, [row["id"] for row in rows])
+    owners = {row.id: row.name for row in connection.execute(select(instances.c.id, instances.c.name).where(
+        instances.c.id.in_([row["instance_id"] for row in rows])))}
+    return [{
+        "name": row["name"], "arn": arn(row, "Disk"), "supportCode": f"{row['account_id']}/{row['id']}",
+        "createdAt": row["created_at"],
+        "location": {"availabilityZone": row["region"] + row["zone"], "regionName": row["region"]},
+        "resourceType": "Disk", "tags": tagged.get(row["id"], []), "addOns": [], "sizeInGb": row["size_gib"],
+        "isSystemDisk": False, "iops": IOPS, "path": row["path"] or None, "state": row["state"],
+        "attachedTo": owners.get(row["instance_id"]), "isAttached": row["instance_id"] is not None,
+        "attachmentState": row["attachment"] or "detached",
+        "autoMountStatus": "NotMounted" if row["instance_id"] is not None else None,
+    } for row in rows]
+
+
+def arn(row: RowMapping, kind: str) -> str:
+    """The resource's Amazon-style name."""
+    return f"arn:aws:lightsail:{row['region']}:{row['account_id']}:{kind}/{row['id']}"
+
+
+def refuse_while_copied(connection: Connection, guest_id: str, what: str) -> None:
+    """Raises InvalidInputException while a snapshot of the guest's disks is being made."""
+    found = connection.execute(select(snapshots.c.name).where(
+        snapshots.c.guest_id == guest_id, snapshots.c.state == "pending", snapshots.c.deleted.is_(False))).first()
+    if found is not None:
+        raise invalid_input(f"You can't {what} right now: the snapshot {found.name} is being made of it.",
+                            "Wait for the snapshot, or delete it.")
+
+
+def detach_all(connection: Connection, request: Request, instance_id: str, guest_id: str,
+               now: float) -> list[dict[str, Any]]:
+    """An instance that is deleted lets its disks go; each can be attached elsewhere once its operation is through."""
+    made = []
+    for row in connection.execute(select(disks).where(disks.c.instance_id == instance_id)).mappings().all():
+        connection.execute(update(disks).where(disks.c.id == row["id"]).values(
+            instance_id=None, path="", attachment="detaching"))
+        made.append(history.record(
+            connection, request, now=now, type="DetachDisk", resource_name=row["name"], resource_type="Disk",
+            resource_id=row["id"], zone=row["zone"], status="Started", workflow="detach disk",
+            arguments={"disk": row["id"], "guest": guest_id}))
+    return made

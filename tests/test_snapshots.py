@@ -1,0 +1,224 @@
+"""Snapshots and block storage with real QEMU processes: what lies on the disk, what a crash leaves, what the guest sees."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from clouds import RealCloud, eventually
+from crashing import Doom, guest_of, pid_of, running_tiny_cloud, whole
+from skysail.hypervisor import disks
+from skysail.hypervisor.qmp import Monitor
+from skysail.kit.process import run
+from test_disks import create, disk, ended, snapshot, stopped
+from test_instances import state
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def tiny_cloud() -> Iterator[RealCloud]:
+    """Real QEMU processes with a system of 47 bytes, which has no guest agent."""
+    with running_tiny_cloud() as made:
+        yield made
+
+
+def manifest(cloud: RealCloud, arn: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        (cloud.config.snapshots_dir / arn.rpartition("/")[2] / "manifest.json").read_text())
+    return found
+
+
+def pattern(cloud: RealCloud, volume: str, byte: int, at: str = "1M", *, write: bool = False) -> None:
+    """Write, or else find, 64 KiB of ``byte`` in a volume that nobody has open."""
+    path = cloud.config.volumes_dir / f"{volume}.qcow2"
+    said = run(["qemu-io", "-f", "qcow2", "-c", f"{'write' if write else 'read'} -P {byte:#x} {at} 64k", str(path)]).decode()
+    assert "Pattern verification failed" not in said, said
+
+
+def tiny(cloud: RealCloud, *names: str) -> Any:
+    """A client of the cloud, in which these instances run."""
+    client = cloud.client()
+    client.create_instances(instanceNames=list(names), availabilityZone="us-east-1a", blueprintId="tiny",
+                            bundleId="nano_3_0")
+    for name in names:
+        eventually(lambda name=name: state(client, name) == "running", 60)
+    return client
+
+
+def volume_of(client: Any, name: str) -> str:
+    return str(disk(client, name)["supportCode"].rpartition("/")[2])
+
+
+def test_disks_and_snapshots_of_a_guest_without_an_agent(tiny_cloud: RealCloud) -> None:
+    client = tiny(tiny_cloud, "one")
+    pid = pid_of(tiny_cloud, "one")
+    create(client, "data")
+    data = volume_of(client, "data")
+    pattern(tiny_cloud, data, 0x5A, write=True)
+    ended(client, client.attach_disk(diskName="data", instanceName="one", diskPath="/dev/xvdf"))
+    assert (tiny_cloud.config.volumes_dir / f"{data}.qcow2").stat().st_uid > tiny_cloud.config.guest_uid_base
+
+    made = snapshot(client, "one", "snap")
+    (said,) = client.get_operations_for_resource(resourceName="snap")["operations"]
+    assert said["operationDetails"].startswith("crash-consistent")
+    told = manifest(tiny_cloud, made["arn"])
+    assert told["consistency"] == "crash"
+    assert [copy["volume"] for copy in told["copies"]] == [guest_of(tiny_cloud, "one"), data]
+    folder = tiny_cloud.config.snapshots_dir / told["id"]
+    for copy in told["copies"]:
+        path = folder / copy["file"]
+        assert (path.stat().st_uid, path.stat().st_mode & 0o777) == (0, 0o444)
+        assert run(["sha256sum", str(path)]).split()[0].decode() == copy["sha256"]
+    assert pid_of(tiny_cloud, "one") == pid
+
+    ended(client, client.create_instances_from_snapshot(
+        instanceNames=["two", "three"], bundleId="micro_3_0", availabilityZone="us-east-1a", instanceSnapshotName="snap"))
+    for name in ("two", "three"):
+        stopped(client, name)
+        pattern(tiny_cloud, volume_of(client, f"{name}-data"), 0x5A)
+    # One of a guest that is off, which stands on the first.
+    again = manifest(tiny_cloud, snapshot(client, "two", "again")["arn"])
+    assert again["consistency"] == "off" and again["parents"] == [told["id"]]
+    client.delete_instance_snapshot(instanceSnapshotName="snap")
+    ended(client, client.start_instance(instanceName="two"))
+    for name in ("two", "three"):
+        ended(client, client.delete_instance(instanceName=name))
+        client.delete_disk(diskName=f"{name}-data")
+    assert folder.exists()
+    client.delete_instance_snapshot(instanceSnapshotName="again")
+    eventually(lambda: not list(tiny_cloud.config.snapshots_dir.iterdir()), what="the files go with the last that needs them")
+
+    stopped(client, "one")
+    ended(client, client.detach_disk(diskName="data"))
+    assert (tiny_cloud.config.volumes_dir / f"{data}.qcow2").stat().st_uid == 0
+    pattern(tiny_cloud, data, 0x5A)
+    ended(client, client.create_disk_snapshot(diskName="data", diskSnapshotName="copy"))
+    ended(client, client.create_disk_from_snapshot(diskName="other", diskSnapshotName="copy", sizeInGb=9,
+                                                   availabilityZone="us-east-1a"))
+    pattern(tiny_cloud, volume_of(client, "other"), 0x5A)
+    for name in ("data", "other"):
+        client.delete_disk(diskName=name)
+    client.delete_disk_snapshot(diskSnapshotName="copy")
+    ended(client, client.delete_instance(instanceName="one"))
+    whole(tiny_cloud)
+
+
+def test_all_disks_of_a_guest_share_its_plans_operations(tiny_cloud: RealCloud) -> None:
+    client = tiny(tiny_cloud, "one")
+    create(client, "data")
+    ended(client, client.attach_disk(diskName="data", instanceName="one", diskPath="/dev/xvdf"))
+    tiny_cloud.kill("agent")  # QEMU talks to one
+
+    async def asked() -> list[dict[str, Any]]:
+        monitor = await Monitor.connect(tiny_cloud.config.guests_dir / guest_of(tiny_cloud, "one") / "run" / "qmp.sock")
+        found: list[dict[str, Any]] = await monitor.execute("query-block")
+        await monitor.close()
+        return found
+
+    held = {one["qdev"]: one["inserted"] for one in asyncio.run(asked()) if not one["inserted"]["ro"]}
+    assert {name: (one["iops"], one["group"]) for name, one in held.items()} == {
+        disks.SYSTEM: (2100, "guest"), "xvdf": (2100, "guest")}
+    tiny_cloud.start("agent")
+    ended(client, client.delete_instance(instanceName="one"))
+    client.delete_disk(diskName="data")
+    whole(tiny_cloud)
+
+
+def test_chains_of_copies_do_not_grow(tiny_cloud: RealCloud) -> None:
+    client = tiny(tiny_cloud, "one")
+    create(client, "d0")
+    pattern(tiny_cloud, volume_of(client, "d0"), 0x77, write=True)
+    depths = []
+    for number in range(9):
+        before, after, copy = f"d{number}", f"d{number + 1}", f"s{number}"
+        attached = number > 6  # in a guest that runs, QEMU copies
+        if attached:
+            ended(client, client.attach_disk(diskName=before, instanceName="one", diskPath=f"/dev/xvd{'fgh'[number - 6]}"))
+        ended(client, client.create_disk_snapshot(diskName=before, diskSnapshotName=copy))
+        found = client.get_disk_snapshot(diskSnapshotName=copy)["diskSnapshot"]
+        depths.append(len(manifest(tiny_cloud, found["arn"])["copies"][0]["parents"]))
+        ended(client, client.create_disk_from_snapshot(diskName=after, diskSnapshotName=copy, sizeInGb=8,
+                                                       availabilityZone="us-east-1a"))
+        if not attached:
+            client.delete_disk(diskName=before)
+        client.delete_disk_snapshot(diskSnapshotName=copy)
+    assert max(depths) == 6 and depths[7] == 0, depths
+    pattern(tiny_cloud, volume_of(client, "d9"), 0x77)
+    # Whatever the last one does not stand on has gone by itself.
+    ended(client, client.delete_instance(instanceName="one"))
+    for name in ("d7", "d8"):
+        client.delete_disk(diskName=name)
+    eventually(lambda: len(list(tiny_cloud.config.snapshots_dir.iterdir())) == 2, what="the files that none needs go")
+    client.delete_disk(diskName="d9")
+    eventually(lambda: not list(tiny_cloud.config.snapshots_dir.iterdir()), what="all files go")
+    whole(tiny_cloud)
+
+
+def test_a_running_server_is_restored_as_another_one(real_cloud: RealCloud, capsys: pytest.CaptureFixture[str]) -> None:
+    client, cloud = real_cloud.client(), real_cloud
+    real_cloud.launch("source")
+    create(client, "data")
+    ended(client, client.attach_disk(diskName="data", instanceName="source", diskPath="/dev/xvdf"))
+    cloud.ssh("source", "sudo udevadm settle && sudo mkfs.ext4 -q /dev/xvdf && sudo mount /dev/xvdf /mnt && "
+              "echo kept | sudo tee /mnt/note && sudo sync")
+    sums = cloud.ssh("source", "dd if=/dev/urandom of=random bs=1M count=16 status=none && sha256sum random && "
+                     "echo owner-key-of-mine >> .ssh/authorized_keys")
+    cloud.ssh("source", "nohup sh -c 'n=0; while :; do n=$((n+1)); echo line $n >> log; sync log; done' >/dev/null 2>&1 &")
+    made = snapshot(client, "source", "snap")
+    told = manifest(cloud, made["arn"])
+    with capsys.disabled():
+        print(f"\nfrozen for {told['frozen_ms']:.0f} ms, agent calls included")
+    assert told["consistency"] == "frozen"
+    lines = int(cloud.ssh("source", "wc -l < log"))
+    eventually(lambda: int(cloud.ssh("source", "wc -l < log")) > lines, what="the writer goes on")
+
+    answer = client.create_instances_from_snapshot(
+        instanceNames=["copy"], bundleId="micro_3_0", availabilityZone="us-east-1a", instanceSnapshotName="snap")
+    for operation in answer["operations"]:
+        cloud.settled(operation["id"], 400)
+    assert cloud.ssh("copy", "sha256sum random") == sums
+    read = cloud.ssh("copy", "cat log").splitlines()
+    assert read and read == [f"line {number + 1}" for number in range(len(read))]
+    who = ("hostname; cat /etc/machine-id /etc/ssh/ssh_host_ed25519_key.pub; ls /etc/ssh/ssh_host_*; "
+           "tail -1 .ssh/authorized_keys")
+    first, second = cloud.ssh("source", who).splitlines(), cloud.ssh("copy", who).splitlines()
+    assert (first[0], second[0]) == ("source", "copy") and first[1] != second[1] and first[2] != second[2]
+    assert first[3:] == second[3:]
+    eventually(lambda: int(cloud.ssh("copy", "df --output=size -BG / | tail -1").strip(" G\n")) > 35, 60, "the disk grows")
+    assert int(cloud.ssh("copy", "awk '/MemTotal/ {print $2}' /proc/meminfo")) > 900_000
+    assert cloud.ssh("copy", "sudo mount /dev/xvdf /mnt && cat /mnt/note").strip() == "kept"
+
+    # The source's own disk moves to the copy while that runs.
+    for operation in client.stop_instance(instanceName="source")["operations"]:
+        cloud.settled(operation["id"])
+    ended(client, client.detach_disk(diskName="data"))
+    ended(client, client.attach_disk(diskName="data", instanceName="copy", diskPath="/dev/xvdg"))
+    assert cloud.ssh("copy", "sudo udevadm settle; sudo mkdir /other; sudo mount -o ro /dev/xvdg /other && "
+                     "cat /other/note").strip() == "kept"
+    cloud.delete("source", "copy")
+    client.delete_instance_snapshot(instanceSnapshotName="snap")
+
+
+def test_a_guest_that_is_frozen_when_the_agent_dies_is_thawed(own_real_cloud: RealCloud) -> None:
+    cloud, client = own_real_cloud, own_real_cloud.client()
+    cloud.launch("one")
+    doom = Doom(cloud, "agent")
+    doom.disarm()
+    snapshot(client, "one", "first")
+    steps = (cloud.folder / "steps").read_text().splitlines()
+    assert "Channel.ask guest-fsfreeze-thaw" in steps
+    doom.arm([step for step in steps if step != "Channel.ask guest-fsfreeze-thaw"])
+    answer = client.create_instance_snapshot(instanceName="one", instanceSnapshotName="second")
+    eventually(doom.dead, 60, "it dies before it thaws")
+    doom.start()
+    for operation in answer["operations"]:
+        cloud.settled(operation["id"])
+    assert cloud.ssh("one", "date > written && sync && cat written").strip()
+    assert manifest(cloud, client.get_instance_snapshot(instanceSnapshotName="second")["instanceSnapshot"]["arn"])[
+        "consistency"] == "frozen"
+    cloud.delete("one")
