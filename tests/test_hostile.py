@@ -27,14 +27,14 @@ from sqlalchemy import select
 
 from skysail.api.protocol import TARGET, service_model
 from skysail.contract.document import HostDocument
-from skysail.contract.report import GuestReport, HostReport, ImageReport, ZoneReport
+from skysail.contract.report import DiskReport, GuestReport, HostReport, ImageReport, SnapshotReport, ZoneReport
 from skysail.hosts import desired
 from skysail.hosts.watch import write_report
 from skysail.kit.clock import SystemClock
 from skysail.kit.config import load
 from skysail.operations.engine import Engine
 from skysail.resources import domains, lifecycle
-from skysail.serve.controller import HOST, action_table, admin_credentials, build, initialise
+from skysail.serve.controller import HOST, WORKFLOWS, action_table, admin_credentials, build, initialise
 from skysail.store.database import Database
 from skysail.store.schema import key_pairs, names, operations
 from skysail.store.vault import Vault
@@ -70,7 +70,7 @@ class Controller:
         self.clock = SystemClock()
         self.vault = Vault.at(self.config.master_key)
         self.database = Database(self.config.database)
-        self.engine = Engine(self.database, lifecycle.WORKFLOWS, self.clock)
+        self.engine = Engine(self.database, WORKFLOWS, self.clock)
         self.loop = asyncio.Runner()
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(build(self.config), raise_app_exceptions=True),
                                       base_url="http://sky")
@@ -122,7 +122,12 @@ class Controller:
                 images=(ImageReport(digest="0" * 64, blueprint="debian_12", name="Debian", user="admin", version="12",
                                     size_gib=2, templated=True),),
                 guests=tuple(GuestReport(id=guest.id, state=state[guest.role], starts=guest.starts,
-                                         reboots=guest.reboots) for guest in document.guests),
+                                         reboots=guest.reboots, disks=tuple(disk.volume.id for disk in guest.disks))
+                             for guest in document.guests),
+                disks=tuple(DiskReport(id=disk.id, state="gone" if disk.role == "gone" else "available")
+                            for disk in document.disks),
+                snapshots=tuple(SnapshotReport(id=one.id, state="gone" if one.role == "gone" else "available", progress=100,
+                                               consistency="frozen") for one in document.snapshots),
                 zones=tuple(ZoneReport(id=zone.id, name=zone.name, serial=zone.serial,
                                        state="gone" if zone.role == "gone" else "served") for zone in document.zones)),
                          self.clock.now())

@@ -58,6 +58,7 @@ from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
 HOST = "host-1"
+WORKFLOWS = lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS
 ALARM_SECONDS = 5.0
 # How often samples are asked for at the least; how often old ones are looked for, and the rest between two portions of them.
 COLLECT_SECONDS = 5.0
@@ -136,7 +137,7 @@ def build(config: Config, clock: Clock | None = None,
         for watch in watches:
             watch.touch()
 
-    engine = Engine(database, lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS, clock, touched)
+    engine = Engine(database, WORKFLOWS, clock, touched)
 
     courier = Courier(database, clock, Smtp(config), Webhook())
 
