@@ -106,7 +106,8 @@ class Controller:
         for gone in sorted({"web-1", "web-2"} - {*held}):
             self.must("CreateInstances", instanceNames=[gone], availabilityZone="us-east-1a", blueprintId="debian_12",
                       bundleId="nano_3_0", tags=[{"key": "stage"}])
-        for extra in {"new-1", "new.2"} & {*held}:
+        found = json.loads(self.ask("GetInstances", b"{}").content)["instances"]
+        for extra in {"new-1", "new.2"} & {instance["name"] for instance in found}:
             self.must("DeleteInstance", instanceName=extra)
         self.settle()
 
