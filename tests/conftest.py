@@ -28,6 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                      help="write the files in tests/golden anew instead of comparing with them; read the difference")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that run guests go first: they take longest, and side by side with the others nothing waits for them at the end."""
+    real = {item.path for item in items if {"real_cloud", "own_real_cloud"} & set(getattr(item, "fixturenames", ()))}
+    items.sort(key=lambda item: item.path not in real)
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     outcome: Any = yield
