@@ -29,9 +29,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that run guests go first: they take longest, and side by side with the others nothing waits for them at the end."""
-    real = {item.path for item in items if {"real_cloud", "own_real_cloud"} & set(getattr(item, "fixturenames", ()))}
-    items.sort(key=lambda item: item.path not in real)
+    """Longest files go first, so that side by side with the others nothing waits for them at the end: those whose tests ask
+    for more time than others, then those that run guests."""
+    def rank(path: Path) -> int:
+        return 0 if path in marked["timeout"] else 1 if path in marked["real"] else 2
+
+    marked = {name: {item.path for item in items if item.get_closest_marker(name)} for name in ("timeout", "real")}
+    items.sort(key=lambda item: rank(item.path))
 
 
 @pytest.hookimpl(hookwrapper=True)
