@@ -63,7 +63,8 @@ class Controller:
     """The real controller's application, called in this process."""
 
     def __init__(self, folder: Path) -> None:
-        (folder / "skysail.toml").write_text('engines = "sim"\npublic_pool = "198.18.0.0/16"\nzones = ["a", "b"]\n')
+        (folder / "skysail.toml").write_text('engines = "sim"\npublic_pool = "198.18.0.0/16"\nzones = ["a", "b"]\n'
+                                             'peer_subnets = ["192.0.2.0/24"]\n')
         self.config = load(str(folder))
         initialise(self.config)
         self.held = admin_credentials(self.config)
@@ -118,8 +119,8 @@ class Controller:
             document = msgspec.json.decode(sent, type=HostDocument)
             state = {"run": "running", "stop": "stopped", "gone": "gone"}
             write_report(connection, HOST, HostReport(
-                host=HOST, boot="b", sequence=1, generation=document.generation, vcpus=8, memory_mib=2**24,
-                disk_gib=2**20, accelerator="sim",
+                host=HOST, boot="b", sequence=1, generation=document.generation, networked=document.generation, vcpus=8,
+                memory_mib=2**24, disk_gib=2**20, accelerator="sim",
                 images=(ImageReport(digest="0" * 64, blueprint="debian_12", name="Debian", user="admin", version="12",
                                     size_gib=2, templated=True),),
                 guests=tuple(GuestReport(id=guest.id, state=state[guest.role], starts=guest.starts,

@@ -27,6 +27,7 @@ app.command(keys)
 app.command(zones)
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
+Region = Annotated[str, Parameter(help="The region; the default one unless told.")]
 
 
 @app.command
@@ -75,38 +76,52 @@ def verify(*, json: Json = False) -> int:
 
 
 @app.command
-def launch(name: str, *, blueprint: str = "debian_12", bundle: str = "nano_3_0", json: Json = False) -> None:
+def launch(name: str, *, blueprint: str = "debian_12", bundle: str = "nano_3_0", region: Region = "",
+           json: Json = False) -> None:
     """Create an instance and wait until it runs."""
-    instance = customer.launch(configuration.load(), name, blueprint, bundle)
+    instance = customer.launch(configuration.load(), name, blueprint, bundle, region=region)
     show.as_json(instance) if json else show.line(f"{name} runs at {instance.get('publicIpAddress', 'no address')}")
 
 
 @app.command(name="list")
-def list_instances(*, json: Json = False) -> None:
-    """Every instance."""
-    found = customer.instances(configuration.load())
+def list_instances(*, region: str = "", json: Json = False) -> None:
+    """Every instance, of every region unless one is told."""
+    config = configuration.load()
+    found = customer.instances(config, region)
     show.as_json(found) if json else show.table(
-        [customer.summary(instance) for instance in found], ["name", "state", "address", "blueprint", "bundle"])
+        [customer.summary(instance) for instance in found],
+        ["name", *(["region"] if len(config.regions) > 1 else []), "state", "address", "blueprint", "bundle"])
+
+
+@app.command
+def search(text: str, *, json: Json = False) -> None:
+    """What has TEXT in its name, address, tags or id, in every region and account."""
+    from skysail.inspect import search as finding
+
+    found = finding.search(configuration.load(), text)
+    show.as_json(found) if json else show.table(found, ["region", "type", "name", "state", "address", "account"])
 
 
 @app.command
 def usage(month: str = "", *, json: Json = False) -> None:
     """What each instance moved in a month (2026-01; this one unless told), its allowance and the price of the rest."""
-    found = transfers.of_month(configuration.load(), month)
+    config = configuration.load()
+    found = transfers.of_month(config, month)
     show.as_json([{name: getattr(one, name) for name in one.__struct_fields__} for one in found]) if json else show.table(
-        [transfers.summary(one) for one in found], ["instance", "in", "out", "allowance", "overage", "price"])
+        [transfers.summary(one) for one in found],
+        ["instance", *(["region"] if len(config.regions) > 1 else []), "in", "out", "allowance", "overage", "price"])
 
 
 @app.command
-def ssh(name: str, *command: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
-    """Log in to an instance, or run a command there."""
-    return customer.ssh(configuration.load(), name, list(command))
+def ssh(name: str, *command: Annotated[str, Parameter(allow_leading_hyphen=True)], region: Region = "") -> int:
+    """Log in to an instance, or run a command there; --region comes before the name."""
+    return customer.ssh(configuration.load(), name, list(command), region)
 
 
 @app.command
-def logs(name: str) -> None:
+def logs(name: str, *, region: Region = "") -> None:
     """What an instance's serial console said."""
-    show.console(customer.serial_log(configuration.load(), name))
+    show.console(customer.serial_log(configuration.load(), name, region))
 
 
 @app.command
