@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from clouds import Cloud, eventually, running_cloud
+from clouds import Cloud, eventually, running_cloud, running_real_cloud
 from crashing import Doom, inventory, ready, rows, running_tiny_cloud, whole
 from skysail.kit.config import Config
 from skysail.resources import accounts
@@ -162,3 +162,27 @@ def test_the_agent_dies_at_every_step_of_peering() -> None:
             assert routed(cloud) == set()
         assert not doom.missed(), doom.deaths
         assert {"Ledger.write", "LinuxFabric.apply"} <= set(doom.deaths["peer"]), doom.deaths
+
+
+@pytest.mark.real
+@pytest.mark.skipif(os.geteuid() != 0, reason="guests need root")
+def test_guests_of_two_regions_meet_when_both_are_peered() -> None:
+    with running_real_cloud(more=TWO) as cloud:
+        (one,) = cloud.launch("one", region=HERE)
+        (two,) = cloud.launch("two", region=THERE)
+        # Neither is open to pings by its public address.
+        ping = f"ping -c 1 -W 2 {two['privateIpAddress']} > /dev/null; echo $?"
+
+        def answered() -> bool:
+            return cloud.ssh("one", ping).strip() == "0"
+        assert "two" in cloud.ssh("two", "hostname", region=THERE)
+        assert not answered()
+        for region in (HERE, THERE):
+            assert not answered()
+            client = cloud.client(region=region)
+            settled(client, client.peer_vpc())
+        assert answered()
+        back = cloud.ssh("two", f"ping -c 1 -W 2 {one['privateIpAddress']}", region=THERE)
+        assert "1 received" in back
+        settled(client, client.unpeer_vpc())
+        assert not answered()

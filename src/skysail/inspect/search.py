@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +15,7 @@ from skysail.resources.names import GLOBAL
 from skysail.store.database import Database
 from skysail.store.schema import accounts, alarms, disks, domains, guests, instances, key_pairs, snapshots, static_ips, tags
 
-# An address that does not fit into a column of an instance's line is found all the same.
+# The first one that there is stands in the list; each is found.
 _ADDRESSES = ("public_ipv4", "private_ipv4", "public_ipv6")
 
 
@@ -24,6 +26,8 @@ def search(config: Config, text: str) -> list[dict[str, Any]]:
         raise SkysailError("there is nothing to look for", "name a part of a name, an address, a tag or an id")
     if not config.database.exists():
         raise SkysailError(f"there is no cloud in {config.data}", "run: sudo ./skysail up")
+    with contextlib.suppress(ValueError):
+        text = str(ipaddress.ip_address(text))  # an IPv6 address is written in many ways
     database = Database(config.database)
     try:
         with database.transaction(write=False) as connection:
