@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from clouds import Cloud, eventually, running_cloud, running_real_cloud
 from crashing import Doom, inventory, ready, rows, running_tiny_cloud, whole
+from skysail.contract.document import Port
 from skysail.kit.config import Config
 from skysail.resources import accounts
 from skysail.store.database import Database
@@ -106,6 +108,12 @@ def test_a_cloud_with_nothing_to_peer_with_says_so() -> None:
 def test_subnets_that_cannot_be_are_refused(subnets: list[str]) -> None:
     with pytest.raises(ValueError):
         Config(peer_subnets=tuple(subnets))
+
+
+def test_what_earlier_versions_wrote_of_a_guest_is_read() -> None:
+    record = b'{"id":"g-1","mac":"52:54:00:00:00:0a","tenant":7,"private_ipv4":"172.26.0.10","public_ipv4":"192.0.2.10"}'
+    read = msgspec.json.decode(record, type=Port)
+    assert read.network == 7 and msgspec.json.decode(msgspec.json.encode(read), type=Port) == read
 
 
 def test_an_agent_that_was_away_joins_when_it_is_back(cloud: Cloud) -> None:
