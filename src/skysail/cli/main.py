@@ -114,7 +114,7 @@ def usage(month: str = "", *, json: Json = False) -> None:
 
 @app.command
 def ssh(name: str, *command: Annotated[str, Parameter(allow_leading_hyphen=True)], region: Region = "") -> int:
-    """Log in to an instance, or run a command there; --region comes before the name."""
+    """Log in to an instance, or run a command there; one with a --region of its own goes behind a --."""
     return customer.ssh(configuration.load(), name, list(command), region)
 
 
