@@ -6,11 +6,13 @@ import asyncio
 import os
 import threading
 from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv4Network
 
 from skysail.contract.document import FirewallRule, Network, Port
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import run
 from skysail.network import Joined, PortCounters, links, nftables
+from skysail.network.memory import forget_untranslated
 from skysail.network.plan import Layout
 
 
@@ -21,6 +23,8 @@ class LinuxFabric:
         self._layout = layout
         self._lock = threading.Lock()  # held by the thread: work goes on when the task that asked for it is cancelled
         self._loaded: dict[str, tuple[str, int]] = {}
+        # The private addresses that peer subnets reach; None before the first time, when an earlier agent's may be left.
+        self._routed: set[str] | None = None
 
     async def apply(self, ports: Sequence[Port], networks: Sequence[Network] = ()) -> None:
         """See :class:`skysail.network.Fabric`. Raises SkysailError; then the rules are the former ones."""
@@ -54,6 +58,7 @@ class LinuxFabric:
                 links.ensure_link(ipr, layout)
                 links.inside(layout.namespace, self._uplink)
                 links.ensure_routes(ipr, layout)
+            self._part(ports, {network.number for network in networks if network.routed})
 
     def _inner(self, ruleset: str, ports: list[Port]) -> None:
         for path, value in links.NAMESPACE_SETTINGS.items():
@@ -62,6 +67,16 @@ class LinuxFabric:
         with links.netlink() as ipr:
             links.ensure_bridge(ipr, self._layout)
             links.ensure_taps(ipr, self._layout, ports)
+
+    def _part(self, ports: list[Port], routed: set[int]) -> None:
+        """What was joined with peer subnets, and is no more, has no connections left with them."""
+        subnets = [IPv4Network(subnet) for subnet in self._layout.peer_subnets]
+        now = {port.private_ipv4 for port in ports if port.network in routed} if subnets else set()
+        if now != self._routed:
+            links.inside(self._layout.namespace, lambda: forget_untranslated(
+                {port.private_ipv4 for port in ports},
+                lambda guest, other: guest in now and any(IPv4Address(other) in subnet for subnet in subnets)))
+            self._routed = now
 
     def _uplink(self) -> None:
         with links.netlink() as ipr:
@@ -136,3 +151,4 @@ class LinuxFabric:
             links.load(nftables.without("inet", nftables.machine_table(self._layout)))
             links.remove_namespace(self._layout.namespace)
             self._loaded.clear()
+            self._routed = None
