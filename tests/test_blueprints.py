@@ -142,6 +142,8 @@ def busy(folder: str) -> list[str]:
 
 def test_every_recipe_has_a_name_in_the_catalogue() -> None:
     from skysail.resources import catalog
+    assert set(RECIPES) == set(catalog.RECIPES)
     for recipe in RECIPES.values():
-        assert catalog.RECIPES[recipe.blueprint][:2] == (recipe.name, recipe.group)
+        offer = catalog.RECIPES[recipe.blueprint]
+        assert (offer.name, offer.group, offer.app) == (recipe.name, recipe.group, recipe.folder is not None)
         assert len(fingerprint(recipe)) == 64
