@@ -123,7 +123,7 @@ def test_every_application_is_declared_whole() -> None:
         # A password is one only if it is tried.
         assert bool(one.login) == any(path.endswith("/application_password") for path in one.secrets)
         scripts = {path.name for path in one.folder.iterdir()} - {"recipe.toml", "tree"}
-        assert "first-boot" in scripts and scripts <= {"prepare", "rehearse", "first-boot"}
+        assert "first-boot" in scripts and scripts <= {"prepare", "first-boot"}
         for name in scripts:
             subprocess.run(["sh", "-n", one.folder / name], check=True)
     subprocess.run(["sh", "-n", APPS / "application"], check=True)

@@ -56,8 +56,8 @@ def test_an_image_built_on_a_running_cloud_is_launchable_at_once(real_cloud: Rea
     assert {(port["fromPort"], port["protocol"]) for port in made["networking"]["ports"]} == {
         (22, "tcp"), (80, "tcp"), (443, "tcp")}
     assert made["blueprintName"] == "Nginx"
-    assert real_cloud.ssh("web", "hostname; systemctl is-active nginx mariadb; systemctl is-system-running --wait").split() == [
-        "web", "active", "active", "running"]
+    look = "hostname; systemctl is-active nginx mariadb; systemctl is-system-running --wait"
+    assert real_cloud.ssh("web", look).split() == ["web", "active", "active", "running"]
     real_cloud.delete("web")
 
 

@@ -124,31 +124,28 @@ def furnish_app(recipe: Recipe, tree: Path) -> None:
     """
     if recipe.folder is None:
         return
-    if (recipe.folder / "tree").is_dir():
-        shutil.copytree(recipe.folder / "tree", tree, dirs_exist_ok=True)
-    part = tree / "usr/lib/skysail/app"
-    part.mkdir(parents=True)
-    (part / "units").write_text("".join(f"{unit}\n" for unit in recipe.units))
-    for script in ("prepare", "rehearse", "first-boot"):
-        if (recipe.folder / script).is_file():
-            shutil.copy(recipe.folder / script, part)
-            (part / script).chmod(0o755)
-    shutil.copy(APPS / "application", tree / "usr/lib/skysail")
-    (tree / "usr/lib/skysail/application").chmod(0o755)
-    shutil.copy(APPS / "skysail-application.service", tree / "usr/lib/systemd/system")
-    for unit in recipe.units:
-        held = tree / f"etc/systemd/system/{unit}.d/skysail.conf"
-        held.parent.mkdir(parents=True)
-        shutil.copy(APPS / "unit.conf", held)
+    secrets = (*recipe.secrets, "/etc/ssl/certs/ssl-cert-snakeoil.pem")
+    files = {path.relative_to(recipe.folder / "tree"): path for path in (recipe.folder / "tree").rglob("*") if path.is_file()}
+    part = Path("usr/lib/skysail/app")
+    files |= {part / name: recipe.folder / name for name in ("prepare", "first-boot") if (recipe.folder / name).is_file()}
+    files |= {Path("usr/lib/skysail/application"): APPS / "application",
+              Path("usr/lib/systemd/system/skysail-application.service"): APPS / "skysail-application.service"}
+    files |= {Path(f"etc/systemd/system/{unit}.d/skysail.conf"): APPS / "unit.conf" for unit in recipe.units}
+    for name, source in files.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, tree / name)
+        (tree / name).chmod(0o755 if source.read_bytes().startswith(b"#!") else 0o644)
+    for told, lines in (("units", recipe.units), ("secrets", secrets), ("pages", tuple(recipe.pages))):
+        (tree / part / told).write_text("".join(f"{line}\n" for line in lines))
     run(["systemctl", f"--root={tree}", "enable", "skysail-application.service", *recipe.units])
-    if (part / "prepare").is_file():
+    if (tree / part / "prepare").is_file():
         try:
             run([*_ALONE, *_INSIDE, str(tree)], timeout=PREPARE_SECONDS)
         except ProcessFailed as failed:
             raise SkysailError(f"{recipe.blueprint} could not be prepared: "
                                f"{failed.stderr.strip() or failed.what}") from failed
-        (part / "prepare").unlink()
-    for secret in (*recipe.secrets, "/etc/ssl/private/ssl-cert-snakeoil.key", "/etc/ssl/certs/ssl-cert-snakeoil.pem"):
+        (tree / part / "prepare").unlink()
+    for secret in secrets:
         (tree / secret.lstrip("/")).unlink(missing_ok=True)
 
 

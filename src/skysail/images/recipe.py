@@ -1,8 +1,8 @@
 """Recipes: what each image is made of, declared.
 
 An application's recipe is a folder of its own in ``apps``: ``recipe.toml`` (the fields of :class:`Recipe`), ``tree`` (files
-that are laid over the packages'), and shell scripts. ``prepare`` runs inside the tree while the image is built, ``rehearse``
-in the template before it is saved, ``first-boot`` once in each instance; ``apps/application`` says what they find there.
+that are laid over the packages'), and two shell scripts. ``prepare`` runs inside the tree while the image is built,
+``first-boot`` once in each instance, and in the template as a rehearsal; ``apps/application`` says what it finds there.
 """
 
 from __future__ import annotations

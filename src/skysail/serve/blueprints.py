@@ -127,7 +127,7 @@ def prepare(config: Config, image: str, text: str, progress: Callable[[str], Non
     """
     progress(text)
     vcpus = BUNDLES[FIRST_BUNDLE]["cpuCount"]
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(config.agent_socket)), timeout=600) as client:
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(config.agent_socket)), timeout=1800) as client:
         answer = client.post("http://agent/prepare", params={"image": image, "vcpus": vcpus})
     if answer.status_code != 204:
         what, _, cure = answer.text.partition("\n")

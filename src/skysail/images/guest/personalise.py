@@ -291,7 +291,7 @@ def rehearse(route: Route) -> None:
         subprocess.run(["ssh", "-q", "-i", scratch + ".key", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o",
                         "UserKnownHostsFile=/dev/null", user + "@127.0.0.1", "true"], check=True, timeout=120)
     if os.path.exists(APPLICATION):
-        subprocess.run([APPLICATION, "rehearse"], check=True, timeout=240)
+        subprocess.run([APPLICATION, "rehearse"], check=True, timeout=900)
     shutil.rmtree(home)
     shutil.rmtree(scratch)
     for name in (scratch + ".key", scratch + ".key.pub"):
