@@ -18,8 +18,7 @@ from skysail.images.library import Library, Manifest, file_digest
 from skysail.images.published import PUBLISHED
 from skysail.images.recipe import APPS, RECIPES
 from skysail.kit.config import load
-from skysail.kit.errors import ApiError, SkysailError
-from skysail.resources import catalog
+from skysail.kit.errors import SkysailError
 from skysail.serve import blueprints
 
 READY = "test -e /var/lib/skysail/application && echo made || echo not yet"
@@ -74,15 +73,6 @@ def test_secrets_are_made_once(real_cloud: RealCloud) -> None:
     real_cloud.delete("blog", "again")
     for operation in client.delete_instance_snapshot(instanceSnapshotName="kept")["operations"]:
         real_cloud.settled(operation["id"])
-
-
-def test_a_bundle_that_is_too_small_is_refused() -> None:
-    nano, micro = catalog.get_bundle("nano_3_0"), catalog.get_bundle("micro_3_0")
-    with pytest.raises(ApiError, match="redmine needs a bundle with a power of 500 or more, the bundle nano_3_0 has 300"):
-        catalog.check_power("redmine", nano)
-    catalog.check_power("redmine", micro)
-    catalog.check_power("wordpress", nano)
-    catalog.check_power("somebody_elses", nano)
 
 
 def test_blueprints_are_listed_by_what_they_need(tmp_path: Path) -> None:

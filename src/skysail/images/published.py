@@ -1,7 +1,7 @@
 """Images that others publish: where each lies, where its checksum does, and whom its instances are logged in to as.
 
 Nothing of these is taken on trust but the publisher's own list of checksums, fetched over TLS from where the publisher keeps
-it; the image itself may then come from a mirror.
+it. An operator who names a mirror trusts its list instead.
 """
 
 from __future__ import annotations
