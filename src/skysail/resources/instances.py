@@ -94,6 +94,7 @@ class Instances:
         if image["size_gib"] > bundle["diskSizeInGb"]:
             raise invalid_input(f"The blueprint {image['blueprint']} needs a disk of {image['size_gib']} GB, the bundle "
                                 f"{bundle['bundleId']} has {bundle['diskSizeInGb']} GB.", "Choose a larger bundle.")
+        catalog.check_power(image["blueprint"], bundle)
         return {"operations": self.launch(connection, request, bundle, dict(image))}
 
     def launch(self, connection: Connection, request: Request, bundle: dict[str, Any], image: Mapping[str, Any],

@@ -87,6 +87,15 @@ def ssh(config: Config, name: str, command: list[str], region: str = "") -> int:
         return subprocess.call(login(access, Path(folder), command))
 
 
+def ask(config: Config, name: str, command: str) -> tuple[int, str]:
+    """ssh's exit status, and what ``command`` printed in instance ``name``."""
+    access = call(config, "get_instance_access_details", instanceName=name, protocol="ssh")["accessDetails"]
+    with tempfile.TemporaryDirectory(prefix="skysail-ssh-") as folder:
+        done = subprocess.run(login(access, Path(folder), [command]), stdin=subprocess.DEVNULL, capture_output=True,
+                              text=True, check=False)
+    return done.returncode, done.stdout
+
+
 def login(access: dict[str, Any], folder: Path, command: list[str]) -> list[str]:
     """The argument list that runs ``command`` with these access details; their secrets are written into ``folder``, which is
     empty and the caller's own."""
