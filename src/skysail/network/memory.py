@@ -125,9 +125,7 @@ def _ends(tuple_: bytes) -> set[tuple[int, bytes]]:
 def _drain(tracker: socket.socket, sent: int) -> None:
     """Wait until all of a batch was done: its last message is acknowledged, or refused; others are only heard when refused,
     and the kernel answers in order. Each answer quotes the request, so a batch's are never more than it had messages."""
-    heard = 0
-    for kind, message in _answers(tracker):
-        heard += 1
+    for heard, (kind, message) in enumerate(_answers(tracker), 1):
         if heard > sent or (kind == NLMSG_ERROR and struct.unpack_from("=H", message, 26)[0] & NLM_F_ACK):
             return
 
