@@ -9,11 +9,12 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
 
 from skysail.agent.blocks import Blocks
+from skysail.agent.entrance import EntranceKeeper
 from skysail.agent.ledger import Ledger
 from skysail.agent.traffic import Traffic
 from skysail.agent.zones import ZoneKeeper
@@ -21,6 +22,7 @@ from skysail.contract.document import Guest, HostDocument, Port
 from skysail.contract.report import GuestReport, GuestState, HostReport, ImageReport, Inventory
 from skysail.dns import Zones
 from skysail.hypervisor import Hypervisor
+from skysail.ingress import Ingress
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread
 from skysail.network import Fabric
@@ -43,7 +45,8 @@ class Keeper:
     """Holds one host. ``capacity`` carries what the machine has; its lists of guests and images are filled in here."""
 
     def __init__(self, capacity: HostReport, hypervisor: Hypervisor, pool: Pool, shelf: Shelf, fabric: Fabric,
-                 images: Callable[[], list[ImageReport]], ledger: Ledger, traffic: Traffic, zones: Zones) -> None:
+                 images: Callable[[], list[ImageReport]], ledger: Ledger, traffic: Traffic, zones: Zones,
+                 ingress: Sequence[Ingress] = ()) -> None:
         self._hypervisor = hypervisor
         self._pool = pool
         self._shelf = shelf
@@ -53,6 +56,7 @@ class Keeper:
         self._ledger = ledger
         self._traffic = traffic
         self.zones = ZoneKeeper(zones, self._changed)
+        self.entrance = EntranceKeeper(ingress, self._apply_network, self._changed)
         self._report = msgspec.structs.replace(capacity, boot=str(uuid.uuid4()), sequence=0, generation=0)
         self._guests: dict[str, GuestReport] = {}
         self._wanted: dict[str, Guest] = {}
@@ -94,6 +98,7 @@ class Keeper:
         self._report = msgspec.structs.replace(self._report, generation=document.generation)
         self._blocks.take(document)
         self.zones.take(document.zones)
+        self.entrance.take(document)
         for guest in document.guests:
             known = self._wanted.get(guest.id)
             self._wanted[guest.id] = guest
@@ -262,7 +267,8 @@ class Keeper:
             disks, snapshots = self._blocks.reports()
             self._report = msgspec.structs.replace(
                 self._report, sequence=self._report.sequence + 1, guests=tuple(self._guests.values()),
-                images=tuple(self._images()), disks=disks, snapshots=snapshots, zones=self.zones.reports())
+                images=tuple(self._images()), disks=disks, snapshots=snapshots, zones=self.zones.reports(),
+                entrance=self.entrance.report())
             self._news.notify_all()
 
     def report(self) -> HostReport:
@@ -291,7 +297,7 @@ class Keeper:
             running=tuple(sorted(report.id for report in seen if report.state == "running")),
             volumes=tuple(sorted(await self._pool.observe())), ports=tuple(sorted(await self._fabric.observe())),
             snapshots=tuple(await self._shelf.observe()), strays=tuple(await self._hypervisor.strays()),
-            zones=await self.zones.inventory())
+            zones=await self.zones.inventory(), names=await self.entrance.inventory())
 
     def wanted(self) -> dict[str, Guest]:
         """The guests that documents named, as the last one wants them."""

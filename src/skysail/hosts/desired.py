@@ -21,7 +21,7 @@ from skysail.contract.document import (
     Volume,
     Zone,
 )
-from skysail.hosts import plans
+from skysail.hosts import entrance, plans
 from skysail.store.schema import (
     accounts,
     disks,
@@ -53,7 +53,7 @@ def bump_zones(connection: Connection) -> None:
 
 def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
     """The desired document of ``host_id`` at its current generation; ``vault`` opens the zones' signing keys."""
-    generation = connection.execute(select(hosts.c.generation).where(hosts.c.id == host_id)).scalar_one()
+    host = connection.execute(select(hosts).where(hosts.c.id == host_id)).mappings().one()
     tenants = {row.id: row.tenant for row in connection.execute(select(accounts.c.id, accounts.c.tenant))}
     rules: dict[str, list[FirewallRule]] = {}
     for port in connection.execute(select(ports).order_by(ports.c.protocol, ports.c.from_port, ports.c.to_port)):
@@ -75,14 +75,16 @@ def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
             port=Port(id=row["id"], mac=row["mac"], tenant=tenants[row["account_id"]],
                       private_ipv4=row["private_ipv4"], public_ipv4=row["public_ipv4"],
                       public_ipv6=row["public_ipv6"] or "",
-                      firewall=tuple(rules.get(row["instance_id"], ()))),
+                      firewall=tuple(rules.get(row["instance_id"], ())),
+                      ssh_port=(row["ssh_port"] or 0) if host["shared_address"] else 0),
             personality=msgspec.convert(row["personality"], Personality),
             baseline_percent=plans.baseline_percent(row["bundle_id"]))
         for row in connection.execute(
-            select(guests, instances.c.bundle_id).outerjoin(instances, instances.c.id == guests.c.instance_id)
+            select(guests, instances.c.bundle_id, instances.c.ssh_port)
+            .outerjoin(instances, instances.c.id == guests.c.instance_id)
             .where(guests.c.host_id == host_id).order_by(guests.c.id)).mappings())
     return HostDocument(
-        host=host_id, generation=generation, guests=found,
+        host=host_id, generation=host["generation"], guests=found, entrance=entrance.compile(connection, host),
         disks=tuple(Disk(volume=disk_volume(row), role=row["role"], made=row["made"]) for row in stored),
         snapshots=tuple(
             Snapshot(id=row["id"], role=row["role"], guest=row["guest_id"],
@@ -110,13 +112,17 @@ def zones(connection: Connection, vault: Vault) -> Iterator[Zone]:
     """Every zone that name servers shall answer for or let go, by name; aliases are what they point at now."""
     entries: dict[str, dict[tuple[str, str], tuple[int, list[str]]]] = {}
     addresses = _addresses(connection)
+    shared = _shared(connection)
     owners = {row.id: row.account_id for row in connection.execute(select(domains.c.id, domains.c.account_id))}
     columns = (domain_entries.c.domain_id, domain_entries.c.name, domain_entries.c.type, domain_entries.c.ttl,
                domain_entries.c.record, domain_entries.c.alias)
     for domain, name, kind, ttl, record, alias in connection.execute(select(*columns)):
         records = [record] if not alias else addresses.get((owners[domain], alias, kind), [])
+        if kind == "A":
+            records = [shared.get(address, address) for address in records]
         if records:
-            entries.setdefault(domain, {}).setdefault((name, kind), (ttl, []))[1].extend(records)
+            held = entries.setdefault(domain, {}).setdefault((name, kind), (ttl, []))[1]
+            held.extend(one for one in records if one not in held)
     for row in connection.execute(select(domains).order_by(domains.c.name)):
         apex = row.name + "."
         servers = tuple(f"{name}." for name in row.name_servers)
@@ -127,6 +133,13 @@ def zones(connection: Connection, vault: Vault) -> Iterator[Zone]:
             record_sets=() if row.role == "gone" else (
                 RecordSet(name=apex, type="NS", ttl=NAME_SERVER_TTL, records=tuple(sorted(servers))), *sets),
             signing_key=vault.open(row.signing_sealed, f"zone:{row.id}") if row.signing_sealed else "")
+
+
+def _shared(connection: Connection) -> dict[str, str]:
+    """The shared address of each guest that has none of its own in the world, by the one that it has here."""
+    return {row.public_ipv4: row.shared_address for row in connection.execute(
+        select(guests.c.public_ipv4, hosts.c.shared_address).join(hosts, hosts.c.id == guests.c.host_id)
+        .where(hosts.c.shared_address != ""))}
 
 
 def _addresses(connection: Connection) -> dict[tuple[str, str, str], list[str]]:

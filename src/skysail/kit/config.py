@@ -16,6 +16,8 @@ _MAIL = re.compile(r"[^\s@<>]+@[A-Za-z0-9.-]+")
 _HOST_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 # How many user ids guests may take, from ``guest_uid_base`` on.
 GUEST_UIDS = 60_000
+# How many ports of a single address lead to instances' SSH, from ``ssh_ports`` on.
+SSH_PORTS = 9_000
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,6 +32,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ``template_memory`` is how clones come to their template's memory (see ``hypervisor/template.py``).
     ``dns_listen`` and ``dns_port`` say where the name server answers, ``dns_api_port`` where its REST API does on the
     loopback address; ``name_servers`` are the host names that domains are delegated to.
+    ``single_address`` is the machine's only public IPv4 address, which all instances then share: ports 80 and 443 by host
+    name, SSH by ports from ``ssh_ports`` on and by the jump on ``jump_port``. Instances have names below
+    ``instance_domain``, if there is one.
     ``sample_seconds``: how often guests are measured. ``cpu_burst``: whether a guest that spent its credits is held to its
     plan's baseline, as on Lightsail. Notices of alarms go out by the relay ``smtp_host``, from ``mail_from``, and to webhooks
     of the origins in ``webhooks``; ``public_url`` is where their receivers reach this cloud. With a token in
@@ -64,6 +69,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     dns_api_port: int = 5301
     dns_user: str = "skysail-dns"
     name_servers: tuple[str, ...] = ("ns1.skysail.internal", "ns2.skysail.internal")
+    single_address: str = ""
+    instance_domain: str = ""
+    ssh_ports: int = 22000
+    jump_port: int = 2222
+    ingress_user: str = "skysail-ingress"
+    jump_user: str = "skysail-jump"
 
     sample_seconds: float = 60.0
     cpu_burst: bool = False
@@ -86,6 +97,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ValueError("smtp_user needs smtp_security: a password is not sent in the clear")
         if not self.name_servers or not all(_HOST_NAME.fullmatch(name) and len(name) <= 253 for name in self.name_servers):
             raise ValueError("name_servers takes host names such as ns1.example.com, in lower case, without a final dot")
+        if self.single_address and not _is_ipv4(self.single_address):
+            raise ValueError("single_address takes an IPv4 address of this machine")
+        if self.instance_domain and not (_HOST_NAME.fullmatch(self.instance_domain) and len(self.instance_domain) <= 150):
+            raise ValueError("instance_domain takes a domain name such as cloud.example.com, in lower case")
+        if not 1024 <= self.ssh_ports <= 32768 - SSH_PORTS or not 0 < self.jump_port < 65536:
+            raise ValueError(f"ssh_ports takes 1024 to {32768 - SSH_PORTS}, below the ports that this machine itself dials "
+                             "from; jump_port takes a port")
 
     @property
     def root(self) -> Path:
@@ -100,6 +118,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def powerdns(self) -> bool:
         """Whether a PowerDNS answers for the domains, or a simulation."""
         return (self.dns or ("sim" if self.engines == "sim" else "powerdns")) == "powerdns"
+
+    @property
+    def ingress_dir(self) -> Path:
+        return self.root / "ingress"
 
     @property
     def dns_dir(self) -> Path:
@@ -158,6 +180,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def _is_loopback(address: str) -> bool:
     try:
         return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_ipv4(address: str) -> bool:
+    try:
+        return bool(ipaddress.IPv4Address(address))
     except ValueError:
         return False
 

@@ -7,6 +7,8 @@ import os
 import threading
 from collections.abc import Sequence
 
+import msgspec
+
 from skysail.contract.document import FirewallRule, Port
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import run
@@ -45,7 +47,7 @@ class LinuxFabric:
         with self._lock:
             links.ensure_namespace(layout.namespace)
             # Rules come before devices on both sides: there is no moment in which something passes unchecked.
-            self._load("machine", nftables.machine(layout))
+            self._load("machine", nftables.machine(layout, ports))
             links.inside(layout.namespace, lambda: self._inner(ruleset, ports))
             with links.netlink() as ipr:
                 links.ensure_link(ipr, layout)
@@ -93,9 +95,11 @@ class LinuxFabric:
                           FirewallRule(protocol="tcp", from_port=22, to_port=22),
                           FirewallRule(protocol="icmp", from_port=8, to_port=-1),
                           FirewallRule(protocol="icmpv6", from_port=128, to_port=-1)))
+        # Not with the users of a single address, which are made when it comes into use.
+        plain = msgspec.structs.replace(self._layout, single_address="")
         try:
             run(["nft", "--check", "-f", "-"], timeout=20,
-                input=(nftables.machine(self._layout) + nftables.data_plane(self._layout, [sample])).encode())
+                input=(nftables.machine(plain) + nftables.data_plane(plain, [sample])).encode())
         except SkysailError as refused:
             problems.append(f"nftables does not take the ruleset ({refused.what}): "
                             "install nftables 1.0 or newer, and a kernel with nf_tables, nft_nat and nft_fib")

@@ -15,7 +15,18 @@ from typing import Literal
 
 from skysail.contract.document import FirewallRule, Port
 from skysail.kit.errors import SkysailError
-from skysail.network.plan import BRIDGE, GATEWAY_IPV6, UPLINK, Layout, link_local, tap_name, vet
+from skysail.network.plan import (
+    BRIDGE,
+    GATEWAY_IPV6,
+    HTTP_PORT,
+    JUMP_PORT,
+    TLS_PORT,
+    UPLINK,
+    Layout,
+    link_local,
+    tap_name,
+    vet,
+)
 
 TABLE = "skysail"
 ANYWHERE = (("0.0.0.0/0",), ("::/0",))
@@ -44,8 +55,9 @@ def data_plane(layout: Layout, ports: Sequence[Port]) -> str:
                       *_inet(layout, ordered), ""))
 
 
-def machine(layout: Layout) -> str:
-    """The machine's own table: guests pass through the machine to elsewhere, and reach nothing of it."""
+def machine(layout: Layout, ports: Sequence[Port] = ()) -> str:
+    """The machine's own table: guests pass through the machine to elsewhere, and reach nothing of it but what it shares of
+    its address, where that is all that guests have."""
     link, pool, name = f'"{layout.link}"', layout.public_pool, machine_table(layout)
     prefix = layout.public_ipv6
     neighbours = _more(prefix, f"iifname {link} {NEIGHBOURS} accept")
@@ -56,11 +68,12 @@ oifname {link} ip6 saddr {prefix} drop
 iifname {link} ip6 saddr {prefix} accept
 oifname {link} ip6 daddr {prefix} accept""")
     masquerade = _more(layout.masquerades_ipv6, f'oifname != {{ {link}, "lo" }} ip6 saddr {prefix} masquerade')
+    shared = _Shared(layout, ports)
     return "\n".join((*_fresh("inet", name), f"""\
-table inet {name} {{
+table inet {name} {{{shared.chains()}
     # Before any DNAT of the machine's own: what it publishes on its addresses is not for guests.
     chain prerouting {{
-        type filter hook prerouting priority mangle; policy accept;{neighbours}
+        type filter hook prerouting priority mangle; policy accept;{neighbours}{shared.prerouting()}
         iifname {link} fib daddr type != unicast ct state != {{ established, related }} drop
     }}
     # Guests answer the machine, but never speak first.
@@ -71,7 +84,7 @@ table inet {name} {{
     }}
     chain forward {{
         type filter hook forward priority filter - 5; policy accept;
-        iifname != {link} oifname != {link} accept
+        iifname != {link} oifname != {link} accept{shared.forward()}
         iifname {link} oifname {link} drop
         # A cloud's metadata holds the machine's own credentials.
         iifname {link} ip daddr 169.254.0.0/16 drop
@@ -81,10 +94,59 @@ table inet {name} {{
     }}
     chain postrouting {{
         type nat hook postrouting priority srcnat; policy accept;
-        oifname != {link} ip saddr {pool} masquerade{masquerade}
+        oifname != {link} ip saddr {pool} masquerade{masquerade}{shared.postrouting()}
     }}
 }}
 """))
+
+
+class _Shared:
+    """What the machine's table says of a single address; nothing without one."""
+
+    def __init__(self, layout: Layout, ports: Sequence[Port]) -> None:
+        self._layout = layout
+        self._link = f'"{layout.link}"'
+        self._logins = sorted((port.ssh_port, port.public_ipv4) for port in ports if port.ssh_port and port.public_ipv4)
+        self._listeners = {80: HTTP_PORT, 443: TLS_PORT, layout.jump_port: JUMP_PORT}
+
+    def chains(self) -> str:
+        """Its ports lead into the namespace, those of SSH straight to the guests: a login comes from where it came from, and
+        the guest's firewall is the one that it meets."""
+        if not self._layout.single_address:
+            return ""
+        here, namespace = self._layout.single_address, self._layout.namespace_address
+        leads = "".join(f"\n        tcp dport {port} dnat ip to {namespace}:{to}" for port, to in self._listeners.items())
+        logins = ", ".join(f"{port} : {address} . 22" for port, address in self._logins)
+        by_port = f"\n        dnat ip to tcp dport map {{ {logins} }}" if logins else ""
+        return f"""
+    chain shared {{{leads}{by_port}
+    }}
+    chain arriving {{
+        type nat hook prerouting priority dstnat; policy accept;
+        ip daddr {here} jump shared
+    }}
+    chain leaving {{
+        type nat hook output priority -100; policy accept;
+        ip daddr {here} jump shared
+    }}"""
+
+    def prerouting(self) -> str:
+        """Guests reach each other by the shared address as everybody does."""
+        ports = _set(str(port) for port in (*self._listeners, *(port for port, _ in self._logins)))
+        return _more(self._layout.single_address, f"iifname {self._link} ip daddr {self._layout.single_address} "
+                                                  f"tcp dport {ports} accept")
+
+    def forward(self) -> str:
+        listeners = f"tcp dport {_set(map(str, self._listeners.values()))}"
+        namespace = self._layout.namespace_address
+        return _more(self._layout.single_address, f"""\
+oifname {self._link} ip daddr {namespace} {listeners} ct status dnat accept
+iifname {self._link} ip saddr {namespace} ct state {{ established, related }} accept
+iifname {self._link} oifname {self._link} ct status dnat accept""")
+
+    def postrouting(self) -> str:
+        """One guest's way to another by the shared address: back by the machine, too."""
+        return _more(self._layout.single_address, f"iifname {self._link} oifname {self._link} ct status dnat masquerade")
 
 
 def without(family: str, name: str) -> str:
@@ -158,8 +220,16 @@ iifname "{BRIDGE}" ip6 daddr {{ {GATEWAY_IPV6}, {SOLICITED_GATEWAY} }} icmpv6 ty
 iifname "{BRIDGE}" ip6 daddr {{ {GATEWAY_IPV6}, {layout.namespace_ipv6} }} icmpv6 type echo-request accept
 iifname "{UPLINK}" {NEIGHBOURS} accept
 iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request accept""" if layout.public_ipv6 else "")
+    shared = _more(layout.single_address, f"""\
+meta skuid {{ "{layout.ingress_user}", "{layout.jump_user}" }} ip daddr . tcp dport @shared accept
+meta skuid {{ "{layout.ingress_user}", "{layout.jump_user}" }} drop""")
+    entry += _more(layout.single_address, f'iifname "{UPLINK}" ip daddr {layout.namespace_address} '
+                                          f"tcp dport {_set(map(str, (HTTP_PORT, TLS_PORT, JUMP_PORT)))} accept")
+    # What the listeners of a single address may ask guests for: they let in only those whom the guest's firewall lets in.
+    offered = [f"{port.private_ipv4} . {number}" for port in ports for number in (22, 80, 443) if port.sources(number)]
     return [
         f"table inet {TABLE} {{",
+        *(_elements("set shared", "ipv4_addr . inet_service", offered) if layout.single_address else ()),
         *_elements("map inward", "ipv4_addr : ipv4_addr", (f"{port.public_ipv4} : {port.private_ipv4}" for port in ports)),
         *_elements("map outward", "ipv4_addr : ipv4_addr", (f"{port.private_ipv4} : {port.public_ipv4}" for port in ports)),
         *(line for name, lines in sorted(chains.items()) for line in
@@ -214,7 +284,7 @@ iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request acce
     chain firewall {{
         type filter hook postrouting priority srcnat + 10; policy accept;
         oifname != "{BRIDGE}" accept
-        ct state != new accept
+        ct state != new accept{shared}
         ip daddr vmap @firewalls
         ip6 daddr vmap @firewalls6
         drop

@@ -23,6 +23,7 @@ from skysail.api.dispatch import Dispatcher
 from skysail.api.gateway import application
 from skysail.api.tls import Certificates
 from skysail.api.wire import Wire
+from skysail.hosts import entrance
 from skysail.hosts.client import AgentClient
 from skysail.hosts.collector import Collector
 from skysail.hosts.watch import Watch
@@ -31,7 +32,7 @@ from skysail.kit.config import Config, load
 from skysail.notices.smtp import Smtp
 from skysail.notices.webhook import Webhook
 from skysail.operations.engine import Engine
-from skysail.resources import accounts, disks, domains, lifecycle, metering, snapshot_rows
+from skysail.resources import accounts, addresses, disks, domains, lifecycle, metering, snapshot_rows
 from skysail.resources import alarms as alarm_rows
 from skysail.resources.access import Access
 from skysail.resources.alarms import Alarms
@@ -129,6 +130,8 @@ def build(config: Config, clock: Clock | None = None,
     database.migrate()
     with database.transaction() as connection:
         domains.delegate(connection, config.name_servers, clock.now())
+        addresses.number_ssh_ports(connection, config)
+        entrance.configure(connection, HOST, config.single_address, config.instance_domain)
     watches: list[Watch] = []
     generations: list[Any] = []
     loop_of: list[asyncio.AbstractEventLoop] = []

@@ -99,6 +99,11 @@ hosts = Table(
     Column("disk_gib", Integer, nullable=False, default=0),
     Column("accelerator", String(16), nullable=False, default=""),
     Column("seen_at", Float),
+    # The one public address that its guests share, and the domain that their names are below; '' where there is none.
+    Column("shared_address", String(15), nullable=False, default="", server_default=""),
+    Column("instance_domain", String(255), nullable=False, default="", server_default=""),
+    Column("entrance_state", String(16), nullable=False, default="", server_default=""),
+    Column("entrance_reason", String, nullable=False, default="", server_default=""),
 )
 
 images = Table(
@@ -126,7 +131,10 @@ instances = Table(
     Column("key_pair_name", String(255), nullable=False),
     Column("state", String(16), nullable=False),
     Column("created_at", Float, nullable=False),
+    # The port of a shared address that leads to its SSH.
+    Column("ssh_port", Integer),
     Index("ix_instances_listing", "account_id", "region", "name"),
+    Index("uq_instances_ssh_port", "ssh_port", unique=True),
 )
 
 guests = Table(
