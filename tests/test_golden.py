@@ -97,6 +97,11 @@ LAYOUTS = {"default": LAYOUT, "public_prefix": msgspec.structs.replace(LAYOUT, p
            "ipv4_only": msgspec.structs.replace(LAYOUT, public_ipv6="")}
 
 
+# Users that every Debian has, so that nft finds them.
+SHARED = msgspec.structs.replace(LAYOUT, single_address="203.0.113.5", ingress_user="daemon", jump_user="nobody")
+SHARING = tuple(msgspec.structs.replace(one, ssh_port=22000 + number) for number, one in enumerate(PLANES["several_tenants"]))
+
+
 @pytest.mark.parametrize("name", PLANES)
 def test_the_data_planes_ruleset(golden: Golden, name: str) -> None:
     golden(f"nftables/{name}.nft", nftables.data_plane(LAYOUT, PLANES[name]))
@@ -105,6 +110,13 @@ def test_the_data_planes_ruleset(golden: Golden, name: str) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_machines_ruleset(golden: Golden, name: str) -> None:
     golden(f"nftables/machine_{name}.nft", nftables.machine(LAYOUTS[name]))
+
+
+def test_the_rulesets_of_a_single_address(golden: Golden) -> None:
+    golden("nftables/shared.nft", nftables.data_plane(SHARED, SHARING))
+    golden("nftables/machine_shared.nft", nftables.machine(SHARED, SHARING))
+    with pytest.raises(SkysailError, match="SSH port 22000"):
+        nftables.data_plane(SHARED, [msgspec.structs.replace(one, ssh_port=22000) for one in SHARING])
 
 
 def test_without_a_prefix_no_ipv6_passes(golden: Golden) -> None:
@@ -156,5 +168,6 @@ def test_the_network_plan(golden: Golden) -> None:
 def test_every_golden_file_is_held() -> None:
     """A file that no test compares any more is dead weight that looks like proof."""
     held = {*(f"qemu/{name}.txt" for name in MACHINES), *(f"nftables/{name}.nft" for name in PLANES),
-            *(f"nftables/machine_{name}.nft" for name in LAYOUTS), "nftables/ipv4_only.nft", "plan.txt"}
+            *(f"nftables/machine_{name}.nft" for name in LAYOUTS), "nftables/ipv4_only.nft",
+            "nftables/shared.nft", "nftables/machine_shared.nft", "plan.txt"}
     assert {str(path.relative_to(GOLDEN)) for path in GOLDEN.rglob("*") if path.is_file()} == held

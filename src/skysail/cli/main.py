@@ -84,9 +84,11 @@ def launch(name: str, *, blueprint: str = "debian_12", bundle: str = "nano_3_0",
 @app.command(name="list")
 def list_instances(*, json: Json = False) -> None:
     """Every instance."""
-    found = customer.instances(configuration.load())
+    config = configuration.load()
+    found = customer.listed(config)
+    port = ["ssh port"] if config.single_address else []
     show.as_json(found) if json else show.table(
-        [customer.summary(instance) for instance in found], ["name", "state", "address", "blueprint", "bundle"])
+        [customer.summary(instance) for instance in found], ["name", "state", "address", *port, "blueprint", "bundle"])
 
 
 @app.command
