@@ -12,7 +12,7 @@ import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import asyncssh
@@ -25,16 +25,19 @@ from cryptography.x509.oid import NameOID
 
 import stage as staged
 from clouds import eventually, taken_slot
+from skysail.agent.entrance import EntranceKeeper
 from skysail.contract.document import (
     Entrance,
     FirewallRule,
     Guest,
+    HostDocument,
     HostName,
     JumpAccount,
     Personality,
     Port,
     Volume,
 )
+from skysail.contract.report import EntranceReport
 from skysail.ingress import Ingress
 from skysail.kit.config import Config
 from skysail.network.plan import Layout
@@ -311,6 +314,39 @@ def test_one_that_was_killed_comes_back_with_all(place: Place) -> None:
         asyncio.run(listener.apply(place.entrance, place.guests))
         assert listener.alive() and pid_of(place, word) != former
     assert "web-10\n" in ask(place.stage.world, "ten.example.com")
+
+
+def test_the_agent_starts_again_what_died_and_ends_what_is_not_wanted(place: Place) -> None:
+    async def nothing() -> None:
+        pass
+
+    async def scene() -> None:
+        keeper = EntranceKeeper(place.listeners, nothing, nothing)
+        document = HostDocument(host="h", generation=1, guests=GUESTS, entrance=Entrance(names=NAMES))
+        keeper.take(document)
+        work = asyncio.create_task(keeper.run())
+
+        async def until(true: Callable[[], bool]) -> None:
+            async with asyncio.timeout(30):
+                while not true():
+                    await asyncio.sleep(0.02)
+
+        await until(lambda: keeper.report() == EntranceReport(state="served"))
+        assert set(await keeper.inventory()) == {one.name for one in NAMES}
+        former = pid_of(place, "haproxy/haproxy-")
+        os.kill(former, signal.SIGKILL)
+        await until(lambda: not place.listeners[0].alive())
+        async with asyncio.timeout(30):
+            while not await keeper.inventory():
+                await asyncio.sleep(0.02)
+        assert pid_of(place, "haproxy/haproxy-") != former
+        assert "web-10\n" in await asyncio.to_thread(ask, place.stage.world, "ten.example.com")
+        keeper.take(msgspec.structs.replace(document, entrance=None))
+        await until(lambda: not any(one.alive() for one in place.listeners))
+        assert keeper.report() is None
+        work.cancel()
+
+    asyncio.run(scene())
 
 
 def test_another_agent_finds_them_again(place: Place) -> None:
