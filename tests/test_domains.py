@@ -22,6 +22,7 @@ from clouds import Cloud, eventually, running_cloud
 from name_servers import NameServer, free_port
 from skysail.cli.main import main
 from skysail.hosts import desired
+from skysail.hosts.zones import ZoneCompiler
 from skysail.inspect.verify import verify
 from skysail.kit.config import load
 from skysail.kit.errors import SkysailError
@@ -328,7 +329,7 @@ def test_hosts_get_a_document_when_what_an_alias_follows_moves_on_another(tmp_pa
         domains.replace_entries(connection, row, [Entry("a.example.com", "A", "web-1", alias="web-1")], 100.0)
         desired.bump(connection, "one")
         assert generations() == [6, 5]
-        assert [one.name for one in next(desired.zones(connection, Vault(bytes(32)))).record_sets] == ["example.com."]
+        assert [one.name for one in next(ZoneCompiler().zones(connection, Vault(bytes(32)))).record_sets] == ["example.com."]
     database.close()
 
 
@@ -341,7 +342,7 @@ def test_a_database_from_before_domains_gets_their_tables(tmp_path: Path) -> Non
         connection.exec_driver_sql("PRAGMA user_version = 2")
     database.migrate()
     with database.transaction(write=False) as connection:
-        assert [*desired.zones(connection, Vault(bytes(32)))] == []
+        assert [*ZoneCompiler().zones(connection, Vault(bytes(32)))] == []
     database.close()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import msgspec
 from sqlalchemy import Connection, RowMapping, or_, select, update
 
@@ -16,27 +14,22 @@ from skysail.contract.document import (
     Origin,
     Personality,
     Port,
-    RecordSet,
     Snapshot,
     Volume,
-    Zone,
 )
 from skysail.hosts import entrance, plans
+from skysail.hosts.zones import ZoneCompiler
 from skysail.store.schema import (
     accounts,
     disks,
     domain_entries,
-    domains,
     guests,
     hosts,
     instances,
     ports,
     snapshots,
-    static_ips,
 )
 from skysail.store.vault import Vault
-
-NAME_SERVER_TTL = 3600
 
 
 def bump(connection: Connection, host_id: str) -> None:
@@ -51,8 +44,9 @@ def bump_zones(connection: Connection) -> None:
     connection.execute(update(hosts).values(generation=hosts.c.generation + 1))
 
 
-def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
-    """The desired document of ``host_id`` at its current generation; ``vault`` opens the zones' signing keys."""
+def compile(connection: Connection, host_id: str, vault: Vault, zones: ZoneCompiler | None = None) -> HostDocument:
+    """The desired document of ``host_id`` at its current generation; ``vault`` opens the zones' signing keys. ``zones`` keeps
+    those that do not change from one document to the next."""
     host = connection.execute(select(hosts).where(hosts.c.id == host_id)).mappings().one()
     tenants = {row.id: row.tenant for row in connection.execute(select(accounts.c.id, accounts.c.tenant))}
     rules: dict[str, list[FirewallRule]] = {}
@@ -91,7 +85,7 @@ def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
                      volumes=msgspec.convert(row["volumes"], tuple[Volume, ...]))
             for row in connection.execute(select(snapshots).where(snapshots.c.host_id == host_id).order_by(snapshots.c.id))
             .mappings()),
-        zones=tuple(zones(connection, vault)))
+        zones=tuple((zones or ZoneCompiler()).zones(connection, vault)))
 
 
 def system_volume(guest: RowMapping) -> Volume:
@@ -106,51 +100,3 @@ def disk_volume(disk: RowMapping) -> Volume:
 
 def _origin(row: RowMapping) -> Origin | None:
     return msgspec.convert(row["origin"], Origin | None)
-
-
-def zones(connection: Connection, vault: Vault) -> Iterator[Zone]:
-    """Every zone that name servers shall answer for or let go, by name; aliases are what they point at now."""
-    entries: dict[str, dict[tuple[str, str], tuple[int, list[str]]]] = {}
-    addresses = _addresses(connection)
-    shared = _shared(connection)
-    owners = {row.id: row.account_id for row in connection.execute(select(domains.c.id, domains.c.account_id))}
-    columns = (domain_entries.c.domain_id, domain_entries.c.name, domain_entries.c.type, domain_entries.c.ttl,
-               domain_entries.c.record, domain_entries.c.alias)
-    for domain, name, kind, ttl, record, alias in connection.execute(select(*columns)):
-        records = [record] if not alias else addresses.get((owners[domain], alias, kind), [])
-        if kind == "A":
-            records = [shared.get(address, address) for address in records]
-        if records:
-            held = entries.setdefault(domain, {}).setdefault((name, kind), (ttl, []))[1]
-            held.extend(one for one in records if one not in held)
-    for row in connection.execute(select(domains).order_by(domains.c.name)):
-        apex = row.name + "."
-        servers = tuple(f"{name}." for name in row.name_servers)
-        sets = [RecordSet(name=name + ".", type=kind, ttl=ttl, records=tuple(sorted(records)))
-                for (name, kind), (ttl, records) in sorted(entries.get(row.id, {}).items())]
-        yield Zone(
-            id=row.id, name=apex, role=row.role, serial=row.serial, primary=servers[0], hostmaster=f"hostmaster.{apex}",
-            record_sets=() if row.role == "gone" else (
-                RecordSet(name=apex, type="NS", ttl=NAME_SERVER_TTL, records=tuple(sorted(servers))), *sets),
-            signing_key=vault.open(row.signing_sealed, f"zone:{row.id}") if row.signing_sealed else "")
-
-
-def _shared(connection: Connection) -> dict[str, str]:
-    """The shared address of each guest that has none of its own in the world, by the one that it has here."""
-    return {row.public_ipv4: row.shared_address for row in connection.execute(
-        select(guests.c.public_ipv4, hosts.c.shared_address).join(hosts, hosts.c.id == guests.c.host_id)
-        .where(hosts.c.shared_address != ""))}
-
-
-def _addresses(connection: Connection) -> dict[tuple[str, str, str], list[str]]:
-    """What an alias may point at, by account, name and type of record: public addresses of instances, and static IPs."""
-    found: dict[tuple[str, str, str], list[str]] = {}
-    for row in connection.execute(
-            select(instances.c.account_id, instances.c.name, guests.c.public_ipv4, guests.c.public_ipv6)
-            .join(guests, guests.c.instance_id == instances.c.id)):
-        found[row.account_id, row.name, "A"] = [row.public_ipv4]
-        if row.public_ipv6:
-            found[row.account_id, row.name, "AAAA"] = [row.public_ipv6]
-    for row in connection.execute(select(static_ips)):
-        found[row.account_id, row.name, "A"] = [row.ipv4]
-    return found

@@ -14,6 +14,7 @@ from skysail.contract.document import HostDocument
 from skysail.contract.report import HostReport
 from skysail.hosts import desired
 from skysail.hosts.client import AgentClient
+from skysail.hosts.zones import ZoneCompiler
 from skysail.kit.clock import Clock
 from skysail.store.database import Database
 from skysail.store.schema import disks, domains, guests, hosts, images, snapshots, zone_reports
@@ -36,6 +37,7 @@ class Watch:
         self._database = database
         self._clock = clock
         self._vault = vault
+        self._zones = ZoneCompiler()
         self._observed = observed
         self._changed = asyncio.Event()
         self._changed.set()
@@ -83,7 +85,7 @@ class Watch:
         with self._database.transaction(write=False) as connection:
             generation = connection.execute(
                 select(hosts.c.generation).where(hosts.c.id == self._host_id)).scalar_one()
-            return desired.compile(connection, self._host_id, self._vault) if generation > sent else None
+            return desired.compile(connection, self._host_id, self._vault, self._zones) if generation > sent else None
 
     def _overtake(self) -> None:
         # After a restored database our generation may be behind the agent's; the rows are the truth, so move ahead.
