@@ -17,7 +17,7 @@ from skysail.contract.document import (
     Snapshot,
     Volume,
 )
-from skysail.hosts import entrance, plans
+from skysail.hosts import entrance, plans, reverse
 from skysail.hosts.zones import ZoneCompiler
 from skysail.store.schema import (
     accounts,
@@ -27,16 +27,19 @@ from skysail.store.schema import (
     hosts,
     instances,
     ports,
+    reverse_zones,
     snapshots,
 )
 from skysail.store.vault import Vault
 
 
 def bump(connection: Connection, host_id: str) -> None:
-    """The host's document changed: give it the next generation. Where there are aliases, every host's did: they may follow
-    what changed."""
+    """The host's document changed: give it the next generation. Where there are aliases or reverse zones, every host's did:
+    they may follow what changed."""
     aliases = select(domain_entries.c.id).where(domain_entries.c.alias != "").exists()
-    connection.execute(update(hosts).where(or_(hosts.c.id == host_id, aliases)).values(generation=hosts.c.generation + 1))
+    reversed_ = select(reverse_zones.c.id).exists()
+    connection.execute(update(hosts).where(or_(hosts.c.id == host_id, aliases, reversed_)).values(
+        generation=hosts.c.generation + 1))
 
 
 def bump_zones(connection: Connection) -> None:
@@ -85,7 +88,7 @@ def compile(connection: Connection, host_id: str, vault: Vault, zones: ZoneCompi
                      volumes=msgspec.convert(row["volumes"], tuple[Volume, ...]))
             for row in connection.execute(select(snapshots).where(snapshots.c.host_id == host_id).order_by(snapshots.c.id))
             .mappings()),
-        zones=tuple((zones or ZoneCompiler()).zones(connection, vault)))
+        zones=(*(zones or ZoneCompiler()).zones(connection, vault), *reverse.zones(connection)))
 
 
 def system_volume(guest: RowMapping) -> Volume:

@@ -17,7 +17,7 @@ from skysail.hosts.client import AgentClient
 from skysail.hosts.zones import ZoneCompiler
 from skysail.kit.clock import Clock
 from skysail.store.database import Database
-from skysail.store.schema import disks, domains, guests, hosts, images, snapshots, zone_reports
+from skysail.store.schema import disks, domains, guests, hosts, images, reverse_zones, snapshots, zone_reports
 from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,8 @@ def _write_zones(connection: Connection, host_id: str, report: HostReport) -> No
     """Only what changed is written: a report comes with every guest's news, and zones may be many."""
     held = {row["domain_id"]: row for row in connection.execute(
         select(zone_reports).where(zone_reports.c.host_id == host_id)).mappings()}
-    known = set(connection.execute(select(domains.c.id)).scalars()) if report.zones or held else set()
+    known = {identifier for table in (domains, reverse_zones) if report.zones or held
+             for identifier in connection.execute(select(table.c.id)).scalars()}
     for zone in report.zones:
         values = {"state": zone.state, "serial": zone.serial, "ds": list(zone.ds), "reason": zone.reason}
         row = held.get(zone.id)

@@ -39,7 +39,7 @@ class ZoneCompiler:
     def zones(self, connection: Connection, vault: Vault) -> Iterator[Zone]:
         """Every zone that name servers shall answer for or let go, by name; aliases are what they point at now. ``vault``
         opens signing keys."""
-        addresses, shared = _addresses(connection), _shared(connection)
+        addresses, shared = addresses_of(connection), _shared(connection)
         former, self._made = self._made, {}
         for row in connection.execute(select(domains).order_by(domains.c.name)).mappings().all():
             held = former.get(row["id"])
@@ -86,7 +86,7 @@ def _shared(connection: Connection) -> dict[str, str]:
         .where(hosts.c.shared_address != ""))}
 
 
-def _addresses(connection: Connection) -> Addresses:
+def addresses_of(connection: Connection) -> Addresses:
     """What an alias may point at, by account, name and type of record: public addresses of instances, and static IPs."""
     found: Addresses = {}
     for row in connection.execute(

@@ -14,6 +14,7 @@ from skysail.kit.errors import SkysailError
 
 _MAIL = re.compile(r"[^\s@<>]+@[A-Za-z0-9.-]+")
 _HOST_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_REVERSE_ZONE = re.compile(r"(\d{1,3}\.){1,3}in-addr\.arpa|([0-9a-f]\.){1,31}ip6\.arpa")
 # How many user ids guests may take, from ``guest_uid_base`` on.
 GUEST_UIDS = 60_000
 # How many ports of a single address lead to instances' SSH, from ``ssh_ports`` on.
@@ -32,6 +33,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ``template_memory`` is how clones come to their template's memory (see ``hypervisor/template.py``).
     ``dns_listen`` and ``dns_port`` say where the name server answers, ``dns_api_port`` where its REST API does on the
     loopback address; ``name_servers`` are the host names that domains are delegated to.
+    ``reverse_zones`` are those zones of addresses' names that were delegated to them.
     ``single_address`` is the machine's only public IPv4 address, which all instances then share: ports 80 and 443 by host
     name, SSH by ports from ``ssh_ports`` on and by the jump on ``jump_port``. Instances have names below
     ``instance_domain``, if there is one.
@@ -69,6 +71,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     dns_api_port: int = 5301
     dns_user: str = "skysail-dns"
     name_servers: tuple[str, ...] = ("ns1.skysail.internal", "ns2.skysail.internal")
+    reverse_zones: tuple[str, ...] = ()
     single_address: str = ""
     instance_domain: str = ""
     ssh_ports: int = 22000
@@ -97,6 +100,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ValueError("smtp_user needs smtp_security: a password is not sent in the clear")
         if not self.name_servers or not all(_HOST_NAME.fullmatch(name) and len(name) <= 253 for name in self.name_servers):
             raise ValueError("name_servers takes host names such as ns1.example.com, in lower case, without a final dot")
+        if not all(_REVERSE_ZONE.fullmatch(name) for name in self.reverse_zones):
+            raise ValueError("reverse_zones takes zones such as 113.0.203.in-addr.arpa or 8.b.d.0.1.0.0.2.ip6.arpa")
         if self.single_address and not _is_ipv4(self.single_address):
             raise ValueError("single_address takes an IPv4 address of this machine")
         if self.instance_domain and not (_HOST_NAME.fullmatch(self.instance_domain) and len(self.instance_domain) <= 150):
@@ -118,6 +123,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def powerdns(self) -> bool:
         """Whether a PowerDNS answers for the domains, or a simulation."""
         return (self.dns or ("sim" if self.engines == "sim" else "powerdns")) == "powerdns"
+
+    @property
+    def naming_domain(self) -> str:
+        """The domain below which addresses have names that have no other: that of the instances, else that of the name
+        servers."""
+        return self.instance_domain or self.name_servers[0].partition(".")[2]
 
     @property
     def ingress_dir(self) -> Path:

@@ -23,6 +23,7 @@ from skysail.store.schema import (
     metadata,
     meters,
     operations,
+    reverse_zones,
     sample_cursors,
     snapshots,
     static_ips,
@@ -91,6 +92,10 @@ def _shared_address(connection: Connection) -> None:
     next(index for index in instances.indexes if index.unique).create(connection, checkfirst=True)
 
 
+def _reverse_zones(connection: Connection) -> None:
+    reverse_zones.create(connection, checkfirst=True)
+
+
 def _add_columns(connection: Connection, table: str, columns: Iterable[tuple[str, str]]) -> None:
     """Those columns that a database made by this version does not have from its foundation on."""
     held = {row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({table})")}
@@ -101,7 +106,7 @@ def _add_columns(connection: Connection, table: str, columns: Iterable[tuple[str
 
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts,
-    _metrics, _disks_and_snapshots, _shared_address)
+    _metrics, _disks_and_snapshots, _shared_address, _reverse_zones)
 
 
 def upgrade(connection: Connection) -> int:

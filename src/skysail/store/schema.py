@@ -277,6 +277,18 @@ domain_entries = Table(
     Index("ix_domain_entries_listing", "domain_id", "name", "type"),
 )
 
+# Zones with the names of addresses, as the operator's configuration has them. ``domain``: what is above the name of an
+# address that no domain leads to.
+reverse_zones = Table(
+    "reverse_zones", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", String(255), nullable=False, unique=True),
+    Column("role", String(8), nullable=False),
+    Column("serial", Integer, nullable=False),
+    Column("name_servers", JSON, nullable=False),
+    Column("domain", String(255), nullable=False),
+)
+
 zone_reports = Table(
     "zone_reports", metadata,
     Column("host_id", ForeignKey("hosts.id"), primary_key=True),
