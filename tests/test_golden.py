@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -139,6 +141,48 @@ def test_the_order_of_ports_and_rules_does_not_change_the_ruleset() -> None:
 def test_a_port_that_cannot_be_written_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(SkysailError):
         nftables.data_plane(LAYOUT, [msgspec.structs.replace(port(10, 1), **wrong), port(11, 1)])
+
+
+def in_force(*texts: str) -> list[str]:
+    """What the kernel has when these are loaded one after the other, in no order, without its numbers."""
+    script = 'for text; do printf %s "$text" | nft -f -; done; nft -j list ruleset'
+    done = subprocess.run(["unshare", "--net", "sh", "-ec", script, "sh", *texts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    def plain(item: dict[str, Any]) -> dict[str, Any]:
+        (kind, value), = item.items()
+        value = {key: found for key, found in value.items() if key != "handle"}
+        if isinstance(value.get("elem"), list):
+            value["elem"] = sorted(value["elem"], key=json.dumps)
+        return {kind: value}
+
+    return sorted(json.dumps(plain(item)) for item in json.loads(done.stdout)["nftables"])
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("layout", [LAYOUT, LAYOUTS["ipv4_only"], SHARED], ids=["default", "ipv4_only", "shared"])
+@pytest.mark.parametrize(("before", "after"), [
+    ((DEFAULTS, DEFAULTS), (DEFAULTS, (*DEFAULTS, rule("tcp", 443, 443)))),
+    ((DEFAULTS, (rule("tcp", 443, 443),)), (DEFAULTS, DEFAULTS)),
+    ((DEFAULTS, DEFAULTS), ((), ())),
+    (((), (rule("all", 0, 65535),)), ((rule("udp", 53, 53, "192.0.2.0/24", "2001:db8::/32"),), ())),
+    ((DEFAULTS, (rule("icmp", 8, 0),)), ((rule("icmp", 8, 0),), (rule("icmpv6", 128, 0),))),
+])
+def test_a_change_of_firewalls_leads_to_what_the_whole_ruleset_says(
+        layout: Layout, before: tuple[tuple[FirewallRule, ...], ...], after: tuple[tuple[FirewallRule, ...], ...]) -> None:
+    former, wanted = ([port(10 + number, 1, *rules) for number, rules in enumerate((*some, DEFAULTS))]
+                      for some in (before, after))
+    change = nftables.firewall_changes(layout, former, wanted)
+    assert change is not None
+    assert in_force(nftables.data_plane(layout, former), change) == in_force(nftables.data_plane(layout, wanted))
+    assert nftables.firewall_changes(layout, former, former) == ""
+
+
+def test_more_than_firewalls_is_no_change_of_firewalls() -> None:
+    ports = [port(10, 1, *DEFAULTS), port(11, 1)]
+    for other in (ports[:1], [*ports, port(12, 1)], [], [ports[0], msgspec.structs.replace(ports[1], tenant=2)],
+                  [ports[0], msgspec.structs.replace(ports[1], public_ipv4="100.115.93.99")]):
+        assert nftables.firewall_changes(LAYOUT, ports, other) is None
 
 
 @pytest.mark.real

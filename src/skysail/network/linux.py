@@ -22,7 +22,9 @@ class LinuxFabric:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._lock = threading.Lock()  # held by the thread: work goes on when the task that asked for it is cancelled
-        self._loaded: dict[str, tuple[str, int]] = {}
+        # What each table was made of, and the kernel's generation of rules since then.
+        self._loaded: dict[str, tuple[object, int]] = {}
+        self._ports: list[Port] | None = None  # as they were last applied
 
     async def apply(self, ports: Sequence[Port]) -> None:
         """See :class:`skysail.network.Fabric`. Raises SkysailError; then the rules are the former ones."""
@@ -43,21 +45,50 @@ class LinuxFabric:
 
     def _apply(self, ports: list[Port]) -> None:
         layout = self._layout
-        ruleset = nftables.data_plane(layout, ports)
         with self._lock:
+            if self._change_firewalls(ports):
+                return
+            ruleset = nftables.data_plane(layout, ports)
+            self._ports = None
             links.ensure_namespace(layout.namespace)
             # Rules come before devices on both sides: there is no moment in which something passes unchecked.
-            self._load("machine", nftables.machine(layout, ports))
+            machine = nftables.machine(layout, ports)
+            self._load("machine", machine, machine)
             links.inside(layout.namespace, lambda: self._inner(ruleset, ports))
             with links.netlink() as ipr:
                 links.ensure_link(ipr, layout)
                 links.inside(layout.namespace, self._uplink)
                 links.ensure_routes(ipr, layout)
+            self._ports = ports
+
+    def _change_firewalls(self, ports: list[Port]) -> bool:
+        """Where only firewalls differ from what was applied, load what differs; says whether that was all. The devices are
+        looked at again with the next whole pass, which is made at the latest when it is asked for without a difference."""
+        if self._ports is None or ports == self._ports:
+            return False
+        text = nftables.firewall_changes(self._layout, self._ports, ports)
+        if text is None:
+            return False
+
+        def load() -> bool:
+            if self._loaded["namespace"][1] != links.generation():
+                return False  # somebody else changed rules: what there is now is not what this change starts from
+            links.load(text)
+            self._loaded["namespace"] = (tuple(ports), links.generation())
+            return True
+
+        try:
+            if not links.inside(self._layout.namespace, load):
+                return False
+        except (OSError, SkysailError):
+            return False  # the whole ruleset says what is wrong, or puts it right
+        self._ports = ports
+        return True
 
     def _inner(self, ruleset: str, ports: list[Port]) -> None:
         for path, value in links.NAMESPACE_SETTINGS.items():
             links.write_setting(path, value)
-        self._load("namespace", ruleset)
+        self._load("namespace", tuple(ports), ruleset)
         with links.netlink() as ipr:
             links.ensure_bridge(ipr, self._layout)
             links.ensure_taps(ipr, self._layout, ports)
@@ -66,11 +97,12 @@ class LinuxFabric:
         with links.netlink() as ipr:
             links.ensure_uplink(ipr, self._layout)
 
-    def _load(self, where: str, ruleset: str) -> None:
-        """Load what is not loaded yet. The kernel's generation tells whether anyone changed rules since we did."""
-        if self._loaded.get(where) != (ruleset, links.generation()):
+    def _load(self, where: str, origin: object, ruleset: str) -> None:
+        """Load what is not loaded yet: the ruleset, which was made of ``origin``. The kernel's generation tells whether
+        anyone changed rules since we did."""
+        if self._loaded.get(where) != (origin, links.generation()):
             links.load(ruleset)
-            self._loaded[where] = (ruleset, links.generation())
+            self._loaded[where] = (origin, links.generation())
 
     def _open(self, port: Port) -> int:
         try:
@@ -122,3 +154,4 @@ class LinuxFabric:
             links.load(nftables.without("inet", nftables.machine_table(self._layout)))
             links.remove_namespace(self._layout.namespace)
             self._loaded.clear()
+            self._ports = None

@@ -11,7 +11,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
-from typing import Literal
+
+import msgspec
 
 from skysail.contract.document import FirewallRule, Port
 from skysail.kit.errors import SkysailError
@@ -149,6 +150,49 @@ iifname {self._link} oifname {self._link} ct status dnat accept""")
         return _more(self._layout.single_address, f"iifname {self._link} oifname {self._link} ct status dnat masquerade")
 
 
+def firewall_changes(layout: Layout, former: Sequence[Port], ports: Sequence[Port]) -> str | None:
+    """What leads from the ruleset of ``former`` to that of ``ports`` where nothing but firewalls differs, in one transaction
+    as well: it costs what changed, however many guests there are. None where more differs."""
+    before, after = ({port.id: port for port in some} for some in (former, ports))
+    if before.keys() != after.keys() or any(
+            msgspec.structs.replace(before[key], firewall=after[key].firewall) != after[key] for key in after):
+        return None
+    changed = [key for key in after if before[key].firewall != after[key].firewall]
+    held, wanted = _chains(layout, former), _chains(layout, ports)
+    lines = []
+    for name in sorted(wanted.keys() - held.keys()):
+        lines += [f"add chain inet {TABLE} {name}", *(f"add rule inet {TABLE} {name} {line}" for line in wanted[name])]
+    for command, some in (("delete", before), ("add", after)):
+        for element in (line for key in changed for line in _entries(layout, some[key])):
+            lines.append(f"{command} element inet {TABLE} {element}")
+    for name in sorted(held.keys() - wanted.keys()):
+        lines += [f"flush chain inet {TABLE} {name}", f"delete chain inet {TABLE} {name}"]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _chains(layout: Layout, ports: Sequence[Port]) -> dict[str, tuple[str, ...]]:
+    """The chains of all firewalls. Guests with the same rules share one: a host of a thousand default firewalls has one."""
+    firewalls = {port.firewall: None for port in ports}
+    firewalls6 = {port.firewall: None for port in ports if layout.public_ipv6 and port.public_ipv6}
+    return {_chain_name(lines): lines for version, some in ((4, firewalls), (6, firewalls6)) for rules in some
+            if (lines := _openings(rules, version))}
+
+
+def _entries(layout: Layout, port: Port) -> Iterable[str]:
+    """What a port's firewall puts into sets and maps."""
+    for name, address, version in (("firewalls", port.private_ipv4, 4), ("firewalls6", port.public_ipv6, 6)):
+        if address and (version == 4 or layout.public_ipv6) and (lines := _openings(port.firewall, version)):
+            yield f"{name} {{ {address} : jump {_chain_name(lines)} }}"
+    if layout.single_address:
+        yield from (f"shared {{ {element} }}" for element in _offered(port))
+
+
+def _offered(port: Port) -> list[str]:
+    """What the listeners of a single address may ask a guest for: they see to it that only those come in whom its firewall
+    lets in."""
+    return [f"{port.private_ipv4} . {number}" for number in (22, 80, 443) if port.sources(number)]
+
+
 def without(family: str, name: str) -> str:
     """The text that removes a table, whether it is there or not."""
     return "\n".join((*_fresh(family, name), ""))
@@ -213,8 +257,7 @@ iifname . ether saddr . arp saddr ether . arp saddr ip @senders accept{ipv6}
 def _inet(layout: Layout, ports: Sequence[Port]) -> list[str]:
     openings = {port.private_ipv4: _openings(port.firewall, 4) for port in ports}
     openings6 = {port.public_ipv6: _openings(port.firewall, 6) for port in ports if layout.public_ipv6 and port.public_ipv6}
-    # Guests with the same rules share a chain: a host of a thousand default firewalls has one.
-    chains = {_chain_name(lines): lines for lines in (*openings.values(), *openings6.values()) if lines}
+    chains = _chains(layout, ports)
     entry = _more(layout.public_ipv6, f"""\
 iifname "{BRIDGE}" ip6 daddr {{ {GATEWAY_IPV6}, {SOLICITED_GATEWAY} }} icmpv6 type nd-neighbor-solicit accept
 iifname "{BRIDGE}" ip6 daddr {{ {GATEWAY_IPV6}, {layout.namespace_ipv6} }} icmpv6 type echo-request accept
@@ -225,8 +268,7 @@ meta skuid {{ "{layout.ingress_user}", "{layout.jump_user}" }} ip daddr . tcp dp
 meta skuid {{ "{layout.ingress_user}", "{layout.jump_user}" }} drop""")
     entry += _more(layout.single_address, f'iifname "{UPLINK}" ip daddr {layout.namespace_address} '
                                           f"tcp dport {_set(map(str, (HTTP_PORT, TLS_PORT, JUMP_PORT)))} accept")
-    # What the listeners of a single address may ask guests for: they let in only those whom the guest's firewall lets in.
-    offered = [f"{port.private_ipv4} . {number}" for port in ports for number in (22, 80, 443) if port.sources(number)]
+    offered = [element for port in ports for element in _offered(port)]
     return [
         f"table inet {TABLE} {{",
         *(_elements("set shared", "ipv4_addr . inet_service", offered) if layout.single_address else ()),
@@ -306,7 +348,7 @@ def _chain_name(lines: Sequence[str]) -> str:
     return "rules_" + hashlib.blake2b("\n".join(lines).encode(), digest_size=5).hexdigest()
 
 
-def _openings(rules: Iterable[FirewallRule], version: Literal[4, 6]) -> tuple[str, ...]:
+def _openings(rules: Iterable[FirewallRule], version: int) -> tuple[str, ...]:
     """What one guest's chain says of one version of IP. Rules of one protocol and source are one line; neither its
     addresses nor its ports overlap within a line, as nft would refuse that, and lines may overlap freely."""
     merged: defaultdict[tuple[str, tuple[str, ...]], set[tuple[int, int]]] = defaultdict(set)
