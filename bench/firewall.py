@@ -2,8 +2,8 @@
 
 The data plane is the real one, on the stage of namespaces that the tests use, with a port for each instance and one guest
 that answers. Measured is the time from the port list that the agent hands to its fabric until the rules are in force and the
-call returns. The peer is nft itself with the ruleset that Skysail would load for the same ports, as a whole: what a firewall
-that is written as a file costs, its text not counted. The two take turns. A guest is asked, at the end, whether the rules act.
+call returns. The peer is nft with the ruleset that Skysail would load for the same ports, as a whole: what a firewall that
+is written as a file costs, its text not counted. The two take turns. A guest is asked, at the end, whether the rules act.
 """
 
 from __future__ import annotations

@@ -70,11 +70,12 @@ def _domain_names(connection: Connection, found: Iterable[RowMapping]) -> Mappin
     several addresses of a name the first leads."""
     by_name, by_address, by_instance = {}, {}, {}
     for row in found:
-        by_name[row["account_id"], row["name"]] = by_address[row["account_id"], row["public_ipv4"]] = row["guest_id"]
+        by_name[row["account_id"], row["region"], row["name"]] = row["guest_id"]
+        by_address[row["account_id"], row["public_ipv4"]] = row["guest_id"]
         by_instance[row["id"]] = row["guest_id"]
     for static in connection.execute(select(static_ips)):
         if static.instance_id in by_instance:
-            by_name[static.account_id, static.name] = by_instance[static.instance_id]
+            by_name[static.account_id, static.region, static.name] = by_instance[static.instance_id]
     direct: dict[str, str] = {}
     chained: dict[str, str] = {}
     for entry in connection.execute(
@@ -84,8 +85,8 @@ def _domain_names(connection: Connection, found: Iterable[RowMapping]) -> Mappin
         if entry.type == "CNAME":
             chained[entry.name] = entry.record.removesuffix(".")
             continue
-        known, key = (by_name, entry.alias) if entry.alias else (by_address, entry.record)
-        guest = known.get((entry.account_id, key))
+        guest = by_name.get((entry.account_id, entry.alias_region, entry.alias)) if entry.alias else \
+            by_address.get((entry.account_id, entry.record))
         if guest is not None:
             direct.setdefault(entry.name, guest)
     for name, target in chained.items():

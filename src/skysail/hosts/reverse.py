@@ -98,13 +98,14 @@ def _names(connection: Connection) -> dict[str, str]:
     canonical = {_plain(address): address for address in owners}
     found = dict.fromkeys(owners, "")
     aliased = addresses_of(connection)
-    for name, kind, record, alias, account in connection.execute(
+    for name, kind, record, alias, region, account in connection.execute(
             select(domain_entries.c.name, domain_entries.c.type, domain_entries.c.record, domain_entries.c.alias,
-                   domains.c.account_id).join(domains, domains.c.id == domain_entries.c.domain_id)
+                   domain_entries.c.alias_region, domains.c.account_id)
+            .join(domains, domains.c.id == domain_entries.c.domain_id)
             .where(domains.c.role == "serve", domain_entries.c.type.in_(("A", "AAAA")),
                    or_(domain_entries.c.alias != "", domain_entries.c.record.in_(canonical)))
             .order_by(domain_entries.c.name)):
-        for target in aliased.get((account, alias, kind), ()) if alias else (record,):
+        for target in aliased.get((account, region, alias, kind), ()) if alias else (record,):
             address = canonical.get(_plain(target), "")
             if not name.startswith("*") and owners.get(address) == account:
                 found[address] = found[address] or name

@@ -16,15 +16,18 @@ from skysail.store.vault import Vault
 
 NAME_SERVER_TTL = 3600
 _COLUMNS = (domain_entries.c.name, domain_entries.c.type, domain_entries.c.ttl, domain_entries.c.record,
-            domain_entries.c.alias)
-Addresses = dict[tuple[str, str, str], list[str]]
+            domain_entries.c.alias, domain_entries.c.alias_region)
+# By account, region, name and type of record.
+Addresses = dict[tuple[str, str, str, str], list[str]]
+# Region, name, type of record.
+Alias = tuple[str, str, str]
 
 
 class _Made(NamedTuple):
     """A zone, and what it was made of: its row, its aliases with what they led to, the addresses that are shared."""
 
     row: dict[str, Any]
-    aliases: tuple[tuple[str, str], ...]
+    aliases: tuple[Alias, ...]
     led: list[list[str]]
     shared: dict[str, str]
     zone: Zone
@@ -53,10 +56,10 @@ def _make(connection: Connection, vault: Vault, row: RowMapping, addresses: Addr
     entries: Sequence[Any] = () if row["role"] == "gone" else connection.execute(
         select(*_COLUMNS).where(domain_entries.c.domain_id == row["id"])
         .order_by(domain_entries.c.name, domain_entries.c.type)).all()
-    aliases = tuple(dict.fromkeys((entry[4], entry[1]) for entry in entries if entry[4]))
+    aliases = tuple(dict.fromkeys((region, alias, kind) for _, kind, _, _, alias, region in entries if alias))
     merged: list[tuple[str, str, int, list[str]]] = []
-    for name, kind, ttl, record, alias in entries:
-        found = addresses.get((row["account_id"], alias, kind), []) if alias else [record]
+    for name, kind, ttl, record, alias, region in entries:
+        found = addresses.get((row["account_id"], region, alias, kind), []) if alias else [record]
         if shared and kind == "A":
             found = [shared.get(one, one) for one in found]
         if found and merged and merged[-1][:2] == (name, kind):
@@ -75,7 +78,7 @@ def _make(connection: Connection, vault: Vault, row: RowMapping, addresses: Addr
     return _Made(dict(row), aliases, _led(row, aliases, addresses), shared, zone)
 
 
-def _led(row: RowMapping, aliases: tuple[tuple[str, str], ...], addresses: Addresses) -> list[list[str]]:
+def _led(row: RowMapping, aliases: tuple[Alias, ...], addresses: Addresses) -> list[list[str]]:
     return [addresses.get((row["account_id"], *alias), []) for alias in aliases]
 
 
@@ -87,14 +90,14 @@ def _shared(connection: Connection) -> dict[str, str]:
 
 
 def addresses_of(connection: Connection) -> Addresses:
-    """What an alias may point at, by account, name and type of record: public addresses of instances, and static IPs."""
+    """What an alias may point at: public addresses of instances, and static IPs."""
     found: Addresses = {}
     for row in connection.execute(
-            select(instances.c.account_id, instances.c.name, guests.c.public_ipv4, guests.c.public_ipv6)
+            select(instances.c.account_id, instances.c.region, instances.c.name, guests.c.public_ipv4, guests.c.public_ipv6)
             .join(guests, guests.c.instance_id == instances.c.id)):
-        found[row.account_id, row.name, "A"] = [row.public_ipv4]
+        found[row.account_id, row.region, row.name, "A"] = [row.public_ipv4]
         if row.public_ipv6:
-            found[row.account_id, row.name, "AAAA"] = [row.public_ipv6]
+            found[row.account_id, row.region, row.name, "AAAA"] = [row.public_ipv6]
     for row in connection.execute(select(static_ips)):
-        found[row.account_id, row.name, "A"] = [row.ipv4]
+        found[row.account_id, row.region, row.name, "A"] = [row.ipv4]
     return found
