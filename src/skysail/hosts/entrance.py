@@ -7,9 +7,9 @@ domains, and of two that want the same name the older instance has it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from sqlalchemy import Connection, RowMapping, select, update
+from sqlalchemy import Connection, RowMapping, and_, or_, select, update
 
 from skysail.contract.document import Entrance, HostName, JumpAccount
 from skysail.store.schema import accounts, domain_entries, domains, guests, hosts, instances, key_pairs, static_ips
@@ -65,7 +65,7 @@ def _below(name: str, domain: str) -> bool:
     return bool(domain) and (name == domain or name.endswith(f".{domain}"))
 
 
-def _domain_names(connection: Connection, found: Iterable[RowMapping]) -> Mapping[str, str]:
+def _domain_names(connection: Connection, found: Sequence[RowMapping]) -> Mapping[str, str]:
     """The guest of each name of a domain that leads to one: by an address, an alias, or CNAME records towards them. Of
     several addresses of a name the first leads."""
     by_name, by_address, by_instance = {}, {}, {}
@@ -80,7 +80,8 @@ def _domain_names(connection: Connection, found: Iterable[RowMapping]) -> Mappin
     chained: dict[str, str] = {}
     for entry in connection.execute(
             select(domain_entries, domains.c.account_id).join(domains, domains.c.id == domain_entries.c.domain_id)
-            .where(domains.c.role == "serve", domain_entries.c.type.in_(("A", "CNAME")))
+            .where(domains.c.role == "serve", or_(domain_entries.c.type == "CNAME", and_(domain_entries.c.type == "A", or_(
+                domain_entries.c.alias != "", domain_entries.c.record.in_({row["public_ipv4"] for row in found})))))
             .order_by(domain_entries.c.name, domain_entries.c.target)):
         if entry.type == "CNAME":
             chained[entry.name] = entry.record.removesuffix(".")
