@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from sqlalchemy import Connection, select
@@ -9,8 +10,9 @@ from sqlalchemy import Connection, select
 from skysail.contract.document import HostDocument
 from skysail.contract.report import Inventory
 from skysail.inspect.difference import Difference
+from skysail.resources.auto_snapshots import KEPT
 from skysail.resources.snapshot_rows import WHOLE
-from skysail.store.schema import disks, guests, operations, snapshots
+from skysail.store.schema import add_ons, disks, guests, instances, operations, snapshots
 
 
 def rows(connection: Connection) -> Iterator[Difference]:
@@ -45,6 +47,28 @@ def rows(connection: Connection) -> Iterator[Difference]:
             if origin is not None and origin["snapshot"] not in known:
                 yield Difference(subject=f"volume {identifier}", saw=f"made of {origin['snapshot']}, which is not there",
                                  wanted="a snapshot that stays as long as it is needed")
+
+
+def automatic(connection: Connection) -> Iterator[Difference]:
+    """Add-ons, and the automatic snapshots that they took, go with what they are of; no day has two, and seven are kept."""
+    known = {row.id: row.name for table in (instances, disks) for row in connection.execute(select(table.c.id, table.c.name))}
+    for owner in connection.execute(select(add_ons.c.resource_id)).scalars():
+        if owner not in known:
+            yield Difference(subject=f"add-on of {owner}", saw="its resource is gone", wanted="none")
+    days: Counter[tuple[str, str]] = Counter()
+    whole: Counter[str] = Counter()
+    for row in connection.execute(select(snapshots).where(
+            snapshots.c.deleted.is_(False), snapshots.c.auto_day != "")).mappings():
+        days[row["source_id"], row["auto_day"]] += 1
+        whole[row["source_id"]] += row["state"] == WHOLE[row["kind"]]
+        if row["source_id"] not in known:
+            yield Difference(subject=f"automatic snapshot {row['id']}", saw="its source is gone", wanted="none")
+    counted = [(owner, count, f"of {day}", 1) for (owner, day), count in days.items()]
+    counted += [(owner, count, "kept", KEPT) for owner, count in whole.items()]
+    for owner, count, what, most in counted:
+        if count > most:
+            yield Difference(subject=f"automatic snapshots of {known.get(owner, owner)}", saw=f"{count} {what}",
+                             wanted=f"{most} at the most")
 
 
 def host(document: HostDocument, there: Inventory, whole: set[str]) -> Iterator[Difference]:

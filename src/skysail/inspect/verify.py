@@ -83,8 +83,8 @@ def verify(config: Config, pause_seconds: float = PAUSE_SECONDS) -> list[Differe
 def _look(database: Database, config: Config) -> list[Difference]:
     with database.transaction(write=False) as connection:
         found = [*_database(connection), *_names(connection), *_instances(connection), *_addresses(connection),
-                 *_owners(connection), *_metrics(connection), *blocks.rows(connection), *_work(connection, time.time()),
-                 *_secrets(connection, Vault.at(config.master_key))]
+                 *_owners(connection), *_metrics(connection), *blocks.rows(connection), *blocks.automatic(connection),
+                 *_work(connection, time.time()), *_secrets(connection, Vault.at(config.master_key))]
         for host in connection.execute(select(hosts)).mappings().all():
             found += _host(connection, host, config)
     return found + list(_images(config))
@@ -115,7 +115,7 @@ def _names(connection: Connection) -> Iterator[Difference]:
             if held.get(key) != row.id:
                 yield Difference(subject=f"{kind} {row.name}", saw="its name is not registered", wanted="a row in names")
     stored = [("Disk", select(disks).where(disks.c.role == "keep")),
-              ("Snapshot", select(snapshots).where(snapshots.c.deleted.is_(False)))]
+              ("Snapshot", select(snapshots).where(snapshots.c.deleted.is_(False), snapshots.c.auto_day == ""))]
     for kind, query in stored:
         for row in connection.execute(query):
             key = (row.account_id, row.region, row.name)

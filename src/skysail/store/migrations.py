@@ -10,6 +10,7 @@ from collections.abc import Callable
 from sqlalchemy import Connection
 
 from skysail.store.schema import (
+    add_ons,
     alarms,
     authorities,
     contact_methods,
@@ -82,9 +83,21 @@ def _disks_and_snapshots(connection: Connection) -> None:
             connection.exec_driver_sql(f"ALTER TABLE guests ADD COLUMN {column} {words}")
 
 
+def _automatic_snapshots(connection: Connection) -> None:
+    add_ons.create(connection, checkfirst=True)
+    held = {row[1] for row in connection.exec_driver_sql("PRAGMA table_info(snapshots)")}
+    for column, words in (("source_id", "VARCHAR(64) DEFAULT '' NOT NULL"), ("auto_day", "VARCHAR(10) DEFAULT '' NOT NULL"),
+                          ("from_auto", "BOOLEAN DEFAULT '0' NOT NULL"),
+                          ("duplicates", "VARCHAR(64) DEFAULT '' NOT NULL")):
+        if column not in held:
+            connection.exec_driver_sql(f"ALTER TABLE snapshots ADD COLUMN {column} {words}")
+    for index in snapshots.indexes:
+        index.create(connection, checkfirst=True)
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts,
-    _metrics, _disks_and_snapshots)
+    _metrics, _disks_and_snapshots, _automatic_snapshots)
 
 
 def upgrade(connection: Connection) -> int:

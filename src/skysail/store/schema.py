@@ -212,7 +212,9 @@ disks = Table(
 )
 
 # Copies of volumes, of an instance or of one disk. ``deleted``: gone for its owner; its files stay while others stand on them
-# (``parents``). ``source`` is what its owner is shown of where it came from, ``volumes`` what its host copies.
+# (``parents``). ``source`` is what its owner is shown of where it came from, ``volumes`` what its host copies. An automatic
+# one has the day (UTC, as 2026-01-31) that it is of in ``auto_day``, and no name of its own; ``source_id`` is the instance or
+# disk that it is of. ``from_auto``: it was copied from an automatic one. One with ``duplicates`` shares that one's files.
 snapshots = Table(
     "snapshots", metadata,
     Column("id", String(64), primary_key=True),
@@ -235,7 +237,25 @@ snapshots = Table(
     Column("frozen_ms", Float, nullable=False, default=0.0),
     Column("parents", JSON, nullable=False, default=list),
     Column("reason", String, nullable=False, default=""),
+    Column("source_id", String(64), nullable=False, default="", server_default=""),
+    Column("auto_day", String(10), nullable=False, default="", server_default=""),
+    Column("from_auto", Boolean, nullable=False, default=False, server_default="0"),
+    Column("duplicates", String(64), nullable=False, default="", server_default=""),
     Index("ix_snapshots_listing", "account_id", "region", "kind", "name"),
+    Index("ix_snapshots_source_id", "source_id"),
+)
+
+# Automatic snapshots of an instance or a disk, each day at ``hour`` (UTC); on ``held_day`` still at ``held_hour``, as it was
+# before its owner chose another. ``last_day`` is the last day that needs none any more. Disabling keeps the row.
+add_ons = Table(
+    "add_ons", metadata,
+    Column("resource_id", String(64), primary_key=True),
+    Column("resource_type", String(32), nullable=False),
+    Column("enabled", Boolean, nullable=False),
+    Column("hour", Integer, nullable=False),
+    Column("held_hour", Integer, nullable=False, default=0),
+    Column("held_day", String(10), nullable=False, default=""),
+    Column("last_day", String(10), nullable=False),
 )
 
 # A domain is what the customer owns, and the zone that name servers answer for. A deleted one keeps its row, with the role
