@@ -98,7 +98,8 @@ PLANTED = {
         "deleted, state, created_at, observed_state, progress, consistency, frozen_ms, parents, reason, source_id, auto_day) "
         "select id || n, account_id, region, name, kind, host_id, guest_id, volumes, source, size_gib, role, deleted, "
         "state, created_at, observed_state, progress, consistency, frozen_ms, parents, reason, source_id, n "
-        "from snapshots, (select value as n from json_each('[1, 2, 3, 4, 5, 6, 7]')) where auto_day != ''", "8 kept; wanted: 7 at the most"),
+        "from snapshots, (select value as n from json_each('[1, 2, 3, 4, 5, 6, 7]')) where auto_day != ''",
+        "8 kept; wanted: 7 at the most"),
     "name kept": ("update names set name = 'ghost' where name = 'one'", "name ghost: taken, but nothing has it"),
     "size": ("update guests set memory_mib = 9999 where instance_name = 'one'", "instance one: 2 processors, 9999 MiB"),
     "role": ("update guests set role = 'stop' where instance_name = 'one'", "its guest's role is stop"),

@@ -225,6 +225,7 @@ class Keeper:
             await self._apply_network()
             for one in guest.disks:
                 await self._blocks.ready(one.volume.id)
+            await self._blocks.sound(guest.volume)
         report = await self._hypervisor.ensure(guest)
         if guest.role == "gone" and report.state == "gone":
             await self._pool.remove(guest.volume.id)

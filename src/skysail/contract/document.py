@@ -114,12 +114,16 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """A copy of ``volumes``, all of one moment, that shall exist (or not). ``guest`` has them; '' when none does."""
+    """A copy of ``volumes``, all of one moment, that shall exist (or not). ``guest`` has them; '' when none does. One that
+    ``duplicates`` another is made of that one's files; one that ``arrived`` was laid on the host by an import. Neither looks
+    at the volumes."""
 
     id: Id
     role: Kept
     guest: str
     volumes: tuple[Volume, ...]
+    duplicates: Id | None = None
+    arrived: bool = False
 
 
 class RecordSet(msgspec.Struct, frozen=True, kw_only=True):

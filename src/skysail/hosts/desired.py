@@ -85,8 +85,8 @@ def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
         host=host_id, generation=generation, guests=found,
         disks=tuple(Disk(volume=disk_volume(row), role=row["role"], made=row["made"]) for row in stored),
         snapshots=tuple(
-            Snapshot(id=row["id"], role=row["role"], guest=row["guest_id"],
-                     volumes=msgspec.convert(row["volumes"], tuple[Volume, ...]))
+            Snapshot(id=row["id"], role=row["role"], guest=row["guest_id"], duplicates=row["duplicates"] or None,
+                     arrived=row["arrived"], volumes=msgspec.convert(row["volumes"], tuple[Volume, ...]))
             for row in connection.execute(select(snapshots).where(snapshots.c.host_id == host_id).order_by(snapshots.c.id))
             .mappings()),
         zones=tuple(zones(connection, vault)))

@@ -30,7 +30,12 @@ def choose(connection: Connection, request: Request, kind: str, named: str, sour
             raise not_found(f"The {SOURCES[kind]} does not exist: {source}")
         return automatic(connection, found, request.params)
     refuse_day(request.params, sourced)
-    row = snapshot_rows.get(connection, request, str(name), kind)
+    return whole(connection, request, str(name), kind)
+
+
+def whole(connection: Connection, request: Request, name: str, kind: str) -> RowMapping:
+    """The caller's snapshot ``name``, which is whole; raises InvalidInputException and NotFoundException."""
+    row = snapshot_rows.get(connection, request, name, kind)
     if row["state"] != WHOLE[kind]:
         raise invalid_input(f"The snapshot {row['name']} is {row['state']}; only one that is {WHOLE[kind]} can be used.")
     return row

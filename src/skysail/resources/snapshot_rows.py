@@ -47,7 +47,8 @@ def new_id() -> str:
 
 
 def write(connection: Connection, request: Request, identifier: str, name: str, kind: str, *, host: str, guest: str,
-          volumes: Sequence[Volume], source: dict[str, Any], source_id: str, size_gib: int, now: float, **more: Any) -> None:
+          volumes: Sequence[Volume | dict[str, Any]], source: dict[str, Any], source_id: str, size_gib: int, now: float,
+          **more: Any) -> None:
     """Write the row of a new snapshot, and bump its host."""
     connection.execute(insert(snapshots).values(
         id=identifier, account_id=request.account_id, region=request.region, name=name, kind=kind, host_id=host,
@@ -134,8 +135,9 @@ def sweep(connection: Connection) -> int:
         if row["role"] == "keep":
             needed |= set(row["parents"])
         if row["role"] == "keep" and row["observed_state"] != "available":
-            # A copy that is not whole yet will stand on what its disks stand on.
+            # A copy that is not whole yet will stand on what its disks stand on, or be made of another's files.
             needed |= {volume["origin"]["snapshot"] for volume in row["volumes"] if volume.get("origin")}
+            needed.add(row["duplicates"])
     changed = 0
     for row in rows:
         if row["deleted"] and row["role"] == "keep" and row["id"] not in needed:

@@ -50,6 +50,7 @@ from skysail.resources.operation_log import OperationLog
 from skysail.resources.public_ports import PublicPorts
 from skysail.resources.regions import Regions
 from skysail.resources.request import Request
+from skysail.resources.snapshot_copies import SnapshotCopies
 from skysail.resources.static_ips import StaticIps
 from skysail.resources.tags import Tags
 from skysail.serve import confirmation, endpoint, prometheus
@@ -114,7 +115,7 @@ def action_table(config: Config, clock: Clock,
     instances = Instances(config, clock, vault)
     nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), instances, disks.Disks(config, clock),
              InstanceSnapshots(config, clock, instances), DiskSnapshots(clock),
-             AddOns(clock), AutoSnapshots(clock), PublicPorts(clock),
+             SnapshotCopies(config, clock), AddOns(clock), AutoSnapshots(clock), PublicPorts(clock),
              StaticIps(config, clock), Access(clock, vault), Tags(clock), Domains(config, clock), Metrics(clock),
              Alarms(clock), ContactMethods(config, clock, confirmation_page(config)), OperationLog())
     return {name: action for noun in nouns for name, action in noun.actions().items()}

@@ -88,7 +88,8 @@ def _automatic_snapshots(connection: Connection) -> None:
     held = {row[1] for row in connection.exec_driver_sql("PRAGMA table_info(snapshots)")}
     for column, words in (("source_id", "VARCHAR(64) DEFAULT '' NOT NULL"), ("auto_day", "VARCHAR(10) DEFAULT '' NOT NULL"),
                           ("from_auto", "BOOLEAN DEFAULT '0' NOT NULL"),
-                          ("duplicates", "VARCHAR(64) DEFAULT '' NOT NULL")):
+                          ("duplicates", "VARCHAR(64) DEFAULT '' NOT NULL"),
+                          ("arrived", "BOOLEAN DEFAULT '0' NOT NULL")):
         if column not in held:
             connection.exec_driver_sql(f"ALTER TABLE snapshots ADD COLUMN {column} {words}")
     for index in snapshots.indexes:

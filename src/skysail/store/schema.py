@@ -214,7 +214,8 @@ disks = Table(
 # Copies of volumes, of an instance or of one disk. ``deleted``: gone for its owner; its files stay while others stand on them
 # (``parents``). ``source`` is what its owner is shown of where it came from, ``volumes`` what its host copies. An automatic
 # one has the day (UTC, as 2026-01-31) that it is of in ``auto_day``, and no name of its own; ``source_id`` is the instance or
-# disk that it is of. ``from_auto``: it was copied from an automatic one. One with ``duplicates`` shares that one's files.
+# disk that it is of. ``from_auto``: it was copied from an automatic one. One with ``duplicates`` shares that one's files, one
+# that ``arrived`` was imported.
 snapshots = Table(
     "snapshots", metadata,
     Column("id", String(64), primary_key=True),
@@ -241,6 +242,7 @@ snapshots = Table(
     Column("auto_day", String(10), nullable=False, default="", server_default=""),
     Column("from_auto", Boolean, nullable=False, default=False, server_default="0"),
     Column("duplicates", String(64), nullable=False, default="", server_default=""),
+    Column("arrived", Boolean, nullable=False, default=False, server_default="0"),
     Index("ix_snapshots_listing", "account_id", "region", "kind", "name"),
     Index("ix_snapshots_source_id", "source_id"),
 )
