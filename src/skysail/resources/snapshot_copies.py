@@ -15,7 +15,7 @@ from sqlalchemy import Connection, RowMapping
 from skysail.kit.clock import Clock
 from skysail.kit.config import Config
 from skysail.kit.errors import invalid_input, not_found
-from skysail.resources import names, snapshot_choice, snapshot_rows
+from skysail.resources import names, regions, snapshot_choice, snapshot_rows
 from skysail.resources.add_ons import get_source
 from skysail.resources.request import Request
 
@@ -33,9 +33,12 @@ class SnapshotCopies:
     def copy(self, connection: Connection, request: Request) -> dict[str, Any]:
         """One operation, which ends when the copy is whole."""
         asked = request.params
-        if asked["sourceRegion"] != self._config.default_region:
-            raise invalid_input(f"The region {asked['sourceRegion']} does not exist here.", "GetRegions lists the ones that do.")
+        if asked["sourceRegion"] not in self._config.regions:
+            raise invalid_input(f"The region {asked['sourceRegion'][:60]} does not exist here.",
+                                "GetRegions lists the ones that do.")
         row = _chosen(connection, replace(request, region=asked["sourceRegion"]))
+        if row["host_id"] not in connection.execute(regions.serving(request.region)).scalars().all():
+            raise invalid_input(f"The host that has the snapshot serves no zone of {request.region}.")
         return {"operations": [snapshot_rows.put(
             connection, request, asked["targetSnapshotName"], row["kind"], now=self._clock.now(), host=row["host_id"],
             guest="", volumes=row["volumes"], source=row["source"], source_id=row["source_id"], size_gib=row["size_gib"],
