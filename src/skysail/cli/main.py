@@ -21,9 +21,11 @@ from skysail.serve import usage as transfers
 app = cyclopts.App(name="skysail", help="A VPS cloud that you own: the Lightsail API over real QEMU guests.")
 images = cyclopts.App(name="images", help="The images that instances are made of.")
 keys = cyclopts.App(name="keys", help="Access keys of the admin account.")
+snapshots = cyclopts.App(name="snapshots", help="Snapshots, as files that another Skysail takes in.")
 zones = cyclopts.App(name="zones", help="Zones of domains: as files, and signed.")
 app.command(images)
 app.command(keys)
+app.command(snapshots)
 app.command(zones)
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
@@ -163,6 +165,34 @@ def import_image(source: str, *, sha256: str, blueprint: str, name: str = "", us
     blueprints.bring_in(
         configuration.load(), foreign.Origin(source=source, sha256=sha256, format=format),
         foreign.Blueprint(id=blueprint, name=name or blueprint, user=user), show.step, show.detail)
+
+
+@snapshots.command(name="list")
+def list_snapshots(*, json: Json = False) -> None:
+    """Snapshots of every account."""
+    from skysail.serve import snapshots as operator
+
+    found = operator.listed(configuration.load())
+    show.as_json(found) if json else show.table(
+        [operator.summary(one) for one in found], ["name", "of", "kind", "state", "size", "region", "created (UTC)"])
+
+
+@snapshots.command(name="export")
+def export_snapshot(name: str, *, to: Path, region: str = "", account: str = "admin") -> None:
+    """Write a snapshot to one file, with all that its disks stand on."""
+    from skysail.serve import snapshots as operator
+
+    size = operator.export(configuration.load(), name, to, region, account, show.step, show.detail)
+    show.line(f"{to}: {size >> 20} MiB")
+
+
+@snapshots.command(name="import")
+def import_snapshot(file: Path, *, name: str = "", region: str = "", account: str = "admin") -> None:
+    """Make a snapshot of a file that was exported here or elsewhere."""
+    from skysail.serve import snapshots as operator
+
+    made = operator.bring_in(configuration.load(), file, name, region, account, show.step, show.detail)
+    show.line(f"{made} is there: CreateInstancesFromSnapshot and CreateDiskFromSnapshot take it")
 
 
 @zones.command(name="list")

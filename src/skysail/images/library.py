@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
 
 from skysail.kit import durable
 from skysail.kit.errors import SkysailError
+from skysail.kit.workplace import locked, workplace
 
 log = logging.getLogger(__name__)
 
@@ -78,24 +74,23 @@ class Library:
         """The newest image of a blueprint, if any."""
         return next((one for one in reversed(self.list()) if one.blueprint == blueprint), None)
 
-    @contextlib.contextmanager
-    def workplace(self) -> Iterator[Path]:
-        """A folder in which an image comes to be. It goes when the context ends; one that was left by a process that was
-        killed goes when the next one is asked for."""
-        with self._locked():
-            for left in self.directory.glob(".work-*"):
-                # Its maker holds a lock on it for as long as it lives.
-                with _lock(left, fcntl.LOCK_EX | fcntl.LOCK_NB) as abandoned:
-                    if abandoned:
-                        shutil.rmtree(left, ignore_errors=True)
-            work = Path(tempfile.mkdtemp(prefix=".work-", dir=self.directory))
-            held = contextlib.ExitStack()
-            held.enter_context(_lock(work, fcntl.LOCK_EX))
-        with held:
-            try:
-                yield work
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+    def workplace(self) -> AbstractContextManager[Path]:
+        """A folder in which an image comes to be (see ``kit/workplace.py``)."""
+        return workplace(self.directory)
+
+    def note(self, manifest: Manifest) -> None:
+        """Remember an image that is elsewhere, of which a disk came here. What is known already stays as it is."""
+        path = self.path(manifest.digest).with_suffix(".note")
+        if not path.exists():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            durable.replace(path, msgspec.json.encode(manifest), 0o444)
+
+    def noted(self, digest: str) -> Manifest | None:
+        """What was remembered of an image that is not here."""
+        try:
+            return msgspec.json.decode(self.path(digest).with_suffix(".note").read_bytes(), type=Manifest)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return None
 
     def add(self, qcow2: Path, manifest: Manifest) -> Path:
         """Move a finished image in; it is there, whole, with the last rename.
@@ -103,7 +98,7 @@ class Library:
         Raises :class:`SkysailError` when the same bytes are held as another blueprint: a digest names one image only.
         """
         target = self.path(manifest.digest)
-        with self._locked():
+        with locked(self.directory):
             held = self.find(manifest.digest)
             if held is not None and held.blueprint != manifest.blueprint:
                 raise SkysailError(f"this very image is here already, as the blueprint {held.blueprint}",
@@ -117,32 +112,6 @@ class Library:
             qcow2.replace(target)
             durable.sync(self.directory)
         return target
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One process at a time changes the directory."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with _lock(self.directory, fcntl.LOCK_EX):
-            yield
-
-
-@contextlib.contextmanager
-def _lock(folder: Path, how: int) -> Iterator[bool]:
-    """Hold ``folder`` by flock(2); says whether it could be had. The kernel lets go when the process dies."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, how)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(descriptor)
 
 
 def file_digest(path: Path) -> str:

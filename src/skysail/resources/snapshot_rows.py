@@ -31,10 +31,11 @@ CONSISTENCY = {
 WHOLE = {"InstanceSnapshot": "available", "DiskSnapshot": "completed"}
 
 
-def put(connection: Connection, request: Request, name: str, kind: str, *, now: float, **content: Any) -> dict[str, Any]:
+def put(connection: Connection, request: Request, name: str, kind: str, *, now: float, identifier: str = "",
+        **content: Any) -> dict[str, Any]:
     """Write the row of a new snapshot, with its tags, and bump its host; its operation. ``content`` is what :func:`write`
     takes. Raises InvalidInputException."""
-    identifier = new_id()
+    identifier = identifier or new_id()
     names.claim(connection, request, name, kind, identifier)
     write(connection, request, identifier, name, kind, now=now, **content)
     tags.put(connection, identifier, request.params.get("tags") or [])

@@ -114,7 +114,8 @@ def resolvers(paths: tuple[str, ...] = ("/etc/resolv.conf", "/run/systemd/resolv
 
 
 def _image(library: Library, digest: str) -> Image | None:
-    held = library.find(digest)
+    # A disk that came from elsewhere needs no image: it is whole.
+    held = library.find(digest) or library.noted(digest)
     return None if held is None else Image(digest=digest, path=library.path(digest), ours=bool(held.recipe))
 
 
