@@ -7,7 +7,10 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import msgspec
 import pytest
 
 from clouds import RealCloud, eventually, running_cloud
-from crashing import running_tiny_cloud, whole
+from crashing import Doom, running_tiny_cloud, whole
 from skysail.inspect.verify import verify
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import run
@@ -336,3 +339,48 @@ def test_a_server_goes_out_comes_in_and_is_another_one(real_cloud: RealCloud, tm
     assert now[0] == "copy" and all(one != other for one, other in zip(now, former, strict=True))
     cloud.delete("copy")
     client.delete_instance_snapshot(instanceSnapshotName="arrives")
+
+
+def test_an_agent_that_dies_at_any_step_lets_an_import_appear(tiny_cloud: RealCloud, tmp_path: Path) -> None:
+    client, out = tiny_cloud.client(), tmp_path / "copy.tar"
+    create(client, "data")
+    ended(client, client.create_disk_snapshot(diskName="data", diskSnapshotName="copy"))
+    said(tiny_cloud, "export", "copy", "--to", str(out))
+    client.delete_disk(diskName="data")
+    doom = Doom(tiny_cloud, "agent")
+
+    def bring_in() -> None:
+        tiny_cloud.operator("snapshots", "import", str(out), "--name", "back")
+
+    while (died := doom.during("import", bring_in)) is not None:
+        assert client.get_disk_snapshot(diskSnapshotName="back")["diskSnapshot"]["state"] == "completed", died
+        client.delete_disk_snapshot(diskSnapshotName="back")
+        whole(tiny_cloud)
+    assert "os:rename" in doom.deaths["import"] and not doom.missed()
+    for name in ("copy", "back"):
+        client.delete_disk_snapshot(diskSnapshotName=name)
+    whole(tiny_cloud)
+    doom.disarm()
+
+
+@pytest.mark.parametrize("after", [0.4, 1.2, 2.0])
+def test_an_import_that_is_killed_leaves_nothing_that_the_next_one_does_not_remove(tiny_cloud: RealCloud, tmp_path: Path,
+                                                                                    after: float) -> None:
+    client, out = tiny_cloud.client(), tmp_path / "copy.tar"
+    create(client, "data")
+    pattern(tiny_cloud, volume_of(client, "data"), 0x5A, write=True)
+    ended(client, client.create_disk_snapshot(diskName="data", diskSnapshotName="copy"))
+    said(tiny_cloud, "export", "copy", "--to", str(out))
+    words = [sys.executable, "-m", "skysail.cli.main", "snapshots", "import", str(out), "--name", "killed"]
+    with subprocess.Popen(words, env={**os.environ, "SKYSAIL_DATA": str(tiny_cloud.folder)}, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL) as victim:
+        time.sleep(after)
+        victim.kill()
+    said(tiny_cloud, "import", str(out), "--name", "back")
+    whole(tiny_cloud)
+    names = {one["name"] for one in client.get_disk_snapshots()["diskSnapshots"]}
+    assert {"copy", "back"} <= names <= {"copy", "back", "killed"}
+    client.delete_disk(diskName="data")
+    for name in names:
+        client.delete_disk_snapshot(diskSnapshotName=name)
+    whole(tiny_cloud)
