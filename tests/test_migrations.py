@@ -46,8 +46,8 @@ def shape(path: Path) -> dict[str, set[tuple[object, ...]]]:
 HOSTS_8 = """
 CREATE TABLE hosts (
     id VARCHAR(64) NOT NULL, region VARCHAR(32) NOT NULL, zone VARCHAR(4) NOT NULL, address VARCHAR NOT NULL, generation
-    INTEGER NOT NULL, observed_generation INTEGER NOT NULL, vcpus INTEGER NOT NULL, memory_mib INTEGER NOT NULL, disk_gib INTEGER
-    NOT NULL, accelerator VARCHAR(16) NOT NULL, seen_at FLOAT, CONSTRAINT pk_hosts PRIMARY KEY (id));
+    INTEGER NOT NULL, observed_generation INTEGER NOT NULL, vcpus INTEGER NOT NULL, memory_mib INTEGER NOT NULL, disk_gib
+    INTEGER NOT NULL, accelerator VARCHAR(16) NOT NULL, seen_at FLOAT, CONSTRAINT pk_hosts PRIMARY KEY (id));
 INSERT INTO hosts VALUES ('host-1', 'eu-west-1', 'b', 'unix:x', 7, 7, 4, 8192, 100, 'kvm', NULL);
 """
 
