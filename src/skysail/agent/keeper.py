@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 
@@ -40,16 +40,19 @@ class StaleGeneration(Exception):
 
 
 class Keeper:
-    """Holds one host. ``capacity`` carries what the machine has; its lists of guests and images are filled in here."""
+    """Holds one host. ``capacity`` carries what the machine has; its lists of guests and images are filled in here.
+    ``renews`` says of an image, by digest, whether its guests take on another identity in a copy; all do unless told."""
 
     def __init__(self, capacity: HostReport, hypervisor: Hypervisor, pool: Pool, shelf: Shelf, fabric: Fabric,
-                 images: Callable[[], list[ImageReport]], ledger: Ledger, traffic: Traffic, zones: Zones) -> None:
+                 images: Callable[[], list[ImageReport]], ledger: Ledger, traffic: Traffic, zones: Zones,
+                 renews: Callable[[str], Awaitable[bool]] | None = None) -> None:
         self._hypervisor = hypervisor
         self._pool = pool
         self._shelf = shelf
         self._blocks = Blocks(hypervisor, pool, shelf, self._changed)
         self._fabric = fabric
         self._images = images
+        self._renews = renews
         self._ledger = ledger
         self._traffic = traffic
         self.zones = ZoneKeeper(zones, self._changed)
@@ -225,7 +228,7 @@ class Keeper:
             await self._apply_network()
             for one in guest.disks:
                 await self._blocks.ready(one.volume.id)
-            await self._blocks.sound(guest.volume)
+            await self._refuse_unsound(guest)
         report = await self._hypervisor.ensure(guest)
         if guest.role == "gone" and report.state == "gone":
             await self._pool.remove(guest.volume.id)
@@ -234,6 +237,16 @@ class Keeper:
             self._traffic.forget((guest.port.id,))
             self._falls.pop(guest.id, None)
         return report
+
+    async def _refuse_unsound(self, guest: Guest) -> None:
+        """Raises SkysailError for a guest that cannot be made of what it is to begin as."""
+        if guest.volume.origin is None or guest.volume.id in await self._pool.observe():
+            return
+        await self._blocks.sound(guest.volume)
+        if self._renews is not None and not await self._renews(guest.volume.image):
+            raise SkysailError(
+                f"the image {guest.volume.image[:12]} was built before copies took on an identity of their own: this one "
+                "would have the keys and addresses of its source; make a disk of its system disk's snapshot instead")
 
     async def _apply_network(self, again: bool = False) -> None:
         async with self._network:

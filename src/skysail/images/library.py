@@ -20,7 +20,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What an image is: identity, origin, the package list as (name, version, architecture); ``built`` is Unix time.
 
     ``recipe`` is the fingerprint of what it was built from, empty for a foreign image; that one has an ``origin`` (the
-    address or name, and the sha256 of what was taken in). ``archives`` are the package indexes that a build saw.
+    address or name, and the sha256 of what was taken in). ``archives`` are the package indexes that a build saw. ``renews``
+    says whether its guests take on another identity in a copy; None while nobody has looked (see ``images/renewal.py``).
     """
 
     digest: str
@@ -35,6 +36,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     origin: tuple[str, str] = ("", "")
     packages: tuple[tuple[str, str, str], ...] = ()
     archives: tuple[tuple[str, str], ...] = ()
+    renews: bool | None = None
 
 
 class Library:
@@ -77,6 +79,13 @@ class Library:
     def workplace(self) -> AbstractContextManager[Path]:
         """A folder in which an image comes to be (see ``kit/workplace.py``)."""
         return workplace(self.directory)
+
+    def learn(self, manifest: Manifest, renews: bool) -> None:
+        """Let the manifest of an image that is here say whether its guests renew their identity."""
+        told = msgspec.structs.replace(manifest, renews=renews)
+        with locked(self.directory):
+            durable.replace(self.path(manifest.digest).with_suffix(".json"), msgspec.json.format(msgspec.json.encode(told)),
+                            0o644)
 
     def note(self, manifest: Manifest) -> None:
         """Remember an image that is elsewhere, of which a disk came here. What is known already stays as it is."""

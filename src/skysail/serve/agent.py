@@ -31,9 +31,11 @@ from skysail.hypervisor.guest import Workshop
 from skysail.hypervisor.personality import Surroundings
 from skysail.hypervisor.sim import SimHypervisor
 from skysail.hypervisor.template import Image, Templates
+from skysail.images import renewal
 from skysail.images.library import Library
 from skysail.kit.config import Config, load
 from skysail.kit.errors import SkysailError
+from skysail.kit.process import in_thread
 from skysail.network import Fabric
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import GATEWAY_IPV6, Layout
@@ -73,7 +75,7 @@ def build(config: Config) -> tuple[Keeper, Sampler]:
         give_volume=pool.give, shelf=snapshots, around=lambda: surroundings(config))
     hypervisor = Qemu(workshop, config.guest_uid_base)
     keeper = Keeper(capacity(config, accelerator), hypervisor, pool, snapshots, fabric, lambda: _reports(library), ledger,
-                    traffic, name_server(config))
+                    traffic, name_server(config), lambda digest: in_thread(renewal.renews, library, digest))
     return keeper, _sampler(config, hypervisor, fabric, traffic, keeper)
 
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from sqlalchemy import Connection, RowMapping, select
 
 from skysail.contract.document import Origin, Volume
+from skysail.images import renewal
 from skysail.images.library import Library
 from skysail.images.library import Manifest as ImageManifest
 from skysail.kit import durable, process
@@ -163,6 +164,7 @@ def _parcel(config: Config, row: RowMapping, parts: list[parcel.Part]) -> parcel
         server = parcel.Server(
             image=source["image"], recipe=image.recipe, blueprint=source["blueprint"],
             blueprint_name=source["blueprint_name"], bundle=source["bundle"], user=source["user"],
+            renews=renewal.renews(library, source["image"]),
             disks=tuple(parcel.Attached(path=disk["path"], name=disk["name"]) for disk in source["disks"]))
     return parcel.Parcel(
         kind=row["kind"], name=row["name"], created_at=row["created_at"], consistency=row["consistency"], origin_type=kind,
@@ -194,7 +196,7 @@ def _note(config: Config, server: parcel.Server) -> None:
     if library.find(server.image) is None:
         library.note(ImageManifest(
             digest=server.image, blueprint=server.blueprint, name=server.blueprint_name, group=server.blueprint, version="",
-            user=server.user, size_bytes=0, built=time.time(), recipe=server.recipe))
+            user=server.user, size_bytes=0, built=time.time(), recipe=server.recipe, renews=server.renews))
 
 
 def _forget_abandoned(config: Config, connection: Connection) -> None:

@@ -56,7 +56,8 @@ class Attached(msgspec.Struct, frozen=True, kw_only=True):
 
 class Server(msgspec.Struct, frozen=True, kw_only=True):
     """What an instance's system disk needs to be started: its image, by digest, and whom it lets in. ``recipe`` is that of
-    the image (see ``images/library.py``), empty for a foreign one. ``disks`` are those of the parts behind the first."""
+    the image (see ``images/library.py``), empty for a foreign one. ``renews`` is what ``images/renewal.py`` says of it.
+    ``disks`` are those of the parts behind the first."""
 
     image: Digest
     recipe: Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
@@ -64,6 +65,7 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
     blueprint_name: Text
     bundle: Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9_]{1,40}\Z")]
     user: Annotated[str, msgspec.Meta(pattern=r"\A[a-z_][a-z0-9_-]{0,31}\Z")]
+    renews: bool = True
     disks: tuple[Attached, ...] = ()
 
 
