@@ -323,6 +323,14 @@ def test_an_automatic_snapshot_is_restored(cloud: Cloud) -> None:
             ({"instanceSnapshotName": "snap", "restoreDate": found["date"]}, refused, "go with sourceInstanceName")):
         assert words in error(client.create_instances_from_snapshot, kind, instanceNames=["three"], **place, **wrong)
 
+    # One of its disk that is being made keeps the instance, as any other snapshot does; one of its own goes with it.
+    client.enable_add_on(resourceName="data", addOnRequest=asked("00:00"))
+    taken(cloud, "data")
+    with sqlite3.connect(cloud.config.database, timeout=30) as connection:
+        connection.execute("UPDATE snapshots SET state = 'pending' WHERE auto_day != ''")
+    assert f"auto-{found['date']}" in error(client.delete_instance, refused, instanceName="one")
+    client.delete_auto_snapshot(resourceName="data", date=found["date"])
+
     # They go with their source; what was made of them goes on.
     client.delete_disk(diskName="loose")
     ended(client, client.delete_instance(instanceName="one"))

@@ -12,6 +12,7 @@ from botocore.config import Config as BotoConfig
 
 from clouds import Cloud, RealCloud, eventually, running_cloud
 from crashing import Doom, running_tiny_cloud, whole
+from skysail.inspect.verify import verify
 from skysail.kit.config import load
 from skysail.serve import endpoint
 from test_auto_snapshots import asked, taken
@@ -173,6 +174,8 @@ def test_nothing_grows_from_files_that_changed(tiny_cloud: RealCloud) -> None:
             (last,) = opened.read(1)
             opened.seek(-1, 2)
             opened.write(bytes([last ^ 1]))
+    told = [one for one in verify(tiny_cloud.config, 0.1) if "its checksum is another one" in one.saw]
+    assert len(told) == 2
     place = {"availabilityZone": "us-east-1a"}
     (failed,) = ended(client, client.create_disk_from_snapshot(
         diskName="other", diskSnapshotName="snap", sizeInGb=9, **place), "Failed")

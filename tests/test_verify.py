@@ -89,6 +89,8 @@ PLANTED = {
     "snapshot unknown": ("delete from snapshots where name = 'snap'", "there on host-1, but no row knows it"),
     "snapshot needed": ("update snapshots set id = 's-lost' where name = 'copy'", "which is not there"),
     "snapshot lost": ("update snapshots set id = 's-lost' where name = 'snap'", "snapshot s-lost: not there"),
+    "copy without its source": ("update snapshots set duplicates = 's-lost', observed_state = '' where name = 'snap'",
+                                "to be made of s-lost, which is not there"),
     "add-on left": ("update add_ons set resource_id = 'nobody'", "add-on of nobody: its resource is gone"),
     "automatic snapshot left": ("update snapshots set source_id = 'nobody' where auto_day != ''", "its source is gone"),
     "automatic snapshot twice": ("update snapshots set auto_day = (select max(auto_day) from snapshots), "

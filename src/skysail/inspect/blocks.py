@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 from sqlalchemy import Connection, select
 
 from skysail.contract.document import HostDocument
 from skysail.contract.report import Inventory
 from skysail.inspect.difference import Difference
+from skysail.kit.errors import SkysailError
 from skysail.resources.auto_snapshots import KEPT
 from skysail.resources.snapshot_rows import WHOLE
+from skysail.storage.checksums import Checksums
+from skysail.storage.shelf import FileShelf
 from skysail.store.schema import add_ons, disks, guests, instances, operations, snapshots
 
 
@@ -42,6 +47,11 @@ def rows(connection: Connection) -> Iterator[Difference]:
             yield Difference(subject=f"snapshot {row['name']}", wanted=wanted,
                              saw=f"{row['state']}, its host says {row['observed_state'] or 'nothing'}")
     known = set(connection.execute(select(snapshots.c.id).where(snapshots.c.role == "keep")).scalars())
+    for row in connection.execute(select(snapshots).where(
+            snapshots.c.role == "keep", snapshots.c.duplicates != "", snapshots.c.observed_state != "available")).mappings():
+        if row["duplicates"] not in known:
+            yield Difference(subject=f"snapshot {row['name']}", saw=f"to be made of {row['duplicates']}, which is not there",
+                             wanted="a snapshot that stays until it is copied")
     for table in (guests, disks):
         for identifier, origin in connection.execute(select(table.c.id, table.c.origin).where(table.c.role != "gone")):
             if origin is not None and origin["snapshot"] not in known:
@@ -69,6 +79,18 @@ def automatic(connection: Connection) -> Iterator[Difference]:
         if count > most:
             yield Difference(subject=f"automatic snapshots of {known.get(owner, owner)}", saw=f"{count} {what}",
                              wanted=f"{most} at the most")
+
+
+def files(folder: Path) -> Iterator[Difference]:
+    """Each file of each snapshot is still what it was when it was made."""
+    shelf, checksums = FileShelf(folder), Checksums()
+    for identifier in asyncio.run(shelf.observe()):
+        try:
+            held = asyncio.run(shelf.find(identifier))
+            for copy in held.copies if held is not None else ():
+                checksums.check(folder / identifier / copy.file, copy.sha256)
+        except SkysailError as damaged:
+            yield Difference(subject=f"snapshot {identifier}", saw=damaged.what, wanted="the content that its manifest names")
 
 
 def host(document: HostDocument, there: Inventory, whole: set[str]) -> Iterator[Difference]:

@@ -87,7 +87,8 @@ def _look(database: Database, config: Config) -> list[Difference]:
                  *_work(connection, time.time()), *_secrets(connection, Vault.at(config.master_key))]
         for host in connection.execute(select(hosts)).mappings().all():
             found += _host(connection, host, config)
-    return found + list(_images(config))
+    kept = blocks.files(config.snapshots_dir) if config.engines == "real" else ()
+    return [*found, *_images(config), *kept]
 
 
 def _database(connection: Connection) -> Iterator[Difference]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Select, func, select, update
+from sqlalchemy import Connection, RowMapping, Select, func, or_, select, update
 
 from skysail.kit.config import Config
 from skysail.kit.errors import invalid_input
@@ -67,18 +67,18 @@ def arn(row: RowMapping, kind: str) -> str:
     return f"arn:aws:lightsail:{row['region']}:{row['account_id']}:{kind}/{row['id']}"
 
 
-def being_copied(beside_automatic: bool) -> Select[tuple[str, Any]]:
-    """Name and volumes of each snapshot that is being made of somebody's disks; with ``beside_automatic`` not of automatic
-    ones."""
-    query = select(snapshots.c.name, snapshots.c.volumes).where(
-        snapshots.c.state == "pending", snapshots.c.deleted.is_(False), snapshots.c.duplicates == "")
-    return query.where(snapshots.c.auto_day == "") if beside_automatic else query
+def being_copied(leaving: str = "") -> Select[tuple[str, Any]]:
+    """Name and volumes of each snapshot that is being made of somebody's disks. The automatic ones of ``leaving``, an
+    instance or a disk, are not among them: they go with it."""
+    return select(snapshots.c.name, snapshots.c.volumes).where(
+        snapshots.c.state == "pending", snapshots.c.deleted.is_(False), snapshots.c.duplicates == "",
+        snapshots.c.arrived.is_(False), or_(snapshots.c.auto_day == "", snapshots.c.source_id != leaving))
 
 
-def refuse_while_copied(connection: Connection, guest_id: str, what: str, beside_automatic: bool = False) -> None:
-    """Raises InvalidInputException while a snapshot of the guest's disks is being made; with ``beside_automatic`` automatic
-    ones are not looked at: they go with their instance."""
-    found = connection.execute(being_copied(beside_automatic).where(snapshots.c.guest_id == guest_id)).first()
+def refuse_while_copied(connection: Connection, guest_id: str, what: str, leaving: str = "") -> None:
+    """Raises InvalidInputException while a snapshot of the guest's disks is being made; ``leaving`` as in
+    :func:`being_copied`."""
+    found = connection.execute(being_copied(leaving).where(snapshots.c.guest_id == guest_id)).first()
     if found is not None:
         raise invalid_input(f"You can't {what} right now: the snapshot {found.name} is being made of it.",
                             "Wait for the snapshot, or delete it.")

@@ -121,7 +121,7 @@ class Disks:
         row = self._get(connection, request)
         if row["instance_id"] is not None or row["attachment"]:
             raise _not_now("delete", row, "Detach it first.")
-        _refuse_while_copied(connection, row, "delete", beside_automatic=True)
+        _refuse_while_copied(connection, row, "delete", leaving=row["id"])
         connection.execute(update(disks).where(disks.c.id == row["id"]).values(role="gone"))
         names.release(connection, row["account_id"], row["region"], row["name"])
         tags.forget(connection, row["id"])
@@ -181,10 +181,9 @@ def put(config: Config, connection: Connection, request: Request, name: str, *, 
     return identifier
 
 
-def _refuse_while_copied(connection: Connection, row: RowMapping, what: str, beside_automatic: bool = False) -> None:
-    """A disk of no instance is copied as it lies: nobody may write it meanwhile. With ``beside_automatic`` automatic
-    snapshots are not looked at: they go with their disk."""
-    for found in connection.execute(attachments.being_copied(beside_automatic).where(snapshots.c.guest_id == "")):
+def _refuse_while_copied(connection: Connection, row: RowMapping, what: str, leaving: str = "") -> None:
+    """A disk of no instance is copied as it lies: nobody may write it meanwhile."""
+    for found in connection.execute(attachments.being_copied(leaving).where(snapshots.c.guest_id == "")):
         if row["id"] in {volume["id"] for volume in found.volumes}:
             raise invalid_input(f"You can't {what} this disk right now: the snapshot {found.name} is being made of it.")
 

@@ -284,7 +284,7 @@ class Instances:
         """Gone for its owner at once; the guest is torn down behind the answer."""
         row = get_row(connection, request, request.params["instanceName"])
         guest = get_guest(connection, row)
-        attachments.refuse_while_copied(connection, guest["id"], f"delete the instance {row['name']}", True)
+        attachments.refuse_while_copied(connection, guest["id"], f"delete the instance {row['name']}", row["id"])
         values: dict[str, Any] = {"role": "gone", "force": True}
         if _static(connection, [row["id"]]):
             # The static IP is free for another instance at once, also while this one's guest is still going.

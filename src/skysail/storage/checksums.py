@@ -1,7 +1,8 @@
 """Checksums of files that nobody changes: each is read once, and again when it is another file by what stat(2) says.
 
 So a file that somebody changed or replaced is found before anything grows from it. What a disk loses silently, without a
-change of the file, is found at the first look of each agent; ``skysail snapshots export`` reads all anew.
+change of the file, is found at the first look of each agent; ``skysail snapshots export`` and ``skysail verify`` read all
+anew.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ _CHUNK = 1 << 20
 # An instance has at most 21 paths for disks.
 MAX_PARTS = 22
 
-Text = Annotated[str, msgspec.Meta(max_length=255)]
+Name = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_.-]{1,255}\Z")]
 Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 
 
@@ -51,7 +51,7 @@ class Attached(msgspec.Struct, frozen=True, kw_only=True):
     """Where a disk of an instance was, and what it was called."""
 
     path: Annotated[str, msgspec.Meta(pattern=r"\A/dev/xvd[f-z]\Z")]
-    name: Text
+    name: Name
 
 
 class Server(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +62,8 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
     image: Digest
     recipe: Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
     blueprint: Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9][a-z0-9_]{0,62}\Z")]
-    blueprint_name: Text
+    # Nothing that a terminal would obey.
+    blueprint_name: Annotated[str, msgspec.Meta(pattern=r"\A[^\x00-\x1f\x7f-\x9f]{1,128}\Z")]
     bundle: Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9_]{1,40}\Z")]
     user: Annotated[str, msgspec.Meta(pattern=r"\A[a-z_][a-z0-9_-]{0,31}\Z")]
     renews: bool = True
@@ -76,12 +77,12 @@ class Parcel(msgspec.Struct, frozen=True, kw_only=True):
     format: Literal["skysail snapshot"] = "skysail snapshot"
     version: int = VERSION
     kind: Literal["InstanceSnapshot", "DiskSnapshot"]
-    name: Text
+    name: Name
     created_at: float
     consistency: Consistency
     origin_type: Literal["Instance", "Disk"]
-    origin: Text
-    origin_arn: Text
+    origin: Name
+    origin_arn: Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9:/._-]{0,400}\Z")]
     parts: Annotated[tuple[Part, ...], msgspec.Meta(min_length=1, max_length=MAX_PARTS)]
     server: Server | None = None
 
