@@ -97,6 +97,17 @@ def test_what_is_written_is_read(room: Path, tmp_path: Path) -> None:
     assert "backing-filename" not in json.loads(run(["qemu-img", "info", "-f", "qcow2", "--output=json", str(path)]))
 
 
+def test_a_file_that_cannot_be_written_leaves_nothing(room: Path, tmp_path: Path) -> None:
+    made = packed(room, tmp_path / "snap.tar")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SkysailError, match="cannot be written"):
+        parcel.write(tmp_path / "folder", made, [room / "flat.qcow2"], quiet)
+    (tmp_path / ".other.tar.half").write_bytes(b"left")
+    parcel.write(tmp_path / "other.tar", made, [room / "flat.qcow2"], quiet)
+    assert (tmp_path / "other.tar").read_bytes() == (tmp_path / "snap.tar").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"snap.tar", "other.tar", "folder"}
+
+
 def repacked(source: Path, change: Callable[[list[tuple[tarfile.TarInfo, bytes]]], None]) -> None:
     """The same tar with other members."""
     with tarfile.open(source) as tar:

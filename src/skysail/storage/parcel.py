@@ -115,9 +115,9 @@ def write(target: Path, parcel: Parcel, disks: list[Path], detail: Callable[[str
     """Write the parcel with its ``disks``, the parts in order. ``target`` appears whole, or not at all; it holds all that the
     disks do, so nobody but its owner reads it."""
     half = target.with_name(f".{target.name}.half")
-    half.unlink(missing_ok=True)
     text = msgspec.json.format(msgspec.json.encode(parcel))
     try:
+        half.unlink(missing_ok=True)  # of one that was killed
         with half.open("xb") as out:
             os.fchmod(out.fileno(), 0o600)
             with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
@@ -129,6 +129,8 @@ def write(target: Path, parcel: Parcel, disks: list[Path], detail: Callable[[str
             os.fsync(out.fileno())
         half.rename(target)
         durable.sync(target.parent)
+    except OSError as failed:
+        raise SkysailError(f"{target} cannot be written: {failed.strerror}") from failed
     finally:
         half.unlink(missing_ok=True)
 
