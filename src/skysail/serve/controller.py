@@ -32,7 +32,17 @@ from skysail.kit.errors import SkysailError
 from skysail.notices.smtp import Smtp
 from skysail.notices.webhook import Webhook
 from skysail.operations.engine import Engine
-from skysail.resources import accounts, auto_snapshots, disks, domains, lifecycle, metering, regions, snapshot_rows
+from skysail.resources import (
+    accounts,
+    auto_snapshots,
+    disks,
+    domains,
+    lifecycle,
+    metering,
+    peering,
+    regions,
+    snapshot_rows,
+)
 from skysail.resources import alarms as alarm_rows
 from skysail.resources.access import Access
 from skysail.resources.add_ons import AddOns
@@ -62,7 +72,7 @@ from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
 HOST = "host-1"
-WORKFLOWS = lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS | auto_snapshots.WORKFLOWS
+WORKFLOWS = lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS | auto_snapshots.WORKFLOWS | peering.WORKFLOWS
 ALARM_SECONDS = 5.0
 # How often is looked whether an automatic snapshot is due.
 DUE_SECONDS = 2.0
@@ -131,10 +141,10 @@ def action_table(config: Config, clock: Clock,
     """Every action that is offered."""
     instances = Instances(config, clock, vault)
     nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), instances, disks.Disks(config, clock),
-             InstanceSnapshots(config, clock, instances), DiskSnapshots(clock),
-             SnapshotCopies(config, clock), AddOns(clock), AutoSnapshots(clock), PublicPorts(clock),
-             StaticIps(config, clock), Access(clock, vault), Tags(config, clock), Domains(config, clock), Metrics(clock),
-             Alarms(clock), ContactMethods(config, clock, confirmation_page(config)), OperationLog())
+             InstanceSnapshots(config, clock, instances), DiskSnapshots(clock), SnapshotCopies(config, clock), AddOns(clock),
+             AutoSnapshots(clock), PublicPorts(clock), StaticIps(config, clock), peering.Peering(config, clock),
+             Access(clock, vault), Tags(config, clock), Domains(config, clock), Metrics(clock), Alarms(clock),
+             ContactMethods(config, clock, confirmation_page(config)), OperationLog())
     return {name: action for noun in nouns for name, action in noun.actions().items()}
 
 
