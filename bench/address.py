@@ -161,7 +161,7 @@ class Held:
 
 
 def port(number: int, public: str = "") -> Port:
-    return Port(id=f"g-{number}", mac=f"52:54:00:00:{number >> 8:02x}:{number & 255:02x}", tenant=1,
+    return Port(id=f"g-{number}", mac=f"52:54:00:00:{number >> 8:02x}:{number & 255:02x}", network=1,
                 private_ipv4=f"172.26.{number >> 8}.{number & 255}", public_ipv4=public or f"100.115.93.{number}",
                 firewall=OPEN)
 

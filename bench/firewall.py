@@ -33,7 +33,7 @@ DEFAULT = (22, 80)
 def port(number: int) -> Port:
     """The port of instance ``number``; every tenth has a firewall of its own, the others share the default one."""
     own = (2000 + number,) if number % 10 == 0 else ()
-    return Port(id=f"g-{number}", mac=f"52:54:00:00:{number >> 8:02x}:{number & 255:02x}", tenant=1 + number % 7,
+    return Port(id=f"g-{number}", mac=f"52:54:00:00:{number >> 8:02x}:{number & 255:02x}", network=1 + number % 7,
                 private_ipv4=f"172.26.{number >> 8}.{number & 255}", public_ipv4=f"100.116.{number >> 8}.{number & 255}",
                 public_ipv6=f"fd53:6b79:7361::{number:x}", firewall=tuple(
                     FirewallRule(protocol="tcp", from_port=one, to_port=one) for one in (*DEFAULT, *own)))

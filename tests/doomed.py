@@ -29,6 +29,7 @@ DATA = Path(os.environ["SKYSAIL_DATA"])
 # In this order: a function is wrapped before other modules take its name.
 EFFECTS = (
     "skysail.kit.process:run", "shutil:rmtree", "os:chown", "os:chmod", "os:unlink", "os:rename", "os:replace", "os:mkdir",
+    "os:link",
     "skysail.kit.durable:replace",
     "skysail.agent.ledger:Ledger.write", "skysail.agent.traffic:Traffic._write",
     "skysail.agent.samples:SampleLog.append", "skysail.agent.keeper:Keeper._say",

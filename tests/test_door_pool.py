@@ -219,3 +219,73 @@ def test_a_file_that_is_not_what_was_asked_for_is_no_snapshot(tmp_path: Path, ha
     with pytest.raises(SkysailError):
         asyncio.run(shelf.finish(Manifest(id="s-1", consistency="frozen", copies=plan()), os.getuid()))
     assert asyncio.run(shelf.observe()) == []
+
+
+def test_a_duplicate_goes_on_without_its_source(shelf: Shelf) -> None:
+    take(shelf, "s-1")
+    asyncio.run(shelf.duplicate("s-2", "s-1"))
+    one, two = asyncio.run(shelf.find("s-1")), asyncio.run(shelf.find("s-2"))
+    assert one is not None and two is not None and (one.copies, one.parents) == (two.copies, two.parents)
+    asyncio.run(shelf.remove("s-1"))
+    asyncio.run(shelf.verify(Origin(snapshot="s-2", volume="g-1")))
+    assert asyncio.run(shelf.observe()) == ["s-2"]
+    with pytest.raises(SkysailError):
+        asyncio.run(shelf.duplicate("s-3", "s-1"))
+    with pytest.raises(SkysailError):
+        asyncio.run(shelf.verify(Origin(snapshot="s-1", volume="g-1")))
+    with pytest.raises(SkysailError):
+        asyncio.run(shelf.arrive("s-4"))
+
+
+def test_a_duplicate_that_was_interrupted_is_made_anew(tmp_path: Path) -> None:
+    shelf = FileShelf(tmp_path / "snapshots")
+    take(shelf, "s-1")
+    half = tmp_path / "snapshots" / ".s-2"
+    half.mkdir()
+    (half / "g-1.qcow2").write_bytes(b"half")
+    asyncio.run(shelf.duplicate("s-2", "s-1"))
+    assert (tmp_path / "snapshots" / "s-2" / "g-1.qcow2").samefile(tmp_path / "snapshots" / "s-1" / "g-1.qcow2")
+    assert not half.exists()
+
+
+@pytest.mark.parametrize("harmed", ["s-1", "s-2"])
+@pytest.mark.parametrize("harm", ["changed", "replaced", "gone"])
+def test_a_file_that_changed_is_noticed_wherever_it_is_in_the_chain(tmp_path: Path, harmed: str, harm: str) -> None:
+    shelf, folder = FileShelf(tmp_path / "snapshots"), tmp_path / "snapshots"
+    take(shelf, "s-1")
+    take(shelf, "s-2", *asyncio.run(shelf.chain(Origin(snapshot="s-1", volume="g-1"))), standing=("s-1",))
+    top = Origin(snapshot="s-2", volume="g-1")
+    for _ in range(2):
+        asyncio.run(shelf.verify(top))
+    path = folder / harmed / "g-1.qcow2"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.unlink()
+    if harm != "gone":
+        path.write_bytes(bytes(content))
+    if harm == "changed":  # at the very place, and as large as before
+        os.utime(path, ns=(0, 0))
+    with pytest.raises(SkysailError):
+        asyncio.run(shelf.verify(top))
+    with pytest.raises(SkysailError):
+        asyncio.run(shelf.duplicate("s-3", "s-2"))
+    assert asyncio.run(shelf.observe()) == ["s-1", "s-2"]
+
+
+def test_a_file_is_read_once(tmp_path: Path) -> None:
+    """Until it is another one by what stat(2) says, its checksum is remembered."""
+    shelf = FileShelf(tmp_path / "snapshots")
+    take(shelf, "s-1")
+    origin, path = Origin(snapshot="s-1", volume="g-1"), tmp_path / "snapshots" / "s-1" / "g-1.qcow2"
+    asyncio.run(shelf.verify(origin))
+    held = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(bytes(content))
+    with pytest.raises(SkysailError):
+        asyncio.run(shelf.verify(origin))
+    os.utime(path, ns=(held.st_atime_ns, held.st_mtime_ns))  # as no honest writer would leave it
+    asyncio.run(shelf.verify(origin))
+    with pytest.raises(SkysailError):
+        asyncio.run(FileShelf(tmp_path / "snapshots").verify(origin))

@@ -52,8 +52,8 @@ SSHD = Path("/usr/sbin/sshd")
 WEB = tuple(FirewallRule(protocol="tcp", from_port=number, to_port=number) for number in (22, 80, 443))
 
 
-def guest(number: int, tenant: int, *rules: FirewallRule) -> Guest:
-    port = Port(id=f"g-{number}", mac=f"52:54:00:00:00:{number:02x}", tenant=tenant, private_ipv4=f"172.26.0.{number}",
+def guest(number: int, network: int, *rules: FirewallRule) -> Guest:
+    port = Port(id=f"g-{number}", mac=f"52:54:00:00:00:{number:02x}", network=network, private_ipv4=f"172.26.0.{number}",
                 public_ipv4=f"100.115.93.{number}", firewall=rules, ssh_port=22000 + number)
     return Guest(id=port.id, instance=f"web-{number}", role="run", starts=1, reboots=0, vcpus=1, memory_mib=512,
                  volume=Volume(id=port.id, image="", size_gib=1), port=port, personality=Personality(hostname="h", user="u"))
@@ -400,8 +400,8 @@ def test_ssh_by_port_and_by_the_jump(place: Place) -> None:
         key.write_private_key(str(keys[name]))
         keys[name].chmod(0o600)
         key.write_public_key(str(keys[name].with_suffix(".pub")))
-    accounts = tuple(JumpAccount(tenant=tenant, keys=(keys[name].with_suffix(".pub").read_text().strip(),))
-                     for tenant, name in ((ADA, "ada"), (BOB, "bob")))
+    accounts = tuple(JumpAccount(networks=(network,), keys=(keys[name].with_suffix(".pub").read_text().strip(),))
+                     for network, name in ((ADA, "ada"), (BOB, "bob")))
     place.apply(accounts=accounts)
 
     def ssh(client: staged.Place, key: str, *words: str, jump: bool = False) -> str:

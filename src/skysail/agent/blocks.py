@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from skysail.agent.chores import Chores
-from skysail.contract.document import Disk, HostDocument, Snapshot
+from skysail.contract.document import Disk, HostDocument, Snapshot, Volume
 from skysail.contract.report import DiskReport, SnapshotReport
 from skysail.hypervisor import Hypervisor
 from skysail.kit.errors import SkysailError
@@ -44,6 +44,11 @@ class Blocks:
         """Once the disk has been made, or could not be."""
         await self._disks.settled(disk_id)
 
+    async def sound(self, volume: Volume) -> None:
+        """What a volume that is not here yet will grow from is what it was; raises SkysailError."""
+        if volume.origin is not None and volume.id not in await self._pool.observe():
+            await self._shelf.verify(volume.origin)
+
     async def _converge_disk(self, disk: Disk) -> DiskReport:
         if disk.role == "gone":
             await self._pool.remove(disk.id)
@@ -52,11 +57,17 @@ class Blocks:
             if disk.id not in await self._pool.observe():
                 raise SkysailError(f"the disk {disk.id} is not on this host any more", "bring its file back, or delete it")
         else:
+            await self.sound(disk.volume)
             parent = Path((await self._shelf.chain(disk.volume.origin))[0]) if disk.volume.origin else None
             await self._pool.ensure(disk.volume, parent, disk.volume.size_gib << 30, os.geteuid())
         return DiskReport(id=disk.id, state="available")
 
     async def _converge_snapshot(self, snapshot: Snapshot) -> SnapshotReport:
+        if snapshot.role == "keep" and await self._shelf.find(snapshot.id) is None:
+            if snapshot.duplicates is not None:
+                await self._shelf.duplicate(snapshot.id, snapshot.duplicates)
+            elif snapshot.arrived:
+                await self._shelf.arrive(snapshot.id)
         return await self._hypervisor.snapshot(snapshot, self._snapshots.say)
 
 

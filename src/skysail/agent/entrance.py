@@ -36,9 +36,9 @@ class EntranceKeeper:
     def take(self, document: HostDocument) -> None:
         """The document's entrance, and the guests that it leads to."""
         named = {one.guest for one in document.entrance.names} if document.entrance else set()
-        tenants = {one.tenant for one in document.entrance.accounts} if document.entrance else set()
+        networks = {number for one in document.entrance.accounts for number in one.networks} if document.entrance else set()
         guests = {guest.id: guest for guest in document.guests
-                  if guest.role != "gone" and (guest.id in named or guest.port.tenant in tenants)}
+                  if guest.role != "gone" and (guest.id in named or guest.port.network in networks)}
         if (document.entrance, guests) != self._wanted or not self._told:
             self._told = True
             self._wanted = (document.entrance, guests)

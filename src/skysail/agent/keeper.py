@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import msgspec
 
@@ -18,7 +18,7 @@ from skysail.agent.entrance import EntranceKeeper
 from skysail.agent.ledger import Ledger
 from skysail.agent.traffic import Traffic
 from skysail.agent.zones import ZoneKeeper
-from skysail.contract.document import Guest, HostDocument, Port
+from skysail.contract.document import Guest, HostDocument, Network, Port
 from skysail.contract.report import GuestReport, GuestState, HostReport, ImageReport, Inventory
 from skysail.dns import Zones
 from skysail.hypervisor import Hypervisor
@@ -42,17 +42,19 @@ class StaleGeneration(Exception):
 
 
 class Keeper:
-    """Holds one host. ``capacity`` carries what the machine has; its lists of guests and images are filled in here."""
+    """Holds one host. ``capacity`` carries what the machine has; its lists of guests and images are filled in here.
+    ``renews`` says of an image, by digest, whether its guests take on another identity in a copy; all do unless told."""
 
     def __init__(self, capacity: HostReport, hypervisor: Hypervisor, pool: Pool, shelf: Shelf, fabric: Fabric,
                  images: Callable[[], list[ImageReport]], ledger: Ledger, traffic: Traffic, zones: Zones,
-                 ingress: Sequence[Ingress] = ()) -> None:
+                 renews: Callable[[str], Awaitable[bool]] | None = None, ingress: Sequence[Ingress] = ()) -> None:
         self._hypervisor = hypervisor
         self._pool = pool
         self._shelf = shelf
         self._blocks = Blocks(hypervisor, pool, shelf, self._changed)
         self._fabric = fabric
         self._images = images
+        self._renews = renews
         self._ledger = ledger
         self._traffic = traffic
         self.zones = ZoneKeeper(zones, self._changed)
@@ -65,7 +67,11 @@ class Keeper:
         self._work: dict[str, asyncio.Task[GuestReport]] = {}
         self._falls: dict[str, list[float]] = {}
         self._departed: set[str] = set()
-        self._applied: list[Port] | None = None
+        self._applied: tuple[list[Port], tuple[Network, ...]] | None = None
+        self._networks: tuple[Network, ...] = ()
+        # The networks that are joined now; None as long as we do not know.
+        self._joined: tuple[Network, ...] | None = None
+        self._rewired = asyncio.Event()
         self._news = asyncio.Condition()
         self._network = asyncio.Lock()
         self._accepting = asyncio.Lock()
@@ -99,6 +105,9 @@ class Keeper:
         self._blocks.take(document)
         self.zones.take(document.zones)
         self.entrance.take(document)
+        if self._networks != document.networks:
+            self._networks = document.networks
+            self._rewired.set()
         for guest in document.guests:
             known = self._wanted.get(guest.id)
             self._wanted[guest.id] = guest
@@ -142,19 +151,25 @@ class Keeper:
         await self._say(report)
 
     async def tend_network(self) -> None:
-        """Now and then: put back what another program took from the network (a reload of the machine's own firewall flushes
-        ours too), and read the counters; runs until cancelled."""
+        """Now and then, and when networks are joined or parted: put back what another program took from the network (a reload
+        of the machine's own firewall flushes ours too), and read the counters; runs until cancelled."""
         while True:
+            self._rewired.clear()
             try:
-                if self._wanted:
+                if self._wanted or self._networks:
                     await self._apply_network(again=True)
+                elif self._joined is None:  # nobody is here who could be let through
+                    self._joined = ()
+                    await self._changed()
                 if self._traffic.take(await self._fabric.observe()):
                     for report in list(self._guests.values()):
                         self._hold(report)
                     await self._changed()
             except (SkysailError, OSError) as failure:
                 log.warning("the network could not be looked after: %s", failure)
-            await asyncio.sleep(NETWORK_SECONDS)
+            pause = NETWORK_SECONDS if self._joined == self._networks else BACK_OFF_SECONDS[1]
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._rewired.wait(), pause)
 
     async def prepare(self, image: str, vcpus: int) -> None:
         """Make ready what a launch of this image needs, and report the images that are here; raises SkysailError."""
@@ -230,6 +245,7 @@ class Keeper:
             await self._apply_network()
             for one in guest.disks:
                 await self._blocks.ready(one.volume.id)
+            await self._refuse_unsound(guest)
         report = await self._hypervisor.ensure(guest)
         if guest.role == "gone" and report.state == "gone":
             await self._pool.remove(guest.volume.id)
@@ -239,15 +255,29 @@ class Keeper:
             self._falls.pop(guest.id, None)
         return report
 
+    async def _refuse_unsound(self, guest: Guest) -> None:
+        """Raises SkysailError for a guest that cannot be made of what it is to begin as."""
+        if guest.volume.origin is None or guest.volume.id in await self._pool.observe():
+            return
+        await self._blocks.sound(guest.volume)
+        if self._renews is not None and not await self._renews(guest.volume.image):
+            raise SkysailError(
+                f"the image {guest.volume.image[:12]} was built before copies took on an identity of their own: this one "
+                "would have the keys and addresses of its source; make a disk of its system disk's snapshot instead")
+
     async def _apply_network(self, again: bool = False) -> None:
         async with self._network:
             # A guest that is going keeps its port until its process is gone: several launches and deletions share one
             # pass of the whole network.
             ports = [guest.port for guest in self._wanted.values() if guest.id not in self._departed]
-            if again or ports != self._applied:
+            networks = self._networks
+            if again or (ports, networks) != self._applied:
                 self._applied = None
-                await self._fabric.apply(ports)
-                self._applied = ports
+                await self._fabric.apply(ports, networks)
+                self._applied = (ports, networks)
+            news, self._joined = self._joined != networks, networks
+        if news:
+            await self._changed()
 
     async def _say(self, report: GuestReport) -> None:
         if self._hold(report):
@@ -265,10 +295,11 @@ class Keeper:
     async def _changed(self) -> None:
         async with self._news:
             disks, snapshots = self._blocks.reports()
+            networked = self._report.generation if self._joined == self._networks else self._report.networked
             self._report = msgspec.structs.replace(
                 self._report, sequence=self._report.sequence + 1, guests=tuple(self._guests.values()),
                 images=tuple(self._images()), disks=disks, snapshots=snapshots, zones=self.zones.reports(),
-                entrance=self.entrance.report())
+                networked=networked, entrance=self.entrance.report())
             self._news.notify_all()
 
     def report(self) -> HostReport:
@@ -292,12 +323,14 @@ class Keeper:
     async def inventory(self) -> Inventory:
         """What the machine really holds; no effects."""
         seen = await self._hypervisor.observe()
+        joined = await self._fabric.joined()
         return Inventory(
             guests=tuple(sorted(report.id for report in seen)),
             running=tuple(sorted(report.id for report in seen if report.state == "running")),
             volumes=tuple(sorted(await self._pool.observe())), ports=tuple(sorted(await self._fabric.observe())),
             snapshots=tuple(await self._shelf.observe()), strays=tuple(await self._hypervisor.strays()),
-            zones=await self.zones.inventory(), names=await self.entrance.inventory())
+            zones=await self.zones.inventory(), reached_by=joined.reached_by, routed=joined.routed,
+            names=await self.entrance.inventory())
 
     def wanted(self) -> dict[str, Guest]:
         """The guests that documents named, as the last one wants them."""

@@ -31,13 +31,14 @@ class FirewallRule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Port(msgspec.Struct, frozen=True, kw_only=True):
-    """A guest's place in the network. ``tenant`` numbers the account: guests of one tenant reach each other privately.
+    """A guest's place in the network. ``network`` numbers its private network: guests of one reach each other privately.
     A guest without ``public_ipv6`` has IPv4 alone. ``ssh_port`` of the machine's single address leads to its port 22, where
     the machine has one."""
 
     id: Id
     mac: str
-    tenant: int
+    # Records of guests that earlier versions made have it by the older name.
+    network: int = msgspec.field(name="tenant")
     private_ipv4: str
     public_ipv4: str
     public_ipv6: str = ""
@@ -48,6 +49,16 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
         """The IPv4 networks to which its firewall opens a TCP port, none where it is closed."""
         return tuple(sorted({cidr for rule in self.firewall for cidr in rule.cidrs if rule.protocol == "all" or (
             rule.protocol == "tcp" and rule.from_port <= tcp_port <= rule.to_port)}))
+
+
+class Network(msgspec.Struct, frozen=True, kw_only=True):
+    """A private network that is joined with others; one that no document names is alone. Its guests and those of its
+    ``peers`` reach each other privately; when it is ``routed``, so do its guests and the peer subnets of the host's
+    configuration."""
+
+    number: int
+    peers: tuple[int, ...] = ()
+    routed: bool = False
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,12 +132,16 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """A copy of ``volumes``, all of one moment, that shall exist (or not). ``guest`` has them; '' when none does."""
+    """A copy of ``volumes``, all of one moment, that shall exist (or not). ``guest`` has them; '' when none does. One that
+    ``duplicates`` another is made of that one's files; one that ``arrived`` was laid on the host by an import. Neither looks
+    at the volumes."""
 
     id: Id
     role: Kept
     guest: str
     volumes: tuple[Volume, ...]
+    duplicates: Id | None = None
+    arrived: bool = False
 
 
 class RecordSet(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,9 +179,9 @@ class HostName(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JumpAccount(msgspec.Struct, frozen=True, kw_only=True):
-    """Who may jump to the guests of ``tenant``: the holders of these public keys (in OpenSSH's form)."""
+    """Who may jump to the guests of these private networks: the holders of these public keys (in OpenSSH's form)."""
 
-    tenant: int
+    networks: tuple[int, ...]
     keys: tuple[str, ...]
 
 
@@ -188,4 +203,5 @@ class HostDocument(msgspec.Struct, frozen=True, kw_only=True):
     snapshots: tuple[Snapshot, ...] = ()
     zones: tuple[Zone, ...] = ()
     entrance: Entrance | None = None
+    networks: tuple[Network, ...] = ()
     version: int = VERSION

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from sqlalchemy import Connection, RowMapping, and_, or_, select, update
 
 from skysail.contract.document import Entrance, HostName, JumpAccount
-from skysail.store.schema import accounts, domain_entries, domains, guests, hosts, instances, key_pairs, static_ips
+from skysail.store.schema import domain_entries, domains, guests, hosts, instances, key_pairs, static_ips
 
 # How many CNAME records are followed from a name to its address.
 MAX_CHAIN = 8
@@ -38,7 +38,8 @@ def compile(connection: Connection, host: RowMapping) -> Entrance | None:
     if not host["shared_address"]:
         return None
     found = connection.execute(
-        select(instances, guests.c.id.label("guest_id"), guests.c.public_ipv4, guests.c.host_id)
+        select(instances, guests.c.id.label("guest_id"), guests.c.public_ipv4, guests.c.host_id,
+               guests.c.network)
         .join(guests, guests.c.instance_id == instances.c.id).where(guests.c.role != "gone")
         .order_by(instances.c.created_at, instances.c.id)).mappings().all()
     names: dict[str, str] = {}
@@ -52,7 +53,7 @@ def compile(connection: Connection, host: RowMapping) -> Entrance | None:
             names[name] = guest
     here = {row["guest_id"] for row in found if row["host_id"] == host["id"]}
     return Entrance(names=tuple(HostName(name=name, guest=guest) for name, guest in sorted(names.items()) if guest in here),
-                    accounts=tuple(_accounts(connection, {row["account_id"] for row in found if row["guest_id"] in here})))
+                    accounts=tuple(_accounts(connection, [row for row in found if row["guest_id"] in here])))
 
 
 def instance_name(name: str, region: str, domain: str) -> str:
@@ -100,11 +101,13 @@ def _domain_names(connection: Connection, found: Sequence[RowMapping]) -> Mappin
     return direct
 
 
-def _accounts(connection: Connection, identifiers: set[str]) -> Iterable[JumpAccount]:
-    held: dict[str, set[str]] = {identifier: set() for identifier in identifiers}
-    for row in connection.execute(select(key_pairs.c.account_id, key_pairs.c.public_key).where(
-            key_pairs.c.account_id.in_(identifiers))):
-        held[row.account_id].add(row.public_key.strip())
-    for row in connection.execute(select(accounts.c.id, accounts.c.tenant).where(accounts.c.id.in_(identifiers))
-                                  .order_by(accounts.c.tenant)):
-        yield JumpAccount(tenant=row.tenant, keys=tuple(sorted(held[row.id])))
+def _accounts(connection: Connection, found: Iterable[RowMapping]) -> Iterable[JumpAccount]:
+    networks: dict[str, set[int]] = {}
+    for row in found:
+        networks.setdefault(row["account_id"], set()).add(row["network"])
+    held: dict[str, set[str]] = {identifier: set() for identifier in networks}
+    for pair in connection.execute(select(key_pairs.c.account_id, key_pairs.c.public_key).where(
+            key_pairs.c.account_id.in_(networks))):
+        held[pair.account_id].add(pair.public_key.strip())
+    for identifier in sorted(networks):
+        yield JumpAccount(networks=tuple(sorted(networks[identifier])), keys=tuple(sorted(held[identifier])))

@@ -120,6 +120,6 @@ def rights(entrance: Entrance, guests: Mapping[str, Guest]) -> tuple[Holder, ...
         called.setdefault(name.guest, []).append(name.name)
     return tuple(Holder(keys=account.keys, doors={
         word: Door(address=guest.port.private_ipv4, sources=guest.port.sources(22))
-        for guest in guests.values() if guest.port.tenant == account.tenant
+        for guest in guests.values() if guest.port.network in account.networks
         for word in (guest.instance.lower(), guest.port.private_ipv4, guest.port.public_ipv4, *called.get(guest.id, ()))
         if word}) for account in entrance.accounts)

@@ -19,7 +19,7 @@ from skysail.contract.report import HeldZone, Inventory
 from skysail.dns.sim import SIMULATED
 from skysail.hosts import desired
 from skysail.images.library import Library, file_digest
-from skysail.inspect import blocks
+from skysail.inspect import blocks, networks
 from skysail.inspect.difference import Difference
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
@@ -83,11 +83,13 @@ def verify(config: Config, pause_seconds: float = PAUSE_SECONDS) -> list[Differe
 def _look(database: Database, config: Config) -> list[Difference]:
     with database.transaction(write=False) as connection:
         found = [*_database(connection), *_names(connection), *_instances(connection), *_addresses(connection),
-                 *_owners(connection), *_metrics(connection), *blocks.rows(connection), *_work(connection, time.time()),
-                 *_secrets(connection, Vault.at(config.master_key))]
+                 *_owners(connection), *_metrics(connection), *blocks.rows(connection), *blocks.automatic(connection),
+                 *networks.rows(connection),
+                 *_work(connection, time.time()), *_secrets(connection, Vault.at(config.master_key))]
         for host in connection.execute(select(hosts)).mappings().all():
             found += _host(connection, host, config)
-    return found + list(_images(config))
+    kept = blocks.files(config.snapshots_dir) if config.engines == "real" else ()
+    return [*found, *_images(config), *kept]
 
 
 def _database(connection: Connection) -> Iterator[Difference]:
@@ -115,7 +117,7 @@ def _names(connection: Connection) -> Iterator[Difference]:
             if held.get(key) != row.id:
                 yield Difference(subject=f"{kind} {row.name}", saw="its name is not registered", wanted="a row in names")
     stored = [("Disk", select(disks).where(disks.c.role == "keep")),
-              ("Snapshot", select(snapshots).where(snapshots.c.deleted.is_(False)))]
+              ("Snapshot", select(snapshots).where(snapshots.c.deleted.is_(False), snapshots.c.auto_day == ""))]
     for kind, query in stored:
         for row in connection.execute(query):
             key = (row.account_id, row.region, row.name)
@@ -274,6 +276,7 @@ def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[
     whole = set(connection.execute(select(snapshots.c.id).where(
         snapshots.c.host_id == host["id"], snapshots.c.role == "keep", snapshots.c.state.in_(WHOLE.values()))).scalars())
     yield from blocks.host(document, there, whole)
+    yield from networks.host(document, there, bool(config.peer_subnets))
     for stray in there.strays:
         yield Difference(subject=subject, saw=stray, wanted="only what the rows know")
     yield from _entrance(host, document, there)

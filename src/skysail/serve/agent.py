@@ -31,6 +31,7 @@ from skysail.hypervisor.guest import Workshop
 from skysail.hypervisor.personality import Surroundings
 from skysail.hypervisor.sim import SimHypervisor
 from skysail.hypervisor.template import Image, Templates
+from skysail.images import renewal
 from skysail.images.library import Library
 from skysail.ingress import Ingress
 from skysail.ingress.haproxy import HaProxy
@@ -38,6 +39,7 @@ from skysail.ingress.jump import Jump
 from skysail.ingress.sim import SimIngress
 from skysail.kit.config import Config, load
 from skysail.kit.errors import SkysailError
+from skysail.kit.process import in_thread
 from skysail.network import Fabric
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import GATEWAY_IPV6, HTTP_PORT, JUMP_PORT, TLS_PORT, Layout
@@ -64,7 +66,7 @@ def build(config: Config) -> tuple[Keeper, Sampler]:
         simulated = SimHypervisor(volumes.ensure, shelf=shelf)
         network = SimFabric(simulated.flow)
         keeper = Keeper(_SIM, simulated, volumes, shelf, network, lambda: [_SIM_IMAGE], ledger, traffic, name_server(config),
-                        [SimIngress()])
+                        ingress=[SimIngress()])
         return keeper, _sampler(config, simulated, network, traffic, keeper)
     library = Library(config.images_dir)
     for folder in (config.images_dir, config.templates_dir, config.guests_dir, config.volumes_dir,
@@ -79,7 +81,7 @@ def build(config: Config) -> tuple[Keeper, Sampler]:
         give_volume=pool.give, shelf=snapshots, around=lambda: surroundings(config))
     hypervisor = Qemu(workshop, config.guest_uid_base)
     keeper = Keeper(capacity(config, accelerator), hypervisor, pool, snapshots, fabric, lambda: _reports(library), ledger,
-                    traffic, name_server(config), ingress(config))
+                    traffic, name_server(config), lambda digest: in_thread(renewal.renews, library, digest), ingress(config))
     return keeper, _sampler(config, hypervisor, fabric, traffic, keeper)
 
 
@@ -130,7 +132,8 @@ def resolvers(paths: tuple[str, ...] = ("/etc/resolv.conf", "/run/systemd/resolv
 
 
 def _image(library: Library, digest: str) -> Image | None:
-    held = library.find(digest)
+    # A disk that came from elsewhere needs no image: it is whole.
+    held = library.find(digest) or library.noted(digest)
     return None if held is None else Image(digest=digest, path=library.path(digest), ours=bool(held.recipe))
 
 

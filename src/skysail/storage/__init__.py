@@ -79,6 +79,19 @@ class Shelf(Protocol):
         """The files that a volume of this origin stands on, nearest first; raises SkysailError when they are not here."""
         ...
 
+    async def verify(self, origin: Origin) -> None:
+        """Raises SkysailError when a file that a volume of this origin stands on is not what it was when it was made."""
+        ...
+
+    async def duplicate(self, snapshot_id: str, source_id: str) -> None:
+        """Let a snapshot appear that shares the files of another, and does not need it. Raises SkysailError when that one is
+        not here, or has changed."""
+        ...
+
+    async def arrive(self, snapshot_id: str) -> None:
+        """Let a snapshot appear that an import laid here; raises SkysailError when none did."""
+        ...
+
     async def observe(self) -> list[str]:
         """The ids of the snapshots that are here whole."""
         ...

@@ -20,6 +20,7 @@ from skysail.kit import durable
 from skysail.kit.errors import ProcessFailed, SkysailError
 from skysail.kit.process import in_thread, run
 from skysail.storage import Copy, Manifest
+from skysail.storage.checksums import Checksums
 
 MANIFEST = "manifest.json"
 
@@ -29,6 +30,7 @@ class FileShelf:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._checksums = Checksums()
 
     def _draft(self, snapshot_id: str) -> Path:
         return self._folder / f".{snapshot_id}"
@@ -72,6 +74,30 @@ class FileShelf:
         raise SkysailError(f"the snapshot {origin.snapshot} of {origin.volume} is not on this host any more",
                            "bring its folder back")
 
+    async def verify(self, origin: Origin) -> None:
+        """See :class:`skysail.storage.Shelf`; of images and templates below, the agent's library and verify know."""
+        for file in map(Path, await self.chain(origin)):
+            held = await self.find(file.parent.name) if file.parent.parent == self._folder else None
+            for copy in held.copies if held else ():
+                if copy.file == file.name:
+                    await in_thread(self._checksums.check, file, copy.sha256)
+
+    async def duplicate(self, snapshot_id: str, source_id: str) -> None:
+        """See :class:`skysail.storage.Shelf`. Files never change, so two folders may hold the same ones (link(2))."""
+        held = await self.find(source_id)
+        if held is None:
+            raise SkysailError(f"the snapshot {source_id} is not on this host any more", "bring its folder back")
+        for copy in held.copies:
+            await self.verify(Origin(snapshot=source_id, volume=copy.volume))
+        await in_thread(_duplicate, self._folder / source_id, self._draft(snapshot_id), self._folder / snapshot_id,
+                        msgspec.structs.replace(held, id=snapshot_id))
+
+    async def arrive(self, snapshot_id: str) -> None:
+        """See :class:`skysail.storage.Shelf`. What an import laid here is a draft that has its manifest already."""
+        if not (self._draft(snapshot_id) / MANIFEST).exists():
+            raise SkysailError(f"what was imported as {snapshot_id} is not on this host", "import it again")
+        await in_thread(_appear, self._draft(snapshot_id), self._folder / snapshot_id)
+
     async def observe(self) -> list[str]:
         if not self._folder.exists():
             return []
@@ -111,11 +137,30 @@ def _finish(draft: Path, folder: Path, manifest: Manifest, uid: int) -> Manifest
         _inspect(path, copy)
         copies.append(msgspec.structs.replace(copy, sha256=_digest(path)))
     whole = msgspec.structs.replace(manifest, copies=tuple(copies))
+    seal(draft, whole)
+    _appear(draft, folder)
+    return whole
+
+
+def seal(draft: Path, whole: Manifest) -> None:
+    """The draft has all of its files: give it its manifest."""
     durable.replace(draft / MANIFEST, msgspec.json.format(msgspec.json.encode(whole)), 0o444)
     draft.chmod(0o755)
+
+
+def _appear(draft: Path, folder: Path) -> None:
     draft.rename(folder)
     durable.sync(folder.parent)
-    return whole
+
+
+def _duplicate(source: Path, draft: Path, folder: Path, manifest: Manifest) -> None:
+    if draft.exists():
+        shutil.rmtree(draft)
+    draft.mkdir()
+    for copy in manifest.copies:
+        (draft / copy.file).hardlink_to(source / copy.file)
+    seal(draft, manifest)
+    _appear(draft, folder)
 
 
 def _digest(path: Path) -> str:

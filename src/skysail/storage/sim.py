@@ -62,6 +62,17 @@ class SimShelf:
             raise SkysailError(f"the snapshot {origin.snapshot} of {origin.volume} is not on this host")
         return (f"/nonexistent/{origin.snapshot}/{found[0].file}", *found[0].parents)
 
+    async def verify(self, origin: Origin) -> None:
+        await self.chain(origin)
+
+    async def duplicate(self, snapshot_id: str, source_id: str) -> None:
+        if source_id not in self._held:
+            raise SkysailError(f"the snapshot {source_id} is not on this host any more")
+        self._held[snapshot_id] = msgspec.structs.replace(self._held[source_id], id=snapshot_id)
+
+    async def arrive(self, snapshot_id: str) -> None:
+        raise SkysailError("nothing can be imported to a simulated host")
+
     async def observe(self) -> list[str]:
         return sorted(self._held)
 

@@ -31,7 +31,6 @@ metadata = MetaData(naming_convention={
 accounts = Table(
     "accounts", metadata,
     Column("id", String(12), primary_key=True),
-    Column("tenant", Integer, nullable=False, unique=True),
     Column("name", String(64), nullable=False, unique=True),
     Column("created_at", Float, nullable=False),
 )
@@ -53,6 +52,16 @@ authorities = Table(
     Column("region", String(32), primary_key=True),
     Column("public_key", String, nullable=False),
     Column("private_sealed", LargeBinary, nullable=False),
+)
+
+# The private network of an account in a region. ``peered`` ones are joined with the peer subnets and with each other.
+networks = Table(
+    "networks", metadata,
+    Column("number", Integer, primary_key=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("region", String(32), nullable=False),
+    Column("peered", Boolean, nullable=False, default=False),
+    UniqueConstraint("account_id", "region"),
 )
 
 names = Table(
@@ -92,6 +101,7 @@ hosts = Table(
     Column("address", String, nullable=False),
     Column("generation", Integer, nullable=False, default=1),
     Column("observed_generation", Integer, nullable=False, default=0),
+    Column("networked_generation", Integer, nullable=False, default=0, server_default="0"),
     Column("vcpus", Integer, nullable=False, default=0),
     Column("memory_mib", Integer, nullable=False, default=0),
     Column("disk_gib", Integer, nullable=False, default=0),
@@ -175,6 +185,8 @@ guests = Table(
     Column("origin", JSON),
     Column("iops", Integer, nullable=False, default=0, server_default="0"),
     Column("observed_disks", JSON, nullable=False, default=list, server_default="[]"),
+    # The number of its private network, which it keeps while it goes.
+    Column("network", Integer, nullable=False, default=0, server_default="0"),
     Index("uq_guests_public_ipv6", "public_ipv6", unique=True),
 )
 
@@ -226,7 +238,10 @@ disks = Table(
 )
 
 # Copies of volumes, of an instance or of one disk. ``deleted``: gone for its owner; its files stay while others stand on them
-# (``parents``). ``source`` is what its owner is shown of where it came from, ``volumes`` what its host copies.
+# (``parents``). ``source`` is what its owner is shown of where it came from, ``volumes`` what its host copies. An automatic
+# one has the day (UTC, as 2026-01-31) that it is of in ``auto_day``, and no name of its own; ``source_id`` is the instance or
+# disk that it is of. ``from_auto``: it was copied from an automatic one. One with ``duplicates`` shares that one's files, one
+# that ``arrived`` was imported.
 snapshots = Table(
     "snapshots", metadata,
     Column("id", String(64), primary_key=True),
@@ -249,7 +264,26 @@ snapshots = Table(
     Column("frozen_ms", Float, nullable=False, default=0.0),
     Column("parents", JSON, nullable=False, default=list),
     Column("reason", String, nullable=False, default=""),
+    Column("source_id", String(64), nullable=False, default="", server_default=""),
+    Column("auto_day", String(10), nullable=False, default="", server_default=""),
+    Column("from_auto", Boolean, nullable=False, default=False, server_default="0"),
+    Column("duplicates", String(64), nullable=False, default="", server_default=""),
+    Column("arrived", Boolean, nullable=False, default=False, server_default="0"),
     Index("ix_snapshots_listing", "account_id", "region", "kind", "name"),
+    Index("ix_snapshots_source_id", "source_id"),
+)
+
+# Automatic snapshots of an instance or a disk, each day at ``hour`` (UTC); on ``held_day`` still at ``held_hour``, as it was
+# before its owner chose another. ``last_day`` is the last day that needs none any more. Disabling keeps the row.
+add_ons = Table(
+    "add_ons", metadata,
+    Column("resource_id", String(64), primary_key=True),
+    Column("resource_type", String(32), nullable=False),
+    Column("enabled", Boolean, nullable=False),
+    Column("hour", Integer, nullable=False),
+    Column("held_hour", Integer, nullable=False, default=0),
+    Column("held_day", String(10), nullable=False, default=""),
+    Column("last_day", String(10), nullable=False),
 )
 
 # A domain is what the customer owns, and the zone that name servers answer for. A deleted one keeps its row, with the role
