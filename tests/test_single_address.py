@@ -39,6 +39,7 @@ from skysail.contract.document import (
 )
 from skysail.contract.report import EntranceReport
 from skysail.ingress import Ingress
+from skysail.ingress.jump import rights
 from skysail.kit.config import Config
 from skysail.network.plan import Layout
 from skysail.serve import agent, up
@@ -367,6 +368,16 @@ def test_guests_reach_each_other_by_the_shared_address(place: Place) -> None:
     assert "web-10\n" in ask_tls(place.stage.guests[0], "ten.example.com"), "itself, too"
     with place.stage.machine.serves("0.0.0.0", 8700):
         assert place.stage.guests[0].cut_off(ADDRESS, 8700), "and nothing else of the machine"
+
+
+def test_rights_are_an_accounts_own() -> None:
+    twice = msgspec.structs.replace(guest(12, 3, *WEB), instance="WEB-10")
+    made = rights(Entrance(names=NAMES, accounts=(JumpAccount(networks=(ADA, 3), keys=("k",)), JumpAccount(
+        networks=(BOB,), keys=()))), {one.id: one for one in (*GUESTS, twice)})
+    assert [set(one.doors) for one in made] == [
+        {"ten.example.com", "172.26.0.10", "100.115.93.10", "172.26.0.12", "100.115.93.12"},
+        {"web-11", "eleven.example.com", "*.wild.example.com", "172.26.0.11", "100.115.93.11"}]
+    assert made[0].doors["172.26.0.12"].sources == ("0.0.0.0/0",)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import os
 import pwd
 import sys
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -114,12 +115,20 @@ class Jump:
 
 
 def rights(entrance: Entrance, guests: Mapping[str, Guest]) -> tuple[Holder, ...]:
-    """Who may go where: the holders of an account's keys to the SSH of its guests."""
+    """Who may go where: the holders of an account's keys to the SSH of its guests. A name that two of them have, in different
+    regions, means neither."""
     called: dict[str, list[str]] = {}
-    for name in entrance.names:
-        called.setdefault(name.guest, []).append(name.name)
-    return tuple(Holder(keys=account.keys, doors={
-        word: Door(address=guest.port.private_ipv4, sources=guest.port.sources(22))
-        for guest in guests.values() if guest.port.network in account.networks
-        for word in (guest.instance.lower(), guest.port.private_ipv4, guest.port.public_ipv4, *called.get(guest.id, ()))
-        if word}) for account in entrance.accounts)
+    for one in entrance.names:
+        called.setdefault(one.guest, []).append(one.name)
+    made = []
+    for account in entrance.accounts:
+        own = [guest for guest in guests.values() if guest.port.network in account.networks]
+        alike = Counter(guest.instance.lower() for guest in own)
+        doors: dict[str, Door] = {}
+        for guest in own:
+            name = guest.instance.lower()
+            words = [guest.port.private_ipv4, guest.port.public_ipv4, *called.get(guest.id, ())]
+            door = Door(address=guest.port.private_ipv4, sources=guest.port.sources(22))
+            doors |= dict.fromkeys(filter(None, [name, *words] if alike[name] == 1 else words), door)
+        made.append(Holder(keys=account.keys, doors=doors))
+    return tuple(made)
