@@ -73,7 +73,7 @@ def application(keeper: Keeper, sampler: Sampler) -> Starlette:
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         await keeper.start()
         tasks = [asyncio.create_task(work) for work in (keeper.follow(), keeper.tend_network(), keeper.zones.run(),
-                                                          sampler.run())]
+                                                          keeper.entrance.run(), sampler.run())]
         try:
             yield
         finally:

@@ -9,11 +9,12 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import msgspec
 
 from skysail.agent.blocks import Blocks
+from skysail.agent.entrance import EntranceKeeper
 from skysail.agent.ledger import Ledger
 from skysail.agent.traffic import Traffic
 from skysail.agent.zones import ZoneKeeper
@@ -21,6 +22,7 @@ from skysail.contract.document import Guest, HostDocument, Network, Port
 from skysail.contract.report import GuestReport, GuestState, HostReport, ImageReport, Inventory
 from skysail.dns import Zones
 from skysail.hypervisor import Hypervisor
+from skysail.ingress import Ingress
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread
 from skysail.network import Fabric
@@ -45,7 +47,7 @@ class Keeper:
 
     def __init__(self, capacity: HostReport, hypervisor: Hypervisor, pool: Pool, shelf: Shelf, fabric: Fabric,
                  images: Callable[[], list[ImageReport]], ledger: Ledger, traffic: Traffic, zones: Zones,
-                 renews: Callable[[str], Awaitable[bool]] | None = None) -> None:
+                 renews: Callable[[str], Awaitable[bool]] | None = None, ingress: Sequence[Ingress] = ()) -> None:
         self._hypervisor = hypervisor
         self._pool = pool
         self._shelf = shelf
@@ -56,6 +58,7 @@ class Keeper:
         self._ledger = ledger
         self._traffic = traffic
         self.zones = ZoneKeeper(zones, self._changed)
+        self.entrance = EntranceKeeper(ingress, self._apply_network, self._changed)
         self._report = msgspec.structs.replace(capacity, boot=str(uuid.uuid4()), sequence=0, generation=0)
         self._guests: dict[str, GuestReport] = {}
         self._wanted: dict[str, Guest] = {}
@@ -101,6 +104,7 @@ class Keeper:
         self._report = msgspec.structs.replace(self._report, generation=document.generation)
         self._blocks.take(document)
         self.zones.take(document.zones)
+        self.entrance.take(document)
         if self._networks != document.networks:
             self._networks = document.networks
             self._rewired.set()
@@ -295,7 +299,7 @@ class Keeper:
             self._report = msgspec.structs.replace(
                 self._report, sequence=self._report.sequence + 1, guests=tuple(self._guests.values()),
                 images=tuple(self._images()), disks=disks, snapshots=snapshots, zones=self.zones.reports(),
-                networked=networked)
+                networked=networked, entrance=self.entrance.report())
             self._news.notify_all()
 
     def report(self) -> HostReport:
@@ -325,7 +329,8 @@ class Keeper:
             running=tuple(sorted(report.id for report in seen if report.state == "running")),
             volumes=tuple(sorted(await self._pool.observe())), ports=tuple(sorted(await self._fabric.observe())),
             snapshots=tuple(await self._shelf.observe()), strays=tuple(await self._hypervisor.strays()),
-            zones=await self.zones.inventory(), reached_by=joined.reached_by, routed=joined.routed)
+            zones=await self.zones.inventory(), reached_by=joined.reached_by, routed=joined.routed,
+            names=await self.entrance.inventory())
 
     def wanted(self) -> dict[str, Guest]:
         """The guests that documents named, as the last one wants them."""

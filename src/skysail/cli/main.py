@@ -91,10 +91,11 @@ def launch(name: str, *, blueprint: str = "debian_12", bundle: str = "nano_3_0",
 def list_instances(*, region: str = "", json: Json = False) -> None:
     """Every instance, of every region unless one is told."""
     config = configuration.load()
-    found = customer.instances(config, region)
+    found = customer.listed(config, region)
     show.as_json(found) if json else show.table(
         [customer.summary(instance) for instance in found],
-        ["name", *(["region"] if len(config.regions) > 1 else []), "state", "address", "blueprint", "bundle"])
+        ["name", *(["region"] if len(config.regions) > 1 else []), "state", "address",
+         *(["ssh port"] if config.single_address else []), "blueprint", "bundle"])
 
 
 @app.command

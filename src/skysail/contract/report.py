@@ -81,6 +81,14 @@ class ZoneReport(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class EntranceReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The shared address's entrance. ``pending``: not as the document says yet; ``failed``: it could not be made so,
+    ``reason`` says why, and it is tried again."""
+
+    state: Literal["pending", "served", "failed"]
+    reason: str = ""
+
+
 class HostReport(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a host observes, at one moment. ``sequence`` grows by one with every change, within one agent's life
     (``boot``): a reader keeps the pair to know what it has seen. ``networked`` is the newest generation whose networks are
@@ -99,6 +107,7 @@ class HostReport(msgspec.Struct, frozen=True, kw_only=True):
     disks: tuple[DiskReport, ...] = ()
     snapshots: tuple[SnapshotReport, ...] = ()
     zones: tuple[ZoneReport, ...] = ()
+    entrance: EntranceReport | None = None
     networked: int = 0
     version: int = VERSION
 
@@ -116,7 +125,8 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     """What a host really holds at this moment, by id: guests, those of them that have a process, volumes (block storage
     too), ports, snapshots. ``strays`` says in words what is there of guests that the host does not hold.
     ``zones``: what its name server has. ``reached_by`` has the numbers of the networks whose guests reach each port,
-    ``routed`` the ports that peer subnets do."""
+    ``routed`` the ports that peer subnets do; ``names`` the host names that lead to guests, with the private address of
+    each."""
 
     guests: tuple[str, ...] = ()
     running: tuple[str, ...] = ()
@@ -127,3 +137,4 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     zones: tuple[HeldZone, ...] = ()
     reached_by: dict[str, tuple[int, ...]] = {}
     routed: tuple[str, ...] = ()
+    names: dict[str, str] = {}

@@ -279,8 +279,24 @@ def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[
     yield from networks.host(document, there, bool(config.peer_subnets))
     for stray in there.strays:
         yield Difference(subject=subject, saw=stray, wanted="only what the rows know")
+    yield from _entrance(host, document, there)
     signers = {row.name + ".": row.ds for row in connection.execute(select(domains))}
     yield from _zones(document.zones, there.zones, signers)
+
+
+def _entrance(host: RowMapping, document: HostDocument, there: Inventory) -> Iterator[Difference]:
+    """The names that the rows say against those that lead to guests."""
+    subject = f"entrance of {host['id']}"
+    state = host["entrance_state"] if document.entrance else "served"
+    if state != "served":
+        yield Difference(subject=subject, saw=f"{state or 'nothing said of it'} {host['entrance_reason']}".strip(),
+                         wanted="one that serves")
+    addresses = {guest.id: guest.port.private_ipv4 for guest in document.guests}
+    wanted = {one.name: addresses[one.guest] for one in document.entrance.names} if document.entrance else {}
+    for name in sorted(wanted.keys() | there.names.keys()):
+        if wanted.get(name) != there.names.get(name):
+            yield Difference(subject=f"{subject}, {name}", saw=f"leads to {there.names.get(name, 'nobody')}",
+                             wanted=wanted.get(name, "nobody"))
 
 
 def _zones(wanted: Sequence[Zone], held: Sequence[HeldZone], signers: Mapping[str, str]) -> Iterator[Difference]:

@@ -163,7 +163,8 @@ class Instances:
         connection.execute(insert(instances).values(
             id=identifier, account_id=request.account_id, region=request.region, zone=zone, name=name,
             blueprint_id=image["blueprint"], blueprint_name=image["name"], bundle_id=bundle["bundleId"],
-            username=image["user"], key_pair_name=key_name, state="pending", created_at=now))
+            username=image["user"], key_pair_name=key_name, state="pending", created_at=now,
+            ssh_port=addresses.free_ssh_port(connection, self._config)))
         guest = "g-" + secrets.token_hex(5)
         # 52:54 is how QEMU's own, locally administered addresses begin. The rest is the private address, which nobody else
         # has: random octets meet twice among a thousand guests in one cloud out of thirty.

@@ -23,6 +23,7 @@ from skysail.api.dispatch import Dispatcher
 from skysail.api.gateway import application
 from skysail.api.tls import Certificates
 from skysail.api.wire import Wire
+from skysail.hosts import entrance, reverse
 from skysail.hosts.client import AgentClient
 from skysail.hosts.collector import Collector
 from skysail.hosts.watch import Watch
@@ -34,6 +35,7 @@ from skysail.notices.webhook import Webhook
 from skysail.operations.engine import Engine
 from skysail.resources import (
     accounts,
+    addresses,
     auto_snapshots,
     disks,
     domains,
@@ -162,6 +164,9 @@ def build(config: Config, clock: Clock | None = None,
     database.migrate()
     with database.transaction() as connection:
         domains.delegate(connection, config.name_servers, clock.now())
+        addresses.number_ssh_ports(connection, config)
+        reverse.configure(connection, config.reverse_zones, config.name_servers, config.naming_domain, clock.now())
+        entrance.configure(connection, HOST, config.single_address, config.instance_domain)
     watches: list[Watch] = []
     generations: list[Any] = []
     loop_of: list[asyncio.AbstractEventLoop] = []
@@ -180,6 +185,7 @@ def build(config: Config, clock: Clock | None = None,
             lifecycle.follow(connection, clock.now())
             snapshot_rows.sweep(connection)
             domains.follow(connection)
+            reverse.follow(connection)
             now = connection.execute(select(hosts.c.id, hosts.c.generation)).all()
         changed = now != generations
         generations[:] = now

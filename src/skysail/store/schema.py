@@ -107,6 +107,11 @@ hosts = Table(
     Column("disk_gib", Integer, nullable=False, default=0),
     Column("accelerator", String(16), nullable=False, default=""),
     Column("seen_at", Float),
+    # The one public address that its guests share, and the domain that their names are below; '' where there is none.
+    Column("shared_address", String(15), nullable=False, default="", server_default=""),
+    Column("instance_domain", String(255), nullable=False, default="", server_default=""),
+    Column("entrance_state", String(16), nullable=False, default="", server_default=""),
+    Column("entrance_reason", String, nullable=False, default="", server_default=""),
 )
 
 # The availability zones that a host serves: one machine may serve all of a cloud's, and many machines one.
@@ -142,7 +147,10 @@ instances = Table(
     Column("key_pair_name", String(255), nullable=False),
     Column("state", String(16), nullable=False),
     Column("created_at", Float, nullable=False),
+    # The port of a shared address that leads to its SSH.
+    Column("ssh_port", Integer),
     Index("ix_instances_listing", "account_id", "region", "name"),
+    Index("uq_instances_ssh_port", "ssh_port", unique=True),
 )
 
 guests = Table(
@@ -308,6 +316,18 @@ domain_entries = Table(
     Column("alias_region", String(32), nullable=False, default="", server_default=""),
     Column("ttl", Integer, nullable=False),
     Index("ix_domain_entries_listing", "domain_id", "name", "type"),
+)
+
+# Zones with the names of addresses, as the operator's configuration has them. ``domain``: what is above the name of an
+# address that no domain leads to.
+reverse_zones = Table(
+    "reverse_zones", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", String(255), nullable=False, unique=True),
+    Column("role", String(8), nullable=False),
+    Column("serial", Integer, nullable=False),
+    Column("name_servers", JSON, nullable=False),
+    Column("domain", String(255), nullable=False),
 )
 
 zone_reports = Table(
