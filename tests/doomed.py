@@ -38,7 +38,8 @@ EFFECTS = (
     "skysail.hypervisor.confinement:release", "skysail.hypervisor.confinement:kill",
     "skysail.hypervisor.process:prepare", "skysail.hypervisor.process:trim_serial",
     "skysail.hypervisor.personality:write_seed", "skysail.hypervisor.qmp:Monitor.execute",
-    "skysail.hypervisor.qmp:Channel.ask", "skysail.hypervisor.guest:QemuGuest.save",
+    "skysail.hypervisor.qmp:Channel.ask", "skysail.hypervisor.qmp:Channel.ask_all",
+    "skysail.hypervisor.guest:QemuGuest.save",
 )
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.chown", "os.link", "os.symlink", "os.truncate",
            "os.utime", "os.kill", "subprocess.Popen", "shutil.rmtree", "shutil.copyfile"}
@@ -78,6 +79,8 @@ def _named(function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str 
     if function.endswith(("Monitor.execute", "Channel.ask")):
         command = args[1] if isinstance(args[1], str) else args[1].get("execute", "a message")
         return None if command.startswith("query-") or command == "guest-ping" else f"{function} {command}"
+    if function.endswith("Channel.ask_all"):
+        return " ".join([function, *(request["execute"] for request in args[1:])])
     if function.endswith("process:run"):
         return f"{function} {args[0][0]}"
     # A record is named by what changes in it.

@@ -8,7 +8,6 @@ server, so it is thrown away and made again.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import logging
 import os
@@ -22,10 +21,10 @@ import msgspec
 
 from skysail.contract.document import Guest, Port, Volume
 from skysail.contract.report import GuestReport, GuestState
-from skysail.hypervisor import Usage, confinement, disks, freezing, personality, process, qemu
+from skysail.hypervisor import Usage, confinement, disks, freezing, guest_agent, personality, process, qemu
 from skysail.hypervisor.personality import Identity, Surroundings
 from skysail.hypervisor.process import Pid
-from skysail.hypervisor.qmp import Channel, Gone, Monitor, Refused, ask
+from skysail.hypervisor.qmp import Channel, Gone, Monitor, Refused
 from skysail.hypervisor.template import Image, Template, Templates
 from skysail.kit import durable
 from skysail.kit.errors import SkysailError
@@ -158,7 +157,7 @@ class QemuGuest:
         used = confinement.used_seconds(self.record.id, pid.pid)
         if used is None:
             return None  # it ended meanwhile
-        answers = None if busy or not self.record.made else await self._answers()
+        answers = None if busy or not self.record.made else await guest_agent.answers(self.agent)
         return Usage(process=f"{pid.boot}/{pid.pid}/{pid.started}", age_seconds=pid.age(), cpu_seconds=used, answers=answers,
                      busy=busy)
 
@@ -433,13 +432,9 @@ class QemuGuest:
         removed the agent, and a guest that runs is not restarted for that."""
         end = time.monotonic() + BOOT_SECONDS
         while time.monotonic() < end:
-            try:
-                await ask(self.agent, {"execute": "guest-ping"}, 2.0)
+            if await guest_agent.answers(self.agent, 2.0) or await process.status(monitor) != "running":
                 return
-            except (Gone, Refused):
-                if await process.status(monitor) != "running":
-                    return
-                await asyncio.sleep(0.2)
+            await asyncio.sleep(0.2)
         log.warning("guest %s runs, but its agent did not answer in %.0f s", self.record.id, BOOT_SECONDS)
 
     async def _reboot(self, guest: Guest) -> None:
@@ -452,8 +447,8 @@ class QemuGuest:
         image = self.image(guest.volume.image)
         if self.record.leaving:
             await self._await_agent(monitor)
-        answers = await self._answers()
-        present = await self._present_boot() if answers else ""
+        answers = await guest_agent.answers(self.agent)
+        present = await guest_agent.present_boot(self.agent) if answers else ""
         if not (self.record.leaving and present and present != self.record.leaving):
             if present:
                 self.save(leaving=present)
@@ -466,34 +461,13 @@ class QemuGuest:
     def agent(self) -> Path:
         return self.folder / "run" / "agent.sock"
 
-    async def _answers(self) -> bool:
-        try:
-            await ask(self.agent, {"execute": "guest-ping"}, 5.0)
-            return True
-        except (Gone, Refused):
-            return False
-
-    async def _present_boot(self) -> str:
-        """The guest's boot_id (proc(5)), read by its agent; empty when the agent does not say."""
-        try:
-            channel = await Channel.connect(self.agent)
-            try:
-                opened = await channel.ask({"execute": "guest-file-open", "arguments": {
-                    "path": "/proc/sys/kernel/random/boot_id", "mode": "r"}}, 5.0)
-                read = await channel.ask({"execute": "guest-file-read", "arguments": {"handle": opened, "count": 64}}, 5.0)
-                await channel.ask({"execute": "guest-file-close", "arguments": {"handle": opened}}, 5.0)
-                return base64.b64decode(read["buf-b64"]).decode(errors="replace").strip()
-            finally:
-                channel.close()
-        except (Gone, Refused, KeyError, TypeError, ValueError):
-            return ""
-
     async def _shut_down_to_reboot(self, monitor: Monitor) -> bool:
         """Ask the guest to reboot by itself; whether its reset came."""
         with monitor.listening("RESET") as resets:
             # An answer to guest-shutdown never comes: the agent goes down with its guest.
             with contextlib.suppress(Gone, Refused):
-                await ask(self.agent, {"execute": "guest-shutdown", "arguments": {"mode": "reboot"}}, 1.0)
+                async with guest_agent.reached(self.agent) as channel:
+                    await channel.ask({"execute": "guest-shutdown", "arguments": {"mode": "reboot"}}, 1.0)
             try:
                 async with asyncio.timeout(SHUTDOWN_SECONDS):
                     await monitor.heard(resets)

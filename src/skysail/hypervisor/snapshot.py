@@ -21,7 +21,7 @@ import msgspec
 
 from skysail.contract.document import Snapshot, Volume
 from skysail.contract.report import SnapshotReport
-from skysail.hypervisor import freezing
+from skysail.hypervisor import freezing, guest_agent
 from skysail.hypervisor.guest import QemuGuest, Workshop
 from skysail.hypervisor.qmp import Gone, Monitor, Refused
 from skysail.kit.errors import SkysailError
@@ -136,14 +136,15 @@ class Copying:
         """Run ``act`` with the guest's file systems frozen; None, and not run, where the guest cannot do that."""
         if not await _listens(await guest.monitor()):
             return None
-        channel = await freezing.reach(guest.agent)
+        channel = await guest_agent.reach(guest.agent)
         if channel is None:
             return None
         try:
-            await freezing.flush(channel)
             # Noted first: an agent that comes after one that died in here thaws the guest.
             guest.save(freezing=True)
-            milliseconds = await freezing.frozen(channel, guest.agent, act)
+            async with freezing.hurried(channel):
+                await freezing.flush(channel)
+                milliseconds = await freezing.frozen(channel, guest.agent, act)
             guest.save(freezing=False)
             return milliseconds
         except (Gone, Refused) as unable:
