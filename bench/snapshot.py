@@ -72,7 +72,8 @@ def prepare(cloud: RealCloud, api: Any, gib: int, written_gib: float) -> None:
     # The same random block over and over: zeros would take no room in a copy.
     blocks = max(1, round(written_gib * 1024 / BLOCK_MIB))
     cloud.ssh(NAME, f"dd if=/dev/urandom of=/dev/shm/block bs=1M count={BLOCK_MIB} status=none && "
-                    f"for number in $(seq {blocks}); do cat /dev/shm/block; done > /data/fill && sync && rm /dev/shm/block", 3600)
+                    f"for number in $(seq {blocks}); do cat /dev/shm/block; done > /data/fill && "
+                    "sync && rm /dev/shm/block", 3600)
     cloud.ssh(NAME, f"cat > writer.py <<'END'\n{WRITER}\nEND\n" + "".join(
         f"nohup python3 writer.py {path} {STALLS}.{name} >/dev/null 2>&1 &\n"
         for name, path in zip(FILES, ("log", "/data/log"), strict=True)) + "sleep 5")
@@ -131,18 +132,18 @@ def one_size(cloud: RealCloud, api: Any, gib: int, written_gib: float, snapshots
 
 def restore(cloud: RealCloud, api: Any, snapshot_name: str, name: str) -> dict[str, float]:
     began = time.monotonic()
-    operations = api.create_instances_from_snapshot(
-        instanceNames=[name], availabilityZone="us-east-1a", bundleId=BUNDLE, instanceSnapshotName=snapshot_name)["operations"]
-    (own,) = [one["id"] for one in operations if one["resourceType"] == "Instance"]
+    made = api.create_instances_from_snapshot(instanceNames=[name], availabilityZone="us-east-1a", bundleId=BUNDLE,
+                                              instanceSnapshotName=snapshot_name)["operations"]
+    (own,) = [one["id"] for one in made if one["resourceType"] == "Instance"]
     stages = follow(api, name, own, began)
     cloud.delete(name)
     return stages
 
 
-def bench(*, gib: tuple[int, ...] = (1, 10, 40), written: float = 4.0, snapshots: int = 3, restores: int = 3, boots: int = 1,
-          json: Annotated[bool, Parameter(negative="")] = False) -> None:
-    """Take SNAPSHOTS of an instance with a disk of each size in GIB, of which the guest wrote at most WRITTEN GiB; RESTORES of
-    the last one against BOOTS of plain QEMU."""
+def bench(*, gib: tuple[int, ...] = (1, 10, 40), written: float = 4.0, snapshots: int = 3, restores: int = 3,
+          boots: int = 1, json: Annotated[bool, Parameter(negative="")] = False) -> None:
+    """Take SNAPSHOTS of an instance with a disk of each size in GIB, of which the guest wrote at most WRITTEN GiB; RESTORES
+    of the last one against BOOTS of plain QEMU."""
     require_root()
     show.step(f"image {BLUEPRINT}: looking for the one that this tree builds")
     digest = ensure_image(BLUEPRINT, show.step)

@@ -63,8 +63,8 @@ def test_the_life_of_a_disk(cloud: Cloud) -> None:
     assert {one["status"] for one in answer["operations"]} == {"Started"}
     ended(client, answer)
     held = disk(client, "data")
-    assert (held["state"], held["attachedTo"], held["path"], held["attachmentState"]) == (
-        "in-use", "one", "/dev/xvdf", "attached")
+    assert (held["state"], held["attachedTo"], held["path"], held["attachmentState"], held["autoMountStatus"]) == (
+        "in-use", "one", "/dev/xvdf", "attached", "NotMounted")
     shown = client.get_instance(instanceName="one")["instance"]["hardware"]["disks"]
     assert [(one["path"], one["isSystemDisk"]) for one in shown] == [("/dev/vda", True), ("/dev/xvdf", False)]
 
@@ -75,9 +75,10 @@ def test_the_life_of_a_disk(cloud: Cloud) -> None:
     stopped(client, "one")
     ended(client, client.detach_disk(diskName="data"))
     assert disk(client, "data")["state"] == "available" and "path" not in disk(client, "data")
-    ended(client, client.attach_disk(diskName="data", instanceName="one", diskPath="/dev/xvdz"))
+    ended(client, client.attach_disk(diskName="data", instanceName="one", diskPath="/dev/xvdz", autoMounting=True))
+    assert disk(client, "data")["autoMountStatus"] == "Pending"
     ended(client, client.start_instance(instanceName="one"))
-    assert disk(client, "data")["attachmentState"] == "attached"
+    assert (disk(client, "data")["attachmentState"], disk(client, "data")["autoMountStatus"]) == ("attached", "Mounted")
 
     answer = client.delete_instance(instanceName="one")
     assert [one["operationType"] for one in answer["operations"]] == ["DeleteInstance", "DetachDisk"]

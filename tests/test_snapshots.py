@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,6 +130,29 @@ def test_all_disks_of_a_guest_share_its_plans_operations(tiny_cloud: RealCloud) 
     whole(tiny_cloud)
 
 
+def test_a_disk_that_cannot_be_plugged_in_is_free_again(tiny_cloud: RealCloud) -> None:
+    client = tiny(tiny_cloud, "one")
+    pid = pid_of(tiny_cloud, "one")
+    create(client, "data")
+    path = tiny_cloud.config.volumes_dir / f"{volume_of(client, 'data')}.qcow2"
+    # QEMU locks what it has open, and this process has it.
+    with subprocess.Popen(["qemu-io", "-f", "qcow2", path], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as other:
+        eventually(lambda: f"/{path.name}" in run(["ls", "-l", f"/proc/{other.pid}/fd"]).decode(), what="it has it open")
+        failed = ended(client, client.attach_disk(diskName="data", instanceName="one", diskPath="/dev/xvdf"), "Failed")
+        assert {one["errorCode"] for one in failed} == {"DiskAttachmentFailed"}
+        assert all("lock" in one["errorDetails"] for one in failed), failed
+        assert (disk(client, "data")["state"], disk(client, "data")["isAttached"]) == ("available", False)
+        assert path.stat().st_uid == 0
+        whole(tiny_cloud)
+        assert other.stdin is not None
+        other.stdin.close()
+    ended(client, client.attach_disk(diskName="data", instanceName="one", diskPath="/dev/xvdf"))
+    assert pid_of(tiny_cloud, "one") == pid
+    ended(client, client.delete_instance(instanceName="one"))
+    client.delete_disk(diskName="data")
+    whole(tiny_cloud)
+
+
 def test_chains_of_copies_do_not_grow(tiny_cloud: RealCloud) -> None:
     client = tiny(tiny_cloud, "one")
     create(client, "d0")
@@ -202,6 +226,29 @@ def test_a_running_server_is_restored_as_another_one(real_cloud: RealCloud, caps
                      "cat /other/note").strip() == "kept"
     cloud.delete("source", "copy")
     client.delete_instance_snapshot(instanceSnapshotName="snap")
+
+
+def test_a_disk_mounts_by_itself_unless_there_is_something_on_it(real_cloud: RealCloud) -> None:
+    client, cloud = real_cloud.client(), real_cloud
+    cloud.launch("mounts")
+    for name in ("blank", "raw"):
+        create(client, name)
+    pattern(cloud, volume_of(client, "raw"), 0x3C, "0", write=True)
+    for name, path in (("blank", "/dev/xvdf"), ("raw", "/dev/xvdg")):
+        for operation in client.attach_disk(diskName=name, instanceName="mounts", diskPath=path,
+                                            autoMounting=True)["operations"]:
+            cloud.settled(operation["id"], 400)
+    assert (disk(client, "blank")["autoMountStatus"], disk(client, "raw")["autoMountStatus"]) == ("Mounted", "Failed")
+    cloud.ssh("mounts", "findmnt -t ext4 /mnt/xvdf && echo kept | sudo tee /mnt/xvdf/note && sync")
+    for change in (client.stop_instance, client.start_instance):
+        cloud.settled(change(instanceName="mounts")["operations"][0]["id"], 400)
+    assert cloud.ssh("mounts", "cat /mnt/xvdf/note && grep -c /mnt/ /etc/fstab").split() == ["kept", "1"]
+    assert (disk(client, "blank")["autoMountStatus"], disk(client, "raw")["autoMountStatus"]) == ("Mounted", "Failed")
+    cloud.delete("mounts")
+    pattern(cloud, volume_of(client, "raw"), 0x3C, "0")
+    for name in ("blank", "raw"):
+        eventually(lambda name=name: disk(client, name)["state"] == "available")
+        client.delete_disk(diskName=name)
 
 
 def test_a_guest_that_is_frozen_when_the_agent_dies_is_thawed(own_real_cloud: RealCloud) -> None:

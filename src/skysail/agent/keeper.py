@@ -216,9 +216,10 @@ class Keeper:
         else:
             # It never ran for this start: its owner learns that it cannot, and why, after some tries.
             state = "failed" if failures >= TRIES else "preparing"
-        return GuestReport(
-            id=guest.id, state=state, starts=guest.starts if state == "failed" or seen is None else seen.starts,
-            reboots=seen.reboots if seen else 0, reason=reason, host_keys=seen.host_keys if seen else ())
+        # One that cannot be looked at holds what it held: a disk that is taken for let go would be given to another guest.
+        held = seen or self._guests.get(guest.id) or GuestReport(id=guest.id, state=state)
+        return msgspec.structs.replace(
+            held, state=state, starts=guest.starts if state == "failed" or seen is None else seen.starts, reason=reason)
 
     async def _converge(self, guest: Guest) -> GuestReport:
         if guest.role == "run":

@@ -61,10 +61,12 @@ class Volume(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Attachment(msgspec.Struct, frozen=True, kw_only=True):
-    """A block-storage disk in a guest, which finds it by its serial ``name``."""
+    """A block-storage disk in a guest, which finds it by its serial ``name``. ``mount``: it is mounted there, and formatted
+    first when it is blank."""
 
     volume: Volume
     name: Annotated[str, msgspec.Meta(pattern=r"\Axvd[f-z]\Z")]
+    mount: bool = False
 
 
 class Personality(msgspec.Struct, frozen=True, kw_only=True):

@@ -65,7 +65,7 @@ def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
     for disk in stored:
         if disk["instance_id"] is not None:
             attached.setdefault(disk["instance_id"], []).append(
-                Attachment(volume=disk_volume(disk), name=disk["path"].removeprefix("/dev/")))
+                Attachment(volume=disk_volume(disk), name=disk["path"].removeprefix("/dev/"), mount=disk["auto_mount"]))
     found = tuple(
         Guest(
             id=row["id"], instance=row["instance_name"], role=row["role"], starts=row["starts"],

@@ -33,12 +33,13 @@ async def throttle(monitor: Monitor, name: str, iops: int) -> None:
 
 
 async def plug(monitor: Monitor, name: str, chain: Sequence[str]) -> None:
-    """Plug in the disk whose file is the first of ``chain``, its parents behind it; raises Refused."""
+    """Plug in the disk whose file is the first of ``chain``, its parents behind it; raises Refused, and nothing of it is left
+    in the guest then."""
     present = {one["node-name"] for one in await monitor.execute("query-named-block-nodes", {"flat": True})}
-    for node in qemu.nodes(name, chain):
-        if node["node-name"] not in present:  # it may be there from an attempt that was cut off
-            await monitor.execute("blockdev-add", node)
     try:
+        for node in qemu.nodes(name, chain):
+            if node["node-name"] not in present:  # it may be there from an attempt that was cut off
+                await monitor.execute("blockdev-add", node)
         await monitor.execute("device_add", {"driver": "scsi-hd", "id": name, "bus": f"{qemu.DISKS}.0", "drive": name,
                                              "serial": name, "device_id": name})
     except Refused:

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import msgspec
 
 from skysail.contract.document import Guest, Port, Volume
-from skysail.contract.report import GuestReport, GuestState
-from skysail.hypervisor import Usage, confinement, disks, freezing, guest_agent, personality, process, qemu
+from skysail.contract.report import GuestReport, GuestState, Mount
+from skysail.hypervisor import Usage, confinement, disks, freezing, guest_agent, mounting, personality, process, qemu
 from skysail.hypervisor.personality import Identity, Surroundings
 from skysail.hypervisor.process import Pid
 from skysail.hypervisor.qmp import Channel, Gone, Monitor, Refused
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 SHUTDOWN_SECONDS = 90.0
 BOOT_SECONDS = 300.0
 CLONE_SECONDS = 60.0
+# A foreign guest is called running before its agent is up.
+MOUNT_SECONDS = 60.0
 
 # QEMU's run states (QMP Reference Manual, RunState) that are not simply "it runs". A process that waits to begin has run
 # nothing yet; one that stands on an I/O error waits for room on the disk and loses nothing.
@@ -54,7 +56,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     that the reboot under way is to end, as the guest itself names it. ``halted``: it powered itself off. ``stopped``: its
     owner stopped it. ``grown``: it has all of its plan's disk and memory, not only the template's. ``parent``: its volume's;
     one that was made from a snapshot has all of its ``parents`` here instead. ``disks``: the block storage that may be given
-    to it. ``freezing``: its file systems may be frozen by us. ``copying``: the snapshots that its process writes.
+    to it; ``mounts`` are those of them that were mounted in its present process, or failed to be. ``freezing``: its file
+    systems may be frozen by us. ``copying``: the snapshots that its process writes.
     """
 
     id: str
@@ -71,6 +74,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     grown: bool = True
     parents: tuple[str, ...] = ()
     disks: tuple[str, ...] = ()
+    mounts: dict[str, Mount] = {}
     freezing: bool = False
     copying: dict[str, Manifest] = {}
 
@@ -100,6 +104,7 @@ class QemuGuest:
         self._monitor: Monitor | None = None
         self._connecting = asyncio.Lock()
         self._stages: dict[str, float] = {}
+        self._refused: dict[str, str] = {}
 
     @property
     def folder(self) -> Path:
@@ -122,7 +127,7 @@ class QemuGuest:
         """The guest as it stands."""
         return GuestReport(id=self.record.id, state=state, starts=self.record.starts, reboots=self.record.reboots,
                            reason=reason, host_keys=(self.record.identity.host_public,), stages=dict(self._stages),
-                           disks=self.record.disks)
+                           disks=self.record.disks, refused=dict(self._refused), mounts=dict(self.record.mounts))
 
     async def monitor(self) -> Monitor:
         """The control connection, made again after a restart of the agent."""
@@ -178,12 +183,13 @@ class QemuGuest:
             await (self._boot(guest) if self.record.made else self._make(guest))
             await self._plug_disks(guest, await self.monitor())
             self.save(starts=guest.starts)
+            await self._mount_disks(guest)
             return self.report("running")
         if self.record.reboots >= guest.reboots:
             await self.melt()
         if not self.record.grown:
             await self._grow(guest, await self.monitor())
-        await self._plug_disks(guest, await self.monitor())
+        await self._plug_disks(guest, await self.monitor(), running=True)
         if self.record.starts != guest.starts:
             # An agent died while it booted, or it was started again while a stop had not reached it.
             if self.image(guest.volume.image).ours:
@@ -192,6 +198,7 @@ class QemuGuest:
         if self.record.reboots < guest.reboots:
             await self._reboot(guest)
             self.save(reboots=guest.reboots, leaving="", freezing=False)
+        await self._mount_disks(guest)
         return self.report("running")
 
     async def _resume(self) -> GuestState:
@@ -221,6 +228,7 @@ class QemuGuest:
         await self.kill()
         wanted = tuple(one.volume.id for one in guest.disks)
         await self.release(wanted)
+        self._refused = {}
         self.save(starts=guest.starts, halted=False, stopped=True, disks=wanted)
         return self.report("stopped")
 
@@ -232,7 +240,7 @@ class QemuGuest:
         await self._leave()
         if self.record.process is not None:
             # With the process went what it was copying; the snapshots are taken again, from the disks that it left.
-            self.save(process=None, freezing=False, copying={})
+            self.save(process=None, freezing=False, copying={}, mounts={})
 
     async def release(self, kept: Collection[str] = ()) -> None:
         """Take its block storage back, but for what is ``kept``. Its process is gone."""
@@ -247,7 +255,10 @@ class QemuGuest:
             await freezing.thaw(self.agent)
             self.save(freezing=False)
 
-    async def _plug_disks(self, guest: Guest, monitor: Monitor) -> None:
+    async def _plug_disks(self, guest: Guest, monitor: Monitor, *, running: bool = False) -> None:
+        """Give it the disks that it does not have. A guest does not boot without one; to one that is ``running``, a disk that
+        cannot be plugged in is refused: it is left, whole, to whoever asked for it."""
+        self._refused = {}
         if not guest.disks:
             return
         there = await disks.plugged(monitor)
@@ -255,10 +266,29 @@ class QemuGuest:
         if missing := [one.volume.id for one in guest.disks if one.volume.id not in self.record.disks]:
             self.save(disks=(*self.record.disks, *missing))
         for one in guest.disks:
-            if one.name not in there:
+            if one.name in there:
+                continue
+            try:
                 path = await self._shop.give_volume(one.volume.id, self.record.uid)
                 await disks.plug(monitor, one.name, (str(path), *await self.parents(one.volume)))
-                await disks.throttle(monitor, one.name, guest.iops)
+            except SkysailError as failure:
+                if not running or isinstance(failure, Gone):
+                    raise
+                log.warning("guest %s cannot be given the disk %s: %s", self.record.id, one.volume.id, failure)
+                await self.release([other for other in self.record.disks if other != one.volume.id])
+                self.save(disks=tuple(other for other in self.record.disks if other != one.volume.id))
+                self._refused[one.volume.id] = failure.what[:500]
+                continue
+            await disks.throttle(monitor, one.name, guest.iops)
+
+    async def _mount_disks(self, guest: Guest) -> None:
+        """Have it mount those that mount by themselves, once in the life of its process."""
+        waiting = [one for one in guest.disks if one.mount and one.volume.id in self.record.disks
+                   and self.record.mounts.get(one.volume.id, "Pending") == "Pending"]
+        if waiting and not self.image(guest.volume.image).ours:
+            await self._await_agent(await self.monitor(), MOUNT_SECONDS)  # nobody waited for it when it booted
+        for one in waiting:
+            self.save(mounts=self.record.mounts | {one.volume.id: await mounting.mount(self.agent, one.name)})
 
     async def parents(self, volume: Volume) -> tuple[str, ...]:
         """The files that one of its volumes stands on, nearest first."""
@@ -413,7 +443,7 @@ class QemuGuest:
         pid, self._monitor = await process.start(machine, self.record.uid)
         try:
             # A boot is also any reboot that was due: asked for it again, an agent that died now would boot it twice.
-            self.save(process=pid, reboots=guest.reboots, leaving="", halted=False, stopped=False)
+            self.save(process=pid, reboots=guest.reboots, leaving="", halted=False, stopped=False, mounts={})
         except OSError:
             await self._leave()
             await process.end(pid, machine.id)
@@ -427,15 +457,15 @@ class QemuGuest:
         finally:
             os.close(descriptor)
 
-    async def _await_agent(self, monitor: Monitor) -> None:
-        """Until the guest's agent answers, or the guest goes off by itself; at most BOOT_SECONDS, because its owner may have
+    async def _await_agent(self, monitor: Monitor, seconds: float = BOOT_SECONDS) -> None:
+        """Until the guest's agent answers, or the guest goes off by itself; at most ``seconds``, because its owner may have
         removed the agent, and a guest that runs is not restarted for that."""
-        end = time.monotonic() + BOOT_SECONDS
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             if await guest_agent.answers(self.agent, 2.0) or await process.status(monitor) != "running":
                 return
             await asyncio.sleep(0.2)
-        log.warning("guest %s runs, but its agent did not answer in %.0f s", self.record.id, BOOT_SECONDS)
+        log.warning("guest %s runs, but its agent did not answer in %.0f s", self.record.id, seconds)
 
     async def _reboot(self, guest: Guest) -> None:
         """By the guest's own shutdown where its agent answers, else by the reset line.

@@ -14,7 +14,7 @@ import asyncssh
 import msgspec
 
 from skysail.contract.document import Guest, Snapshot, Volume
-from skysail.contract.report import GuestReport, SnapshotReport
+from skysail.contract.report import GuestReport, Mount, SnapshotReport
 from skysail.hypervisor import Usage
 from skysail.storage import Copy, Manifest, Shelf
 from skysail.storage.sim import SimShelf
@@ -69,6 +69,7 @@ class SimHypervisor:
     async def ensure(self, guest: Guest) -> GuestReport:
         held = self._guests.get(guest.id)
         disks = tuple(one.volume.id for one in guest.disks)
+        mounts: dict[str, Mount] = {one.volume.id: "Mounted" for one in guest.disks if one.mount}
         if guest.role == "gone":
             self._guests.pop(guest.id, None)
             self._end(guest.id)
@@ -83,7 +84,8 @@ class SimHypervisor:
             if self._make_volume is not None:
                 await self._make_volume(guest.volume, Path("/nonexistent"), guest.volume.size_gib << 30, 0)
             report = GuestReport(id=guest.id, state="running", starts=guest.starts, reboots=guest.reboots,
-                                 host_keys=held.host_keys if held and held.host_keys else (_host_key(),), disks=disks)
+                                 host_keys=held.host_keys if held and held.host_keys else (_host_key(),), disks=disks,
+                                 mounts=mounts)
             if guest.id not in self._lives:
                 self._lives[guest.id] = Life(guest.personality.user_data, self._now())
         self._guests[guest.id] = report

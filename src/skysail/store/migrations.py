@@ -82,9 +82,18 @@ def _disks_and_snapshots(connection: Connection) -> None:
             connection.exec_driver_sql(f"ALTER TABLE guests ADD COLUMN {column} {words}")
 
 
+def _attachments_that_mount(connection: Connection) -> None:
+    for table, column, words in (
+            ("guests", "observed_refused", "JSON DEFAULT '{}' NOT NULL"),
+            ("guests", "observed_mounts", "JSON DEFAULT '{}' NOT NULL"),
+            ("disks", "auto_mount", "BOOLEAN DEFAULT '0' NOT NULL")):
+        if column not in {row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({table})")}:
+            connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} {words}")
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts,
-    _metrics, _disks_and_snapshots)
+    _metrics, _disks_and_snapshots, _attachments_that_mount)
 
 
 def upgrade(connection: Connection) -> int:
