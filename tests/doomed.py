@@ -28,7 +28,8 @@ from typing import Any
 DATA = Path(os.environ["SKYSAIL_DATA"])
 # In this order: a function is wrapped before other modules take its name.
 EFFECTS = (
-    "skysail.kit.process:run", "shutil:rmtree", "os:chown", "os:chmod", "os:unlink", "os:rename", "os:replace", "os:mkdir",
+    "skysail.kit.process:run", "skysail.kit.process:run_while_wanted", "shutil:rmtree", "os:chown", "os:chmod", "os:unlink",
+    "os:rename", "os:replace", "os:mkdir",
     "skysail.kit.durable:replace",
     "skysail.agent.ledger:Ledger.write", "skysail.agent.traffic:Traffic._write",
     "skysail.agent.samples:SampleLog.append", "skysail.agent.keeper:Keeper._say",
@@ -81,7 +82,7 @@ def _named(function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str 
         return None if command.startswith("query-") or command == "guest-ping" else f"{function} {command}"
     if function.endswith("Channel.ask_all"):
         return " ".join([function, *(request["execute"] for request in args[1:])])
-    if function.endswith("process:run"):
+    if function.endswith(("process:run", "process:run_while_wanted")):
         return f"{function} {args[0][0]}"
     # A record is named by what changes in it.
     return " ".join([function, *kwargs]) if function.endswith("save") else function

@@ -47,7 +47,7 @@ class Keeper:
         self._hypervisor = hypervisor
         self._pool = pool
         self._shelf = shelf
-        self._blocks = Blocks(hypervisor, pool, shelf, self._changed)
+        self._blocks = Blocks(hypervisor, pool, shelf, self._changed, self._look)
         self._fabric = fabric
         self._images = images
         self._ledger = ledger
@@ -248,6 +248,17 @@ class Keeper:
     async def _say(self, report: GuestReport) -> None:
         if self._hold(report):
             await self._changed()
+
+    async def _look(self, guest_id: str) -> None:
+        """Tell of a guest as it stands now."""
+        for report in await self._hypervisor.observe():
+            if report.id == guest_id and guest_id in self._guests:
+                held = self._guests[guest_id]
+                await self._say(msgspec.structs.replace(held, alone=report.alone))
+
+    async def flatten(self) -> None:
+        """Move what stands on deleted snapshots off them; runs until cancelled."""
+        await self._blocks.flatten()
 
     def _hold(self, report: GuestReport) -> bool:
         """Keep the report, with its guest's bytes; says whether it is news."""

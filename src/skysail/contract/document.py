@@ -116,12 +116,14 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """A copy of ``volumes``, all of one moment, that shall exist (or not). ``guest`` has them; '' when none does."""
+    """A copy of ``volumes``, all of one moment, that shall exist (or not). ``guest`` has them; '' when none does. One that is
+    ``leaving`` is wanted by nobody but those that stand on it: they are moved off."""
 
     id: Id
     role: Kept
     guest: str
     volumes: tuple[Volume, ...]
+    leaving: bool = False
 
 
 class RecordSet(msgspec.Struct, frozen=True, kw_only=True):

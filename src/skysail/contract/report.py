@@ -23,7 +23,8 @@ class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
     """One guest as seen on its host. ``halted``: it powered itself off; ``crashed``: it died and will be restarted after
     a back-off; ``failed``: it could not be made at all, ``reason`` says why. ``stages`` maps a launch stage to the
     seconds since its start. ``disks`` are the block-storage disks that it holds; ``refused`` maps one that could not be
-    plugged in while it runs to the reason, ``mounts`` one that mounts by itself to how that went."""
+    plugged in while it runs to the reason, ``mounts`` one that mounts by itself to how that went. ``alone``: its system
+    disk stands on no snapshot, or not any more."""
 
     id: str
     state: GuestState
@@ -37,14 +38,16 @@ class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
     disks: tuple[str, ...] = ()
     refused: dict[str, str] = {}
     mounts: dict[str, Mount] = {}
+    alone: bool = False
 
 
 class DiskReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One block-storage disk."""
+    """One block-storage disk. ``alone``: it stands on no snapshot any more."""
 
     id: str
     state: Literal["preparing", "available", "failed", "gone"]
     reason: str = ""
+    alone: bool = False
 
 
 class SnapshotReport(msgspec.Struct, frozen=True, kw_only=True):

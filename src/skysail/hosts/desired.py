@@ -86,7 +86,7 @@ def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
         disks=tuple(Disk(volume=disk_volume(row), role=row["role"], made=row["made"]) for row in stored),
         snapshots=tuple(
             Snapshot(id=row["id"], role=row["role"], guest=row["guest_id"],
-                     volumes=msgspec.convert(row["volumes"], tuple[Volume, ...]))
+                     volumes=msgspec.convert(row["volumes"], tuple[Volume, ...]), leaving=row["deleted"])
             for row in connection.execute(select(snapshots).where(snapshots.c.host_id == host_id).order_by(snapshots.c.id))
             .mappings()),
         zones=tuple(zones(connection, vault)))

@@ -55,7 +55,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     ``starts``: the owner's start that it last ran for. ``reboots``: the owner's reboots that are done. ``leaving``: the boot
     that the reboot under way is to end, as the guest itself names it. ``halted``: it powered itself off. ``stopped``: its
     owner stopped it. ``grown``: it has all of its plan's disk and memory, not only the template's. ``parent``: its volume's;
-    one that was made from a snapshot has all of its ``parents`` here instead. ``disks``: the block storage that may be given
+    one that was made from a snapshot has all of its ``parents`` here instead, snapshots or, once it was
+    flattened, what is left. ``disks``: the block storage that may be given
     to it; ``mounts`` are those of them that were mounted in its present process, or failed to be. ``freezing``: its file
     systems may be frozen by us. ``copying``: the snapshots that its process writes.
     """
@@ -127,7 +128,8 @@ class QemuGuest:
         """The guest as it stands."""
         return GuestReport(id=self.record.id, state=state, starts=self.record.starts, reboots=self.record.reboots,
                            reason=reason, host_keys=(self.record.identity.host_public,), stages=dict(self._stages),
-                           disks=self.record.disks, refused=dict(self._refused), mounts=dict(self.record.mounts))
+                           disks=self.record.disks, refused=dict(self._refused), mounts=dict(self.record.mounts),
+                           alone=self.record.made and not self._shop.shelf.standing(self.record.parents))
 
     async def monitor(self) -> Monitor:
         """The control connection, made again after a restart of the agent."""
@@ -294,10 +296,10 @@ class QemuGuest:
         """The files that one of its volumes stands on, nearest first."""
         if volume.id == self.record.id:
             if self.record.parents:
-                return self.record.parents
+                return await self._shop.shelf.current(self.record.parents)
             image = str(self.image(volume.image).path)
             return (image,) if self.record.parent == image else (self.record.parent, image)
-        return await self._shop.shelf.chain(volume.origin) if volume.origin is not None else ()
+        return await self._shop.shelf.parents(volume)
 
     async def _leave(self) -> None:
         if self._monitor is not None:
