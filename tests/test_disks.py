@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from clouds import Cloud, eventually, running_cloud
+from crashing import rows
 from test_instances import error, launch, state
 
 GOOD = {"availabilityZone": "us-east-1a", "sizeInGb": 8}
@@ -153,6 +154,9 @@ def test_a_snapshot_and_what_is_made_of_it(cloud: Cloud) -> None:
     ended(client, client.start_instance(instanceName="two"))
     again = snapshot(client, "two", "snap")
     assert again["state"] == "available"
+    # And what they need of it moves up to them.
+    eventually(lambda: len(rows(cloud, "SELECT id FROM snapshots")) == 1, 60, "what nobody wants any more goes")
+    assert {row["origin"] for row in rows(cloud, "SELECT origin FROM guests UNION SELECT origin FROM disks")} == {"null"}
 
 
 def test_a_smaller_disk_is_refused(cloud: Cloud) -> None:
