@@ -19,9 +19,10 @@ from skysail.hypervisor import Hypervisor
 from skysail.hypervisor.accelerator import probe
 from skysail.hypervisor.confinement import kill
 from skysail.hypervisor.engine import Qemu
-from skysail.hypervisor.guest import Record, Workshop
+from skysail.hypervisor.record import Record
 from skysail.hypervisor.sim import SimHypervisor
 from skysail.hypervisor.template import Image, Templates
+from skysail.hypervisor.workshop import Workshop
 from skysail.images.library import Library
 from skysail.kit.config import load
 from skysail.network.linux import LinuxFabric

@@ -223,7 +223,7 @@ def test_deleted_snapshots_go_from_under_what_runs_on_them(tiny_cloud: RealCloud
 
 
 # Before each of these an agent that moves things off a snapshot dies once; ``#2`` is the second time that it comes there.
-MOVES = ("Monitor.execute block-stream", "Monitor.execute job-dismiss", "Monitor.execute human-monitor-command",
+MOVES = ("Monitor.execute block-stream", "Monitor.execute human-monitor-command",
          "QemuGuest.save parents", "Monitor.execute blockdev-del", "process:run_while_wanted setpriv",
          "process:run_while_wanted setpriv #2", "process:run_while_wanted setpriv #3", "durable:replace", "os:unlink",
          "shutil:rmtree")

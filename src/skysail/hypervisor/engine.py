@@ -12,9 +12,11 @@ import msgspec
 from skysail.contract.document import Guest, Snapshot, Volume
 from skysail.contract.report import GuestReport, SnapshotReport
 from skysail.hypervisor import Usage, confinement, flattening, personality, process
-from skysail.hypervisor.guest import QemuGuest, Record, Workshop, remove
+from skysail.hypervisor.guest import QemuGuest, remove
 from skysail.hypervisor.qmp import Gone
+from skysail.hypervisor.record import Record
 from skysail.hypervisor.snapshot import Copying, abandon, report
+from skysail.hypervisor.workshop import Workshop
 from skysail.kit.config import GUEST_UIDS
 from skysail.kit.errors import ProcessFailed, SkysailError
 from skysail.kit.process import in_thread, run_async

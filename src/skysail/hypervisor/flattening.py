@@ -18,9 +18,10 @@ from collections.abc import Sequence
 
 from skysail.contract.document import Volume
 from skysail.hypervisor import disks
-from skysail.hypervisor.guest import QemuGuest, Workshop
+from skysail.hypervisor.guest import QemuGuest
 from skysail.hypervisor.jobs import dismiss, jobs
 from skysail.hypervisor.qmp import Monitor, Refused
+from skysail.hypervisor.workshop import Workshop
 from skysail.kit import durable
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread
@@ -53,20 +54,17 @@ async def stream(shop: Workshop, guest: QemuGuest, volume: Volume, lock: asyncio
         chain = await guest.parents(volume)
         under = base(shop, chain)
         node, found = await disks.find(monitor, volume.id)
-        if not await jobs(monitor, name):
+        if not await jobs(monitor, name) and await _stands_on(monitor, node) != under[:1]:
             target = {"base-node": found[under[0]], "backing-file": under[0]} if under else {}
-            await monitor.execute("block-stream", {"job-id": name, "device": node, "speed": BYTES_PER_SECOND,
-                                                   "auto-dismiss": False, **target})
-    while [job for job in await jobs(await guest.monitor(), name) if job["status"] != "concluded"]:
+            # It goes by itself when it is through: QEMU 10.0 crashes when asked for its nodes while it keeps such a job.
+            await monitor.execute("block-stream", {"job-id": name, "device": node, "speed": BYTES_PER_SECOND, **target})
+    while await jobs(await guest.monitor(), name):
         await asyncio.sleep(LOOK_SECONDS)
     async with lock:
         monitor = await guest.monitor()
-        seen = await jobs(monitor, name)
-        if not seen:
-            return False  # it was called off for something that cannot wait
-        await dismiss(monitor, name)
-        if failed := [job["error"] for job in seen if "error" in job]:
-            raise SkysailError(f"the volume {volume.id} could not be flattened: {'; '.join(failed)}")
+        if await _stands_on(monitor, node) != under[:1]:
+            # Called off for what cannot wait, or failed.
+            raise SkysailError(f"QEMU left the copy for the volume {volume.id} before its end")
         # What QEMU still holds of the copy in memory goes to the disk, before anything counts on it.
         said = await monitor.execute("human-monitor-command", {"command-line": f"qemu-io {node} flush"})
         if said.strip():
@@ -80,6 +78,12 @@ async def stream(shop: Workshop, guest: QemuGuest, volume: Volume, lock: asyncio
                     await monitor.execute("blockdev-del", {"node-name": gone})
     log.info("the volume %s of guest %s stands on no snapshot any more", volume.id, guest.record.id)
     return True
+
+
+async def _stands_on(monitor: Monitor, node: str) -> tuple[str, ...]:
+    """The file that QEMU itself has right below the node, if any."""
+    seen = {one["node-name"]: one for one in await monitor.execute("query-named-block-nodes", {"flat": True})}
+    return (seen[node]["backing_file"],) if seen[node].get("backing_file") else ()
 
 
 async def call_off(monitor: Monitor) -> None:

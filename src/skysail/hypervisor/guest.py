@@ -13,23 +13,22 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from skysail.contract.document import Guest, Port, Volume
-from skysail.contract.report import GuestReport, GuestState, Mount
+from skysail.contract.document import Guest, Volume
+from skysail.contract.report import GuestReport, GuestState
 from skysail.hypervisor import Usage, confinement, disks, freezing, guest_agent, mounting, personality, process, qemu
-from skysail.hypervisor.personality import Identity, Surroundings
-from skysail.hypervisor.process import Pid
 from skysail.hypervisor.qmp import Channel, Gone, Monitor, Refused
-from skysail.hypervisor.template import Image, Template, Templates
+from skysail.hypervisor.record import Record
+from skysail.hypervisor.template import Image, Template
+from skysail.hypervisor.workshop import Workshop
 from skysail.kit import durable
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread
-from skysail.storage import Manifest, Shelf
 
 log = logging.getLogger(__name__)
 # An orderly shutdown under emulation takes some 10 s; a guest that ignores the button is cut off after this.
@@ -44,56 +43,6 @@ MOUNT_SECONDS = 60.0
 STATES: Mapping[str, GuestState] = {
     "prelaunch": "starting", "inmigrate": "starting", "shutdown": "halted", "guest-panicked": "crashed",
     "internal-error": "crashed", "io-error": "crashed"}
-
-MakeVolume = Callable[[Volume, Path | None, int, int], Awaitable[Path]]
-OpenPort = Callable[[Port], Awaitable[int]]
-
-
-class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """What must be known about a guest after a crash of everything else.
-
-    ``starts``: the owner's start that it last ran for. ``reboots``: the owner's reboots that are done. ``leaving``: the boot
-    that the reboot under way is to end, as the guest itself names it. ``halted``: it powered itself off. ``stopped``: its
-    owner stopped it. ``grown``: it has all of its plan's disk and memory, not only the template's. ``parent``: its volume's;
-    one that was made from a snapshot has all of its ``parents`` here instead, snapshots or, once it was
-    flattened, what is left. ``disks``: the block storage that may be given
-    to it; ``mounts`` are those of them that were mounted in its present process, or failed to be. ``freezing``: its file
-    systems may be frozen by us. ``copying``: the snapshots that its process writes.
-    """
-
-    id: str
-    uid: int
-    identity: Identity
-    made: bool = False
-    parent: str = ""
-    process: Pid | None = None
-    starts: int = 0
-    reboots: int = 0
-    leaving: str = ""
-    halted: bool = False
-    stopped: bool = False
-    grown: bool = True
-    parents: tuple[str, ...] = ()
-    disks: tuple[str, ...] = ()
-    mounts: dict[str, Mount] = {}
-    freezing: bool = False
-    copying: dict[str, Manifest] = {}
-
-
-class Workshop(msgspec.Struct, frozen=True, kw_only=True):
-    """What every guest of this host is made with."""
-
-    guests: Path
-    accelerator: Literal["kvm", "tcg"]
-    templates: Templates
-    find_image: Callable[[str], Image | None]
-    make_volume: MakeVolume
-    drop_volume: Callable[[str], Awaitable[None]]
-    volumes: Callable[[], Awaitable[dict[str, Path]]]
-    give_volume: Callable[[str, int], Awaitable[Path]]
-    shelf: Shelf
-    open_port: OpenPort
-    around: Callable[[], Surroundings]  # asked at each launch: a machine's resolvers may change
 
 
 class QemuGuest:

@@ -20,9 +20,10 @@ from pathlib import Path
 from skysail.contract.document import Snapshot, Volume
 from skysail.contract.report import SnapshotReport
 from skysail.hypervisor import disks, flattening, freezing, guest_agent
-from skysail.hypervisor.guest import QemuGuest, Workshop
+from skysail.hypervisor.guest import QemuGuest
 from skysail.hypervisor.jobs import dismiss, jobs
 from skysail.hypervisor.qmp import Gone, Monitor, Refused
+from skysail.hypervisor.workshop import Workshop
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread, run
 from skysail.storage import Copy, Manifest
@@ -103,8 +104,8 @@ class Copying:
             raise SkysailError("the instance has not been made yet")
         monitor = await guest.monitor()
         await guest.melt()  # one that is frozen already cannot be frozen for this
-        await abandon(guest, self._snapshot.id)
         await flattening.call_off(monitor)  # it changes the chain that the copies will stand on
+        await abandon(guest, self._snapshot.id)
         copies, parents = await self._plan()
         files = await self._shop.shelf.draft(self._snapshot.id, copies, self._uid)
         started = []
