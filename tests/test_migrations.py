@@ -42,6 +42,16 @@ def shape(path: Path) -> dict[str, set[tuple[object, ...]]]:
                 | {tuple(row[1:3]) for row in file.execute(f"PRAGMA index_list({table})")} for table in tables}
 
 
+# A host as version 8 had it, in one zone of the only region.
+HOSTS_8 = """
+CREATE TABLE hosts (
+    id VARCHAR(64) NOT NULL, region VARCHAR(32) NOT NULL, zone VARCHAR(4) NOT NULL, address VARCHAR NOT NULL, generation
+    INTEGER NOT NULL, observed_generation INTEGER NOT NULL, vcpus INTEGER NOT NULL, memory_mib INTEGER NOT NULL, disk_gib
+    INTEGER NOT NULL, accelerator VARCHAR(16) NOT NULL, seen_at FLOAT, CONSTRAINT pk_hosts PRIMARY KEY (id));
+INSERT INTO hosts VALUES ('host-1', 'eu-west-1', 'b', 'unix:x', 7, 7, 4, 8192, 100, 'kvm', NULL);
+"""
+
+
 def grown(path: Path) -> Path:
     """A database of version 2, with a guest in it."""
     made = Database(path)
@@ -49,6 +59,9 @@ def grown(path: Path) -> Path:
     made.close()
     with sqlite3.connect(path) as file:
         file.execute("DROP TABLE guests")
+        file.execute("DROP TABLE hosts")
+        file.execute("DROP TABLE host_zones")
+        file.executescript(HOSTS_8)
         file.executescript(GUESTS_2)
     return path
 
@@ -63,6 +76,8 @@ def test_an_old_database_becomes_what_a_fresh_one_is(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "old.sqlite") as file:
         assert file.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
         assert file.execute("SELECT id, public_ipv4, public_ipv6 FROM guests").fetchall() == [("g-1", "192.0.2.10", None)]
+        assert file.execute("SELECT * FROM host_zones").fetchall() == [("host-1", "eu-west-1", "b")]
+        assert file.execute("SELECT id, vcpus FROM hosts").fetchall() == [("host-1", 4)]
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -79,7 +94,7 @@ def test_an_ipv6_address_is_one_guests_alone(tmp_path: Path, old: bool) -> None:
 
     with database.transaction() as connection:
         connection.execute(insert(accounts).values(id="1", tenant=1, name="a", created_at=0.0))
-        connection.execute(insert(hosts).values(id="h", region="r", zone="a", address=""))
+        connection.execute(insert(hosts).values(id="h", address=""))
         for number, ipv6 in ((2, None), (3, None), (4, "fd53::a")):
             connection.execute(insert(guests).values(**values(number, ipv6)))
     with pytest.raises(sqlalchemy.exc.IntegrityError), database.transaction() as connection:
