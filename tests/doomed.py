@@ -37,6 +37,7 @@ EFFECTS = (
     "skysail.network.linux:LinuxFabric.apply", "skysail.network.links:ensure_taps", "skysail.network.links:open_tap",
     "skysail.hypervisor.confinement:spawn", "skysail.hypervisor.confinement:limit",
     "skysail.hypervisor.confinement:release", "skysail.hypervisor.confinement:kill",
+    "skysail.hypervisor.confinement:unbound", "skysail.hypervisor.confinement:rebind",
     "skysail.hypervisor.process:prepare", "skysail.hypervisor.process:trim_serial",
     "skysail.hypervisor.personality:write_seed", "skysail.hypervisor.qmp:Monitor.execute",
     "skysail.hypervisor.qmp:Channel.ask", "skysail.hypervisor.qmp:Channel.ask_all",

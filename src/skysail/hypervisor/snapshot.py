@@ -19,7 +19,7 @@ from pathlib import Path
 
 from skysail.contract.document import Snapshot, Volume
 from skysail.contract.report import SnapshotReport
-from skysail.hypervisor import disks, flattening, freezing, guest_agent
+from skysail.hypervisor import confinement, disks, flattening, freezing, guest_agent
 from skysail.hypervisor.guest import QemuGuest
 from skysail.hypervisor.jobs import dismiss, jobs
 from skysail.hypervisor.qmp import Gone, Monitor, Refused
@@ -149,7 +149,11 @@ class Copying:
             guest.save(freezing=True)
             async with freezing.hurried(channel):
                 await freezing.flush(channel)
-                milliseconds = await freezing.frozen(channel, guest.agent, act)
+                former = confinement.unbound(guest.record.id)
+                try:
+                    milliseconds = await freezing.frozen(channel, guest.agent, act)
+                finally:
+                    confinement.rebind(former)
             guest.save(freezing=False)
             return milliseconds
         except (Gone, Refused) as unable:
