@@ -66,7 +66,7 @@ class Flattening:
                     self._done.add(volume.id)
                     await (self._changed(guest) if volume.id == guest else self._flat(volume.id))
             except SkysailError as failure:
-                self._resting[volume.id] = now + REST_SECONDS
+                self._resting[volume.id] = asyncio.get_running_loop().time() + REST_SECONDS
                 log.warning("the volume %s still stands on snapshots: %s", volume.id, failure)
             return
         for identifier in await self._shelf.observe():
