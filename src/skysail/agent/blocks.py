@@ -30,7 +30,7 @@ class Blocks:
         self._disks: Chores[Disk, DiskReport] = Chores(self._converge_disk, _disk_failed, changed)
         self._alone: set[str] = set()
         self._snapshots: Chores[Snapshot, SnapshotReport] = Chores(self._converge_snapshot, _snapshot_failed, changed)
-        self._flattening = Flattening(hypervisor, shelf, self._flat, self._snapshots.say, look)
+        self._flattening = Flattening(hypervisor, shelf, self._flat, self._lifted, look)
 
     async def start(self) -> None:
         """Report the snapshots that are here already."""
@@ -68,10 +68,20 @@ class Blocks:
 
     async def _flat(self, disk_id: str) -> None:
         self._alone.add(disk_id)
-        await self._disks.say(DiskReport(id=disk_id, state="available", alone=True))
+        if _is_available(self._disks.find(disk_id)):
+            await self._disks.say(DiskReport(id=disk_id, state="available", alone=True))
+
+    async def _lifted(self, report: SnapshotReport) -> None:
+        if _is_available(self._snapshots.find(report.id)):
+            await self._snapshots.say(report)
 
     async def _converge_snapshot(self, snapshot: Snapshot) -> SnapshotReport:
         return await self._hypervisor.snapshot(snapshot, self._snapshots.say)
+
+
+def _is_available(report: DiskReport | SnapshotReport | None) -> bool:
+    """Whether news of it may be told: of what went meanwhile nothing is said any more, least of all that it is there."""
+    return report is not None and report.state == "available"
 
 
 def _disk_failed(disk: Disk, failures: int, reason: str) -> DiskReport:

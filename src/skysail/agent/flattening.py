@@ -18,8 +18,8 @@ from skysail.storage import Shelf
 
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0
-# What could not be done now is tried again after this.
-REST_SECONDS = 30.0
+# What has to wait for something else is tried again after the first, what failed after the second.
+BUSY_SECONDS, REST_SECONDS = 3.0, 30.0
 
 
 class Flattening:
@@ -60,12 +60,13 @@ class Flattening:
         for volume, guest in self._volumes(self._document):
             if volume.id in self._done or self._resting.get(volume.id, 0.0) > now or not await self._stands(volume, leaving):
                 continue
-            self._resting[volume.id] = now + REST_SECONDS
+            self._resting[volume.id] = now + BUSY_SECONDS
             try:
                 if await self._hypervisor.flatten(volume, guest):
                     self._done.add(volume.id)
                     await (self._changed(guest) if volume.id == guest else self._flat(volume.id))
             except SkysailError as failure:
+                self._resting[volume.id] = asyncio.get_running_loop().time() + REST_SECONDS
                 log.warning("the volume %s still stands on snapshots: %s", volume.id, failure)
             return
         for identifier in await self._shelf.observe():

@@ -60,16 +60,18 @@ async def stream(shop: Workshop, guest: QemuGuest, volume: Volume, lock: asyncio
             await monitor.execute("block-stream", {"job-id": name, "device": node, "speed": BYTES_PER_SECOND, **target})
     while await jobs(await guest.monitor(), name):
         await asyncio.sleep(LOOK_SECONDS)
+    monitor = await guest.monitor()
+    if await _stands_on(monitor, node) != under[:1]:
+        # Called off for what cannot wait, or failed.
+        raise SkysailError(f"QEMU left the copy for the volume {volume.id} before its end")
+    # Everything goes to the disk before anything counts on it: first the most of it, while the guest goes on; then what QEMU
+    # itself still holds in memory, the tables, for which the guest waits.
+    await in_thread(durable.sync, (await shop.volumes())[volume.id])
+    said = await monitor.execute("human-monitor-command", {"command-line": f"qemu-io {node} flush"})
+    if said.strip():
+        raise SkysailError(f"the volume {volume.id} could not be written out: {said.strip()[:200]}")
     async with lock:
         monitor = await guest.monitor()
-        if await _stands_on(monitor, node) != under[:1]:
-            # Called off for what cannot wait, or failed.
-            raise SkysailError(f"QEMU left the copy for the volume {volume.id} before its end")
-        # What QEMU still holds of the copy in memory goes to the disk, before anything counts on it.
-        said = await monitor.execute("human-monitor-command", {"command-line": f"qemu-io {node} flush"})
-        if said.strip():
-            raise SkysailError(f"the volume {volume.id} could not be written out: {said.strip()[:200]}")
-        await in_thread(durable.sync, (await shop.volumes())[volume.id])
         if volume.id == guest.record.id:
             guest.save(parents=under)
         for file in chain[:len(chain) - len(under)]:
