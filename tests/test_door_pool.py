@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from skysail.contract.document import Origin, Volume
-from skysail.kit.errors import SkysailError
+from skysail.kit.errors import ProcessFailed, SkysailError
 from skysail.kit.process import run
 from skysail.storage import Copy, Manifest, Pool, Shelf, chains
 from skysail.storage.files import FilePool
@@ -240,6 +241,43 @@ def test_a_lifted_snapshot_reads_as_before_also_where_it_was_cut_off(tmp_path: P
     assert "identical" in reads()
     assert sorted(path.name for path in (tmp_path / "snapshots" / "s-3").iterdir()) == ["g-1.qcow2", "manifest.json"]
     assert len(list((tmp_path / "snapshots" / "s-2").iterdir())) == 2
+
+
+def test_a_volume_that_is_half_flattened_reads_as_before(tmp_path: Path) -> None:
+    files = [str(tmp_path / name) for name in ("volume", "snapshot", "image")]
+    for number, file in enumerate(files):
+        run(["qemu-img", "create", "-q", "-f", "qcow2", file, "1G"])
+        run(["qemu-io", "-f", "qcow2", "-c", f"write -P {number + 1} {number * 64}M 128M", file])
+    volume, chain = Path(files[0]), files[1:]
+    run(["qemu-img", "create", "-q", "-f", "qcow2", str(tmp_path / "before"), "1G"])
+    chains.convert(files, tmp_path / "before", os.getuid())
+
+    def reads(*now: str) -> bool:
+        return b"identical" in run(["qemu-img", "compare", chains.named(now), str(tmp_path / "before")])
+
+    async def called_off(seconds: float) -> bool:
+        """Whether the work was still under way after so long."""
+        work = asyncio.create_task(chains.rebase(volume, chain, chain[1:], os.getuid()))
+        await asyncio.sleep(seconds)
+        through = work.done()
+        work.cancel()
+        await asyncio.wait((work,))
+        return not through
+
+    seconds = 0.01
+    while asyncio.run(called_off(seconds)):
+        assert not [words for words in Path("/proc").glob("[0-9]*/cmdline") if str(volume).encode() in _read(words)]
+        assert reads(*files)
+        seconds *= 2
+    assert seconds > 0.01 and reads(*files) and reads(files[0], files[2])
+    with pytest.raises(ProcessFailed):
+        reads(files[0])  # the image is needed still
+
+
+def _read(path: Path) -> bytes:
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    return b""
 
 
 def test_a_volume_grows_from_a_snapshot(tmp_path: Path) -> None:
