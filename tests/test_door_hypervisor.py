@@ -50,7 +50,7 @@ class SimHouse:
             id="g-1", instance="one", role="run", starts=1, reboots=0,
             vcpus=BUNDLES["nano_3_0"]["cpuCount"], memory_mib=512,  # one template for all tests
             volume=Volume(id="g-1", image="0" * 64, size_gib=20), personality=Personality(hostname="one", user="admin"),
-            port=Port(id="g-1", mac="52:54:00:00:00:0a", tenant=1, private_ipv4="172.26.0.10", public_ipv4="192.0.2.10"))
+            port=Port(id="g-1", mac="52:54:00:00:00:0a", network=1, private_ipv4="172.26.0.10", public_ipv4="192.0.2.10"))
 
     def cut_off(self, identifier: str) -> None:
         """The guest dies by itself."""

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from conftest import GOLDEN
-from skysail.contract.document import FirewallRule, Port
+from skysail.contract.document import FirewallRule, Network, Port
 from skysail.hypervisor import qemu
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
@@ -72,8 +72,8 @@ def rule(protocol: str, first: int, last: int, *cidrs: str) -> FirewallRule:
                         ipv6_cidrs=tuple(one for one in cidrs if ":" in one))
 
 
-def port(number: int, tenant: int, *rules: FirewallRule, ipv6: bool = True) -> Port:
-    return Port(id=f"g-{number}", mac=f"52:54:00:00:00:{number:02x}", tenant=tenant, private_ipv4=f"172.26.0.{number}",
+def port(number: int, network: int, *rules: FirewallRule, ipv6: bool = True) -> Port:
+    return Port(id=f"g-{number}", mac=f"52:54:00:00:00:{number:02x}", network=network, private_ipv4=f"172.26.0.{number}",
                 public_ipv4=f"100.115.93.{number}", public_ipv6=f"fd53:6b79:7361::{number:x}" if ipv6 else "",
                 firewall=rules)
 
@@ -94,7 +94,8 @@ PLANES = {
                             rule("tcp", 22, 22, "192.0.2.7/32", "2001:db8::7/128"))),
 }
 LAYOUTS = {"default": LAYOUT, "public_prefix": msgspec.structs.replace(LAYOUT, public_ipv6="2001:db8:1::/64"),
-           "ipv4_only": msgspec.structs.replace(LAYOUT, public_ipv6="")}
+           "ipv4_only": msgspec.structs.replace(LAYOUT, public_ipv6=""),
+           "peered": msgspec.structs.replace(LAYOUT, peer_subnets=("192.0.2.0/24", "198.51.100.0/25"))}
 
 
 @pytest.mark.parametrize("name", PLANES)
@@ -113,6 +114,13 @@ def test_without_a_prefix_no_ipv6_passes(golden: Golden) -> None:
     assert "fd53" not in text and "fe80" not in text and "ip6 saddr @" not in text
 
 
+def test_peered_networks(golden: Golden) -> None:
+    joined = (Network(number=1, peers=(3,), routed=True), Network(number=3, peers=(1,), routed=True))
+    text = nftables.data_plane(LAYOUTS["peered"], PLANES["several_tenants"], joined)
+    golden("nftables/peered.nft", text)
+    assert "@peered" not in nftables.data_plane(LAYOUT, PLANES["several_tenants"], joined), "no subnets, nothing routed"
+
+
 def test_the_order_of_ports_and_rules_does_not_change_the_ruleset() -> None:
     for ports in PLANES.values():
         turned = [msgspec.structs.replace(one, firewall=tuple(reversed(one.firewall))) for one in reversed(ports)]
@@ -121,7 +129,7 @@ def test_the_order_of_ports_and_rules_does_not_change_the_ruleset() -> None:
 
 @pytest.mark.parametrize("wrong", [
     {"mac": "52:54:00:00:00:zz"}, {"mac": '52:54:00:00:00:01" accept'}, {"private_ipv4": "172.26.0.300"},
-    {"public_ipv4": "10.0.0.1; drop"}, {"tenant": 0}, {"tenant": 2**32}, {"firewall": (rule("gre", 0, 0),)},
+    {"public_ipv4": "10.0.0.1; drop"}, {"network": 0}, {"network": 2**32}, {"firewall": (rule("gre", 0, 0),)},
     {"mac": "52:54:00:00:00:0b"}, {"private_ipv4": "172.26.0.11"}, {"public_ipv4": "100.115.93.11"},
     {"public_ipv6": "100.115.93.10"}, {"public_ipv6": "fd53::1 } drop"}, {"public_ipv6": "fd53:6b79:7361::b"}])
 def test_a_port_that_cannot_be_written_is_refused(wrong: dict[str, object]) -> None:
@@ -156,5 +164,6 @@ def test_the_network_plan(golden: Golden) -> None:
 def test_every_golden_file_is_held() -> None:
     """A file that no test compares any more is dead weight that looks like proof."""
     held = {*(f"qemu/{name}.txt" for name in MACHINES), *(f"nftables/{name}.nft" for name in PLANES),
-            *(f"nftables/machine_{name}.nft" for name in LAYOUTS), "nftables/ipv4_only.nft", "plan.txt"}
+            *(f"nftables/machine_{name}.nft" for name in LAYOUTS), "nftables/ipv4_only.nft", "nftables/peered.nft",
+            "plan.txt"}
     assert {str(path.relative_to(GOLDEN)) for path in GOLDEN.rglob("*") if path.is_file()} == held

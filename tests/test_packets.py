@@ -22,8 +22,8 @@ DEFAULTS = (FirewallRule(protocol="tcp", from_port=22, to_port=22), FirewallRule
 ADA, BOB = 1, 2  # tenants
 
 
-def port(number: int, tenant: int, *rules: FirewallRule) -> Port:
-    return Port(id=f"g-{number}", mac=f"52:54:00:00:00:{number:02x}", tenant=tenant, private_ipv4=f"172.26.0.{number}",
+def port(number: int, network: int, *rules: FirewallRule) -> Port:
+    return Port(id=f"g-{number}", mac=f"52:54:00:00:00:{number:02x}", network=network, private_ipv4=f"172.26.0.{number}",
                 public_ipv4=f"100.115.93.{number}", public_ipv6=f"fd53:6b79:7361::{number:x}", firewall=rules)
 
 
@@ -120,7 +120,7 @@ def test_a_port_that_goes_takes_its_flows_along(
         lines = flow.makefile()
         assert lines.readline().strip().endswith(staged.STRANGER6 if version == 6 else staged.STRANGER)
         stage.apply(*PORTS)
-        heir = msgspec.structs.replace(newcomer, tenant=BOB, id="g-heir", firewall=())
+        heir = msgspec.structs.replace(newcomer, network=BOB, id="g-heir", firewall=())
         stage.leave(guest)
         stage.apply(*PORTS, heir)
         second = stage.guest(heir)

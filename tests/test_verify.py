@@ -27,15 +27,23 @@ def count(cloud: Cloud, table: str) -> int:
         return int(connection.execute(f"select count(*) from {table}").fetchone()[0])
 
 
+REGIONS = 'peer_subnets = ["192.0.2.0/24"]\n[regions]\n"us-east-1" = ["a", "b"]\n"eu-west-2" = ["a"]\n'
+
+
 @pytest.fixture(scope="module")
 def lived() -> Iterator[Cloud]:
-    """A cloud with two instances and a deleted one, whose controller is stopped: nothing is repaired meanwhile."""
-    with running_cloud() as cloud:
+    """A cloud with two instances, one in another region and a deleted one, whose controller is stopped: nothing is repaired
+    meanwhile."""
+    with running_cloud(REGIONS) as cloud:
         client = cloud.client()
         eventually(lambda: client.get_blueprints()["blueprints"], 20)
         client.create_instances(instanceNames=["one", "two", "gone"], availabilityZone="us-east-1a",
                                 blueprintId="debian_12", bundleId="nano_3_0", tags=[{"key": "stage", "value": "test"}])
         eventually(lambda: {found["state"]["name"] for found in client.get_instances()["instances"]} == {"running"})
+        elsewhere = cloud.client(region="eu-west-2")
+        elsewhere.create_instances(instanceNames=["far"], availabilityZone="eu-west-2a", blueprintId="debian_12",
+                                   bundleId="nano_3_0")
+        elsewhere.peer_vpc()
         client.download_default_key_pair()
         client.create_domain(domainName="example.com", tags=[{"key": "stage"}])
         client.create_domain_entry(domainName="example.com",
@@ -55,7 +63,7 @@ def lived() -> Iterator[Cloud]:
         client.delete_instance(instanceName="gone")
         eventually(lambda: client.get_instance_state(instanceName="two")["state"]["name"] == "stopped")
         # What was deleted is gone to its last row: verify lets it be as long as it is leaving.
-        eventually(lambda: count(cloud, "guests") == 2 and count(cloud, "domains") == 1)
+        eventually(lambda: count(cloud, "guests") == 3 and count(cloud, "domains") == 1)
         eventually(lambda: verify(cloud.config, 0.1) == [])
         cloud.kill("controller")
         yield cloud
@@ -94,7 +102,13 @@ PLANTED = {
     "document": ("update guests set private_ipv4 = '172.26.9.9' where instance_name = 'one'", "is another document"),
     "generation": ("update hosts set generation = generation + 1", "its agent holds generation"),
     "guest unknown": ("delete from guests where instance_name = 'one'", "there on host-1, but no row knows it"),
-    "guest twice": ("update guests set instance_id = (select id from instances where name = 'one')", "2 guests"),
+    "guest twice": ("update guests set instance_id = (select id from instances where name = 'one')", "3 guests"),
+    "network of nobody": ("update guests set network = 99 where instance_name = 'one'", "in network 99 of nobody"),
+    "network elsewhere": ("update guests set network = (select network from guests where instance_name = 'far')",
+                          "in eu-west-2; wanted: the network of account"),
+    "network apart": ("update networks set peered = 1", "reached by guests of networks [1]; wanted: networks [1, 2]"),
+    "network routed": ("update networks set peered = 0", "of far: joined with the peer subnets; wanted: apart from them"),
+    "network not routed": ("update networks set peered = 1", "of one: apart from the peer subnets; wanted: joined"),
     "instance lost": ("delete from instances where name = 'one'", "no instance owns it"),
     "tags left": ("update tags set resource_id = 'nobody' where rowid = (select min(rowid) from tags)", "tags of nobody"),
     "reference": ("update access_keys set account_id = 'nobody'", "points at a row of accounts"),

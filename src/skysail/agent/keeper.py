@@ -17,7 +17,7 @@ from skysail.agent.blocks import Blocks
 from skysail.agent.ledger import Ledger
 from skysail.agent.traffic import Traffic
 from skysail.agent.zones import ZoneKeeper
-from skysail.contract.document import Guest, HostDocument, Port
+from skysail.contract.document import Guest, HostDocument, Network, Port
 from skysail.contract.report import GuestReport, GuestState, HostReport, ImageReport, Inventory
 from skysail.dns import Zones
 from skysail.hypervisor import Hypervisor
@@ -61,7 +61,11 @@ class Keeper:
         self._work: dict[str, asyncio.Task[GuestReport]] = {}
         self._falls: dict[str, list[float]] = {}
         self._departed: set[str] = set()
-        self._applied: list[Port] | None = None
+        self._applied: tuple[list[Port], tuple[Network, ...]] | None = None
+        self._networks: tuple[Network, ...] = ()
+        # The networks that are joined now; None as long as we do not know.
+        self._joined: tuple[Network, ...] | None = None
+        self._rewired = asyncio.Event()
         self._news = asyncio.Condition()
         self._network = asyncio.Lock()
         self._accepting = asyncio.Lock()
@@ -94,6 +98,9 @@ class Keeper:
         self._report = msgspec.structs.replace(self._report, generation=document.generation)
         self._blocks.take(document)
         self.zones.take(document.zones)
+        if self._networks != document.networks:
+            self._networks = document.networks
+            self._rewired.set()
         for guest in document.guests:
             known = self._wanted.get(guest.id)
             self._wanted[guest.id] = guest
@@ -137,19 +144,25 @@ class Keeper:
         await self._say(report)
 
     async def tend_network(self) -> None:
-        """Now and then: put back what another program took from the network (a reload of the machine's own firewall flushes
-        ours too), and read the counters; runs until cancelled."""
+        """Now and then, and when networks are joined or parted: put back what another program took from the network (a reload
+        of the machine's own firewall flushes ours too), and read the counters; runs until cancelled."""
         while True:
+            self._rewired.clear()
             try:
-                if self._wanted:
+                if self._wanted or self._networks:
                     await self._apply_network(again=True)
+                elif self._joined is None:  # nobody is here who could be let through
+                    self._joined = ()
+                    await self._changed()
                 if self._traffic.take(await self._fabric.observe()):
                     for report in list(self._guests.values()):
                         self._hold(report)
                     await self._changed()
             except (SkysailError, OSError) as failure:
                 log.warning("the network could not be looked after: %s", failure)
-            await asyncio.sleep(NETWORK_SECONDS)
+            pause = NETWORK_SECONDS if self._joined == self._networks else BACK_OFF_SECONDS[1]
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._rewired.wait(), pause)
 
     async def prepare(self, image: str, vcpus: int) -> None:
         """Make ready what a launch of this image needs, and report the images that are here; raises SkysailError."""
@@ -240,10 +253,14 @@ class Keeper:
             # A guest that is going keeps its port until its process is gone: several launches and deletions share one
             # pass of the whole network.
             ports = [guest.port for guest in self._wanted.values() if guest.id not in self._departed]
-            if again or ports != self._applied:
+            networks = self._networks
+            if again or (ports, networks) != self._applied:
                 self._applied = None
-                await self._fabric.apply(ports)
-                self._applied = ports
+                await self._fabric.apply(ports, networks)
+                self._applied = (ports, networks)
+            news, self._joined = self._joined != networks, networks
+        if news:
+            await self._changed()
 
     async def _say(self, report: GuestReport) -> None:
         if self._hold(report):
@@ -272,9 +289,11 @@ class Keeper:
     async def _changed(self) -> None:
         async with self._news:
             disks, snapshots = self._blocks.reports()
+            networked = self._report.generation if self._joined == self._networks else self._report.networked
             self._report = msgspec.structs.replace(
                 self._report, sequence=self._report.sequence + 1, guests=tuple(self._guests.values()),
-                images=tuple(self._images()), disks=disks, snapshots=snapshots, zones=self.zones.reports())
+                images=tuple(self._images()), disks=disks, snapshots=snapshots, zones=self.zones.reports(),
+                networked=networked)
             self._news.notify_all()
 
     def report(self) -> HostReport:
@@ -298,12 +317,13 @@ class Keeper:
     async def inventory(self) -> Inventory:
         """What the machine really holds; no effects."""
         seen = await self._hypervisor.observe()
+        joined = await self._fabric.joined()
         return Inventory(
             guests=tuple(sorted(report.id for report in seen)),
             running=tuple(sorted(report.id for report in seen if report.state == "running")),
             volumes=tuple(sorted(await self._pool.observe())), ports=tuple(sorted(await self._fabric.observe())),
             snapshots=tuple(await self._shelf.observe()), strays=tuple(await self._hypervisor.strays()),
-            zones=await self.zones.inventory())
+            zones=await self.zones.inventory(), reached_by=joined.reached_by, routed=joined.routed)
 
     def wanted(self) -> dict[str, Guest]:
         """The guests that documents named, as the last one wants them."""

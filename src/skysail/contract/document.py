@@ -31,16 +31,27 @@ class FirewallRule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Port(msgspec.Struct, frozen=True, kw_only=True):
-    """A guest's place in the network. ``tenant`` numbers the account: guests of one tenant reach each other privately.
+    """A guest's place in the network. ``network`` numbers its private network: guests of one reach each other privately.
     A guest without ``public_ipv6`` has IPv4 alone."""
 
     id: Id
     mac: str
-    tenant: int
+    # Records of guests that earlier versions made have it by the older name.
+    network: int = msgspec.field(name="tenant")
     private_ipv4: str
     public_ipv4: str
     public_ipv6: str = ""
     firewall: tuple[FirewallRule, ...] = ()
+
+
+class Network(msgspec.Struct, frozen=True, kw_only=True):
+    """A private network that is joined with others; one that no document names is alone. Its guests and those of its
+    ``peers`` reach each other privately; when it is ``routed``, so do its guests and the peer subnets of the host's
+    configuration."""
+
+    number: int
+    peers: tuple[int, ...] = ()
+    routed: bool = False
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True):
@@ -161,4 +172,5 @@ class HostDocument(msgspec.Struct, frozen=True, kw_only=True):
     disks: tuple[Disk, ...] = ()
     snapshots: tuple[Snapshot, ...] = ()
     zones: tuple[Zone, ...] = ()
+    networks: tuple[Network, ...] = ()
     version: int = VERSION

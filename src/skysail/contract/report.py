@@ -91,7 +91,8 @@ class ZoneReport(msgspec.Struct, frozen=True, kw_only=True):
 
 class HostReport(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a host observes, at one moment. ``sequence`` grows by one with every change, within one agent's life
-    (``boot``): a reader keeps the pair to know what it has seen."""
+    (``boot``): a reader keeps the pair to know what it has seen. ``networked`` is the newest generation whose networks are
+    joined as it says."""
 
     host: str
     boot: str
@@ -106,6 +107,7 @@ class HostReport(msgspec.Struct, frozen=True, kw_only=True):
     disks: tuple[DiskReport, ...] = ()
     snapshots: tuple[SnapshotReport, ...] = ()
     zones: tuple[ZoneReport, ...] = ()
+    networked: int = 0
     version: int = VERSION
 
 
@@ -121,7 +123,8 @@ class HeldZone(msgspec.Struct, frozen=True, kw_only=True):
 class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     """What a host really holds at this moment, by id: guests, those of them that have a process, volumes (block storage
     too), ports, snapshots. ``strays`` says in words what is there of guests that the host does not hold.
-    ``zones``: what its name server has."""
+    ``zones``: what its name server has. ``reached_by`` has the numbers of the networks whose guests reach each port,
+    ``routed`` the ports that peer subnets do."""
 
     guests: tuple[str, ...] = ()
     running: tuple[str, ...] = ()
@@ -130,3 +133,5 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     snapshots: tuple[str, ...] = ()
     strays: tuple[str, ...] = ()
     zones: tuple[HeldZone, ...] = ()
+    reached_by: dict[str, tuple[int, ...]] = {}
+    routed: tuple[str, ...] = ()

@@ -13,6 +13,7 @@ from skysail.contract.document import (
     FirewallRule,
     Guest,
     HostDocument,
+    Network,
     Origin,
     Personality,
     Port,
@@ -23,13 +24,13 @@ from skysail.contract.document import (
 )
 from skysail.hosts import plans
 from skysail.store.schema import (
-    accounts,
     disks,
     domain_entries,
     domains,
     guests,
     hosts,
     instances,
+    networks,
     ports,
     snapshots,
     static_ips,
@@ -51,10 +52,15 @@ def bump_zones(connection: Connection) -> None:
     connection.execute(update(hosts).values(generation=hosts.c.generation + 1))
 
 
+def bump_networks(connection: Connection) -> dict[str, int]:
+    """Networks were joined or parted: every host gets its next generation; which each has now."""
+    bump_zones(connection)
+    return {row.id: row.generation for row in connection.execute(select(hosts.c.id, hosts.c.generation))}
+
+
 def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
     """The desired document of ``host_id`` at its current generation; ``vault`` opens the zones' signing keys."""
     generation = connection.execute(select(hosts.c.generation).where(hosts.c.id == host_id)).scalar_one()
-    tenants = {row.id: row.tenant for row in connection.execute(select(accounts.c.id, accounts.c.tenant))}
     rules: dict[str, list[FirewallRule]] = {}
     for port in connection.execute(select(ports).order_by(ports.c.protocol, ports.c.from_port, ports.c.to_port)):
         rules.setdefault(port.instance_id, []).append(FirewallRule(
@@ -72,7 +78,7 @@ def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
             reboots=row["reboots"], force=row["force"], vcpus=row["vcpus"], memory_mib=row["memory_mib"],
             volume=system_volume(row), disks=tuple(attached.get(row["instance_id"], ())),
             iops=row["iops"],
-            port=Port(id=row["id"], mac=row["mac"], tenant=tenants[row["account_id"]],
+            port=Port(id=row["id"], mac=row["mac"], network=row["network"],
                       private_ipv4=row["private_ipv4"], public_ipv4=row["public_ipv4"],
                       public_ipv6=row["public_ipv6"] or "",
                       firewall=tuple(rules.get(row["instance_id"], ()))),
@@ -89,7 +95,19 @@ def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
                      volumes=msgspec.convert(row["volumes"], tuple[Volume, ...]), leaving=row["deleted"])
             for row in connection.execute(select(snapshots).where(snapshots.c.host_id == host_id).order_by(snapshots.c.id))
             .mappings()),
-        zones=tuple(zones(connection, vault)))
+        zones=tuple(zones(connection, vault)), networks=tuple(joined(connection)))
+
+
+def joined(connection: Connection) -> Iterator[Network]:
+    """The peered networks, by number: each is joined with the peer subnets, and with those of its account's others that are
+    peered too."""
+    rows = connection.execute(select(networks).where(networks.c.peered).order_by(networks.c.number)).all()
+    of_account: dict[str, list[int]] = {}
+    for row in rows:
+        of_account.setdefault(row.account_id, []).append(row.number)
+    for row in rows:
+        peers = tuple(number for number in of_account[row.account_id] if number != row.number)
+        yield Network(number=row.number, peers=peers, routed=True)
 
 
 def system_volume(guest: RowMapping) -> Volume:

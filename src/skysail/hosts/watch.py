@@ -119,8 +119,8 @@ class Watch:
 def write_report(connection: Connection, host_id: str, report: HostReport, now: float) -> None:
     """Write what the host observes into the rows; states of instances follow in the workflows, not here."""
     connection.execute(update(hosts).where(hosts.c.id == host_id).values(
-        observed_generation=report.generation, vcpus=report.vcpus, memory_mib=report.memory_mib,
-        disk_gib=report.disk_gib, accelerator=report.accelerator, seen_at=now))
+        observed_generation=report.generation, networked_generation=report.networked, vcpus=report.vcpus,
+        memory_mib=report.memory_mib, disk_gib=report.disk_gib, accelerator=report.accelerator, seen_at=now))
     known = {row["id"]: row for row in connection.execute(select(*_OBSERVED).where(guests.c.host_id == host_id)).mappings()}
     for guest in report.guests:
         row = known.get(guest.id)

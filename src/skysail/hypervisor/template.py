@@ -35,6 +35,8 @@ from skysail.kit.process import in_thread, run_async
 
 log = logging.getLogger(__name__)
 BOOT_SECONDS = 300.0
+# An application is started in it, too.
+REHEARSAL_SECONDS = 1200.0
 LOAD_SECONDS = 60.0
 # The first QEMU whose memory-backend-file takes readonly=on,rom=off.
 MAPS_READ_ONLY = 10
@@ -213,7 +215,7 @@ class Templates:
         channel = await Channel.connect(work / "run" / "clone.sock")
         try:
             # The personaliser rehearses what a clone will do, so that its pages are warm, syncs the disk, and waits.
-            answer = await channel.ask({"rehearse": True}, BOOT_SECONDS)
+            answer = await channel.ask({"rehearse": True}, REHEARSAL_SECONDS)
             if not answer.get("waiting"):
                 raise SkysailError(f"the personaliser in the template answered {answer}")
             await asyncio.sleep(1.0)

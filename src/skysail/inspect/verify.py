@@ -19,7 +19,7 @@ from skysail.contract.report import HeldZone, Inventory
 from skysail.dns.sim import SIMULATED
 from skysail.hosts import desired
 from skysail.images.library import Library, file_digest
-from skysail.inspect import blocks
+from skysail.inspect import blocks, networks
 from skysail.inspect.difference import Difference
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
@@ -83,8 +83,8 @@ def verify(config: Config, pause_seconds: float = PAUSE_SECONDS) -> list[Differe
 def _look(database: Database, config: Config) -> list[Difference]:
     with database.transaction(write=False) as connection:
         found = [*_database(connection), *_names(connection), *_instances(connection), *_addresses(connection),
-                 *_owners(connection), *_metrics(connection), *blocks.rows(connection), *_work(connection, time.time()),
-                 *_secrets(connection, Vault.at(config.master_key))]
+                 *_owners(connection), *_metrics(connection), *blocks.rows(connection), *networks.rows(connection),
+                 *_work(connection, time.time()), *_secrets(connection, Vault.at(config.master_key))]
         for host in connection.execute(select(hosts)).mappings().all():
             found += _host(connection, host, config)
     return found + list(_images(config))
@@ -274,6 +274,7 @@ def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[
     whole = set(connection.execute(select(snapshots.c.id).where(
         snapshots.c.host_id == host["id"], snapshots.c.role == "keep", snapshots.c.state.in_(WHOLE.values()))).scalars())
     yield from blocks.host(document, there, whole)
+    yield from networks.host(document, there, bool(config.peer_subnets))
     for stray in there.strays:
         yield Difference(subject=subject, saw=stray, wanted="only what the rows know")
     signers = {row.name + ".": row.ds for row in connection.execute(select(domains))}

@@ -34,6 +34,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Each guest has one address of the IPv6 prefix ``public_ipv6``: a unique local one (RFC 4193) leaves the machine
     masqueraded, '' gives none. ``disk_overcommit`` is how many times its disk a host may promise to guests, which rarely fill
     theirs.
+    Peered private networks reach the IPv4 networks ``peer_subnets`` beside this machine, and are reached from there.
     ``template_memory`` is how clones come to their template's memory (see ``hypervisor/template.py``).
     ``dns_listen`` and ``dns_port`` say where the name server answers, ``dns_api_port`` where its REST API does on the
     loopback address; ``name_servers`` are the host names that domains are delegated to.
@@ -55,6 +56,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     link: str = "skysail0"
     transit: str = "100.115.92.0/30"
     private_network: str = "172.26.0.0/16"
+    peer_subnets: tuple[str, ...] = ()
     public_pool: str = "100.115.93.0/24"
     public_address: Literal["kept", "changes"] = "kept"
     public_ipv6: str = "fd53:6b79:7361::/64"
@@ -87,6 +89,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         self._settle_regions()
+        own = [ipaddress.IPv4Network(network) for network in (self.private_network, self.public_pool, self.transit)]
+        for subnet in map(ipaddress.IPv4Network, self.peer_subnets):
+            if any(map(subnet.overlaps, own)):
+                raise ValueError(f"peer_subnets has {subnet}, which overlaps a network of the cloud's own")
         if not 0.1 <= self.sample_seconds <= 300:
             raise ValueError("sample_seconds takes 0.1 to 300")
         if self.smtp_host and not _MAIL.fullmatch(self.mail_from):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pyroute2.netlink.exceptions import NetlinkError
@@ -76,3 +76,22 @@ def forget_connections(family: int, sources: set[str], targets: set[str]) -> Non
                 if first.saddr in sources or first.daddr in targets:
                     with contextlib.suppress(NetlinkError):  # ended meanwhile
                         tracker.entry("del", tuple_orig=first)
+
+
+def forget_untranslated(guests: set[str], allowed: Callable[[str, str], bool]) -> None:
+    """Drop tracked IPv4 connections of these private addresses that are not translated, but for those with an ``allowed``
+    pair of guest and other end.
+
+    The rules let them through no more; yet a guest that goes on from the same port would never get a translated one, for each
+    packet keeps the old one alive.
+    """
+    with NFCTSocket(nfgen_family=socket.AF_INET) as tracker:
+        for entry in list(tracker.dump()):
+            first = NFCTAttrTuple.from_netlink(socket.AF_INET, entry.get_attr("CTA_TUPLE_ORIG"))
+            back = NFCTAttrTuple.from_netlink(socket.AF_INET, entry.get_attr("CTA_TUPLE_REPLY"))
+            if (first.saddr, first.daddr) != (back.daddr, back.saddr):
+                continue
+            pairs = [pair for pair in ((first.saddr, first.daddr), (first.daddr, first.saddr)) if pair[0] in guests]
+            if pairs and not any(allowed(*pair) for pair in pairs):
+                with contextlib.suppress(NetlinkError):  # ended meanwhile
+                    tracker.entry("del", tuple_orig=first)

@@ -13,8 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from typing import Literal
 
-from skysail.contract.document import FirewallRule, Port
+import msgspec
+
+from skysail.contract.document import FirewallRule, Network, Port
 from skysail.kit.errors import SkysailError
+from skysail.kit.process import run
 from skysail.network.plan import BRIDGE, GATEWAY_IPV6, UPLINK, Layout, link_local, tap_name, vet
 
 TABLE = "skysail"
@@ -33,15 +36,17 @@ def machine_table(layout: Layout) -> str:
     return re.sub(r"[^A-Za-z0-9_]", "_", layout.namespace)
 
 
-def data_plane(layout: Layout, ports: Sequence[Port]) -> str:
+def data_plane(layout: Layout, ports: Sequence[Port], networks: Sequence[Network] = ()) -> str:
     """The ruleset of the namespace: a bridge table (who may say what to whom) and an inet table (addresses, firewall).
+    ``networks`` are the joined ones.
 
     Raises SkysailError for a port that cannot be written, or two that contradict each other.
     """
     ordered = sorted(ports, key=lambda port: port.id)
     vet(ordered)
-    return "\n".join((*_fresh("bridge", TABLE), *_fresh("inet", TABLE), *_bridge(layout, ordered),
-                      *_inet(layout, ordered), ""))
+    joined = {network.number: network for network in networks}
+    return "\n".join((*_fresh("bridge", TABLE), *_fresh("inet", TABLE), *_bridge(layout, ordered, joined),
+                      *_inet(layout, ordered, joined), ""))
 
 
 def machine(layout: Layout) -> str:
@@ -55,6 +60,12 @@ iifname {link} ip6 daddr {{ fd00:ec2::254, fd20:ce::254 }} drop
 oifname {link} ip6 saddr {prefix} drop
 iifname {link} ip6 saddr {prefix} accept
 oifname {link} ip6 daddr {prefix} accept""")
+    private = layout.private_network
+    subnets = ", ".join(layout.peer_subnets)
+    peering = _more(subnets, f"""\
+# Without translation, so a forged source would be believed: one that is not out there where it comes from is dropped.
+iifname {link} ip saddr {private} ip daddr {{ {subnets} }} accept
+oifname {link} ip saddr {{ {subnets} }} ip daddr {private} fib saddr . iif oif exists accept""")
     masquerade = _more(layout.masquerades_ipv6, f'oifname != {{ {link}, "lo" }} ip6 saddr {prefix} masquerade')
     return "\n".join((*_fresh("inet", name), f"""\
 table inet {name} {{
@@ -76,7 +87,7 @@ table inet {name} {{
         # A cloud's metadata holds the machine's own credentials.
         iifname {link} ip daddr 169.254.0.0/16 drop
         iifname {link} ip saddr {pool} accept
-        oifname {link} ip daddr {pool} accept{forward}
+        oifname {link} ip daddr {pool} accept{peering}{forward}
         drop
     }}
     chain postrouting {{
@@ -102,8 +113,9 @@ def _more(wanted: object, lines: str) -> str:
     return "".join(f"\n        {line}" for line in lines.splitlines()) if wanted else ""
 
 
-def _bridge(layout: Layout, ports: Sequence[Port]) -> list[str]:
+def _bridge(layout: Layout, ports: Sequence[Port], joined: Mapping[int, Network]) -> list[str]:
     taps = [(f'"{tap_name(port.id)}"', port) for port in ports]
+    reaching = {number: (number, *network.peers) for number, network in joined.items()}
     sources6 = [f"{tap} . {port.mac} . {address}" for tap, port in taps if layout.public_ipv6 and port.public_ipv6
                 for address in (link_local(port.mac), port.public_ipv6)]
     # In IPv6 a guest's only neighbour is its gateway, which knows every guest by itself: a guest may ask for it, and has
@@ -115,8 +127,9 @@ icmpv6 type {{ nd-neighbor-advert, nd-router-advert, nd-router-solicit, nd-redir
 {known} ether daddr {layout.gateway_mac} ip6 saddr != fe80::/10 ip6 daddr != {{ fe80::/10, ff00::/8 }} accept""")
     return [
         f"table bridge {TABLE} {{",
-        *_elements("map tenants", "ifname : mark", (f"{tap} : {port.tenant}" for tap, port in taps)),
-        *_elements("set neighbours", "ifname . mark", (f"{tap} . {port.tenant}" for tap, port in taps)),
+        *_elements("map networks", "ifname : mark", (f"{tap} : {port.network}" for tap, port in taps)),
+        *_elements("set neighbours", "ifname . mark",
+                   (f"{tap} . {number}" for tap, port in taps for number in reaching.get(port.network, (port.network,)))),
         *_elements("set sources", "ifname . ether_addr . ipv4_addr",
                    (f"{tap} . {port.mac} . {port.private_ipv4}" for tap, port in taps)),
         *_elements("set sources6", "ifname . ether_addr . ipv6_addr", sources6),
@@ -129,7 +142,7 @@ icmpv6 type {{ nd-neighbor-advert, nd-router-advert, nd-router-solicit, nd-redir
         type filter hook prerouting priority dstnat; policy drop;
         ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 drop
         ether type != {{ ip, arp, ip6 }} drop
-        meta mark set iifname map @tenants
+        meta mark set iifname map @networks
         ether type ip iifname . ether saddr . ip saddr @sources accept
         ether type arp arp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp operation {{ request, reply }} \
 iifname . ether saddr . arp saddr ether . arp saddr ip @senders accept{ipv6}
@@ -139,7 +152,7 @@ iifname . ether saddr . arp saddr ether . arp saddr ip @senders accept{ipv6}
         type filter hook input priority filter; policy accept;
         ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 drop
     }}
-    # From tap to tap: within one tenant only, and no IPv6. What {BRIDGE} itself sends does not come by here.
+    # From tap to tap: within one network and its peers only, and no IPv6. What {BRIDGE} itself sends does not come by here.
     chain forward {{
         type filter hook forward priority filter; policy drop;
         ether type ip6 drop
@@ -148,7 +161,9 @@ iifname . ether saddr . arp saddr ether . arp saddr ip @senders accept{ipv6}
 }}"""]
 
 
-def _inet(layout: Layout, ports: Sequence[Port]) -> list[str]:
+def _inet(layout: Layout, ports: Sequence[Port], joined: Mapping[int, Network]) -> list[str]:
+    routed = [port.private_ipv4 for port in ports if port.network in joined and joined[port.network].routed]
+    peering = _Peering.of(layout.peer_subnets)
     openings = {port.private_ipv4: _openings(port.firewall, 4) for port in ports}
     openings6 = {port.public_ipv6: _openings(port.firewall, 6) for port in ports if layout.public_ipv6 and port.public_ipv6}
     # Guests with the same rules share a chain: a host of a thousand default firewalls has one.
@@ -166,6 +181,7 @@ iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request acce
           (f"    chain {name} {{", *(f"        {line}" for line in lines), "    }")),
         *_elements("map firewalls", "ipv4_addr : verdict", _verdicts(openings)),
         *_elements("map firewalls6", "ipv6_addr : verdict", _verdicts(openings6)),
+        *([*_elements("set peered", "ipv4_addr", routed), peering.chain] if peering.chain else []),
         f"""\
     # Nothing enters but by the bridge and the uplink: frames to link-local MACs can surface on a tap itself.
     chain doors {{
@@ -197,7 +213,7 @@ iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request acce
         type ipv6_addr; size 65535; flags dynamic
     }}
     chain forward {{
-        type filter hook forward priority filter; policy drop;
+        type filter hook forward priority filter; policy drop;{peering.forward}
         ct state {{ established, related }} accept
         iifname "{BRIDGE}" ct state new add @busy {{ ip saddr ct count over {MAX_CONNECTIONS} }} drop
         iifname "{BRIDGE}" ct state new add @busy6 {{ ip6 saddr ct count over {MAX_CONNECTIONS} }} drop
@@ -207,19 +223,61 @@ iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request acce
     }}
     # From guest to guest's public address too: the other side sees a public address and answers through the gateway.
     chain postrouting {{
-        type nat hook postrouting priority srcnat; policy accept;
+        type nat hook postrouting priority srcnat; policy accept;{peering.postrouting}
         snat ip to ip saddr map @outward
     }}
     # After the source NAT: a rule names its clients by the addresses that everybody sees them by, another guest too.
     chain firewall {{
         type filter hook postrouting priority srcnat + 10; policy accept;
         oifname != "{BRIDGE}" accept
-        ct state != new accept
+        ct state != new accept{peering.firewall}
         ip daddr vmap @firewalls
         ip6 daddr vmap @firewalls6
         drop
     }}
 }}"""]
+
+
+class _Peering(msgspec.Struct, frozen=True, kw_only=True):
+    """What the inet table has more where private networks may be joined with subnets beyond the machine: packets between a
+    private address and a peer subnet are not translated, and pass only while the guest's network is joined. Each one is
+    looked at, those of known connections too, so that parting cuts them.
+
+    The instance's firewall is for its public address alone, as on Lightsail (user guide, "Control instance traffic with
+    firewalls": peered VPCs reach the private address past it).
+    """
+
+    chain: str = ""
+    forward: str = ""
+    postrouting: str = ""
+    firewall: str = ""
+
+    @classmethod
+    def of(cls, subnets: Sequence[str]) -> _Peering:
+        if not subnets:
+            return cls()
+        there = "{ " + ", ".join(subnets) + " }"
+        return cls(
+            chain=f"""\
+    chain private {{
+        iifname "{UPLINK}" ip daddr @peered ct state related accept
+        iifname "{BRIDGE}" oifname "{UPLINK}" ip saddr @peered ip daddr {there} accept
+        iifname "{UPLINK}" oifname "{BRIDGE}" ip saddr {there} ip daddr @peered accept
+        drop
+    }}""",
+            forward=_more(True, f"""\
+# What is under way without translation is between a private address and a peer subnet.
+meta nfproto ipv4 ct state {{ established, related }} ct status & ( snat | dnat ) == 0 jump private
+iifname "{UPLINK}" meta nfproto ipv4 ct state new ct status & dnat == 0 jump private"""),
+            postrouting=_more(True, f"ip saddr @peered ip daddr {there} accept"),
+            firewall=_more(True, f"ip saddr {there} ip daddr @peered ct status & dnat == 0 accept"))
+
+
+def elements(family: str, name: str) -> list[tuple[str, ...]]:
+    """What a set of the calling thread's namespace holds; raises ProcessFailed when there is none."""
+    told = msgspec.json.decode(run(["nft", "-j", "list", "set", family, TABLE, name], timeout=60))["nftables"]
+    held = next(item["set"] for item in told if "set" in item).get("elem", [])
+    return [tuple(str(part) for part in one["concat"]) if isinstance(one, dict) else (str(one),) for one in held]
 
 
 def _verdicts(openings: Mapping[str, tuple[str, ...]]) -> Iterable[str]:

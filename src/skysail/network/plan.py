@@ -27,7 +27,8 @@ MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
     """One host's data plane: a network namespace, joined to the machine by the veth pair ``link`` <-> ``uplink``.
 
-    ``transit`` is the /30 between the two, ``private_network`` what guests see, ``public_pool`` where they are seen. IPv6 is
+    ``transit`` is the /30 between the two, ``private_network`` what guests see, ``public_pool`` where they are seen.
+    ``peer_subnets`` are networks beyond the machine that routed private networks are joined with, without NAT. IPv6 is
     routed: guests have addresses of ``public_ipv6`` themselves; without that prefix there is no IPv6 in the data plane.
     """
 
@@ -37,12 +38,13 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     private_network: str
     public_pool: str
     public_ipv6: str = ""
+    peer_subnets: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Config) -> Layout:
         return cls(namespace=config.namespace, link=config.link, transit=config.transit,
                    private_network=config.private_network, public_pool=config.public_pool,
-                   public_ipv6=config.public_ipv6)
+                   public_ipv6=config.public_ipv6, peer_subnets=config.peer_subnets)
 
     @property
     def transit_prefix(self) -> int:
@@ -109,8 +111,8 @@ def vet(ports: Iterable[Port]) -> None:
                 addresses.append(str(IPv6Address(port.public_ipv6)))
         except AddressValueError as wrong:
             raise SkysailError(f"port {port.id} has an address that is none: {wrong}") from wrong
-        if not MAC.fullmatch(port.mac) or not 0 < port.tenant < 2**32:
-            raise SkysailError(f"port {port.id} has MAC {port.mac!r} and tenant {port.tenant}, which cannot be")
+        if not MAC.fullmatch(port.mac) or not 0 < port.network < 2**32:
+            raise SkysailError(f"port {port.id} has MAC {port.mac!r} and network {port.network}, which cannot be")
         for key in (*addresses, port.mac, tap_name(port.id)):
             if owners.setdefault(key, port.id) != port.id:
                 raise SkysailError(f"ports {owners[key]} and {port.id} both have {key}")

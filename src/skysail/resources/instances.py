@@ -22,7 +22,7 @@ from skysail.kit.clock import Clock
 from skysail.kit.config import Config
 from skysail.kit.errors import ApiError, invalid_input, not_found
 from skysail.operations import history
-from skysail.resources import accounts, addresses, attachments, catalog, key_pairs, names, paging, regions, tags
+from skysail.resources import accounts, addresses, attachments, catalog, key_pairs, names, paging, peering, regions, tags
 from skysail.resources.lifecycle import STATE_CODES, forget
 from skysail.resources.request import Request
 from skysail.store.schema import guests, hosts, images, instances, ports, static_ips
@@ -94,6 +94,7 @@ class Instances:
         if image["size_gib"] > bundle["diskSizeInGb"]:
             raise invalid_input(f"The blueprint {image['blueprint']} needs a disk of {image['size_gib']} GB, the bundle "
                                 f"{bundle['bundleId']} has {bundle['diskSizeInGb']} GB.", "Choose a larger bundle.")
+        catalog.check_power(image["blueprint"], bundle)
         return {"operations": self.launch(connection, request, bundle, dict(image))}
 
     def launch(self, connection: Connection, request: Request, bundle: dict[str, Any], image: Mapping[str, Any],
@@ -161,6 +162,7 @@ class Instances:
             id=guest, instance_id=identifier, instance_name=name, account_id=request.account_id, host_id=host,
             role="run", starts=1, reboots=0, vcpus=bundle["cpuCount"], memory_mib=memory_mib,
             disk_gib=bundle["diskSizeInGb"], image=image["digest"],
+            network=peering.ensure_network(connection, request.account_id, request.region),
             iops=catalog.iops(bundle), mac=mac, private_ipv4=private, public_ipv4=public, public_ipv6=public6,
             personality=msgspec.to_builtins(personality), host_keys=[],
             origin=msgspec.to_builtins(origin)))

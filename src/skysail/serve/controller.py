@@ -32,7 +32,7 @@ from skysail.kit.errors import SkysailError
 from skysail.notices.smtp import Smtp
 from skysail.notices.webhook import Webhook
 from skysail.operations.engine import Engine
-from skysail.resources import accounts, disks, domains, lifecycle, metering, regions, snapshot_rows
+from skysail.resources import accounts, disks, domains, lifecycle, metering, peering, regions, snapshot_rows
 from skysail.resources import alarms as alarm_rows
 from skysail.resources.access import Access
 from skysail.resources.alarms import Alarms
@@ -59,7 +59,7 @@ from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
 HOST = "host-1"
-WORKFLOWS = lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS
+WORKFLOWS = lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS | peering.WORKFLOWS
 ALARM_SECONDS = 5.0
 # How often samples are asked for at the least; how often old ones are looked for, and the rest between two portions of them.
 COLLECT_SECONDS = 5.0
@@ -127,8 +127,9 @@ def action_table(config: Config, clock: Clock,
     instances = Instances(config, clock, vault)
     nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), instances, disks.Disks(config, clock),
              InstanceSnapshots(config, clock, instances), DiskSnapshots(clock), PublicPorts(clock),
-             StaticIps(config, clock), Access(clock, vault), Tags(config, clock), Domains(config, clock), Metrics(clock),
-             Alarms(clock), ContactMethods(config, clock, confirmation_page(config)), OperationLog())
+             StaticIps(config, clock), peering.Peering(config, clock), Access(clock, vault), Tags(config, clock),
+             Domains(config, clock), Metrics(clock), Alarms(clock),
+             ContactMethods(config, clock, confirmation_page(config)), OperationLog())
     return {name: action for noun in nouns for name, action in noun.actions().items()}
 
 

@@ -17,7 +17,7 @@ def up(config: Config, progress: machine.Progress, first_instance: bool = True) 
     machine.up(config, progress)
     proven = config.root / "first-instance"  # once: an owner who deletes it does not want it back at every upgrade
     if first_instance and not proven.exists():
-        held = [instance["name"] for instance in customer.instances(config)]
+        held = [instance["name"] for instance in customer.instances(config, config.default_region)]
         if not held:
             progress("first instance: launching")
             customer.launch(config, FIRST, blueprints.FIRST_BLUEPRINT, blueprints.FIRST_BUNDLE, wait_seconds=600)
@@ -33,8 +33,11 @@ def up(config: Config, progress: machine.Progress, first_instance: bool = True) 
 def directions(config: Config) -> list[str]:
     """Ready-to-paste commands for a person who has just started the cloud."""
     zone = f"{config.default_region}{config.zones[0]}"
+    others = [name for name in config.regions if name != config.default_region]
     return [
         f"endpoint     {endpoint.url(config)} (region {config.default_region})",
+        *([f"regions      {', '.join(others)} too: aws --region {others[0]} lightsail …, or --region of launch, ssh, logs"]
+          if others else []),
         f"credentials  {config.root / 'credentials.json'}",
         f"ssh          sudo ./skysail ssh {FIRST}",
         'aws CLI      eval "$(sudo ./skysail env)"',

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sqlalchemy import Connection
+from sqlalchemy.schema import CreateTable
 
 from skysail.store.schema import (
+    accounts,
     alarms,
     authorities,
     contact_methods,
@@ -22,6 +24,7 @@ from skysail.store.schema import (
     measurements,
     metadata,
     meters,
+    networks,
     operations,
     sample_cursors,
     snapshots,
@@ -98,6 +101,36 @@ def _regions(connection: Connection) -> None:
     connection.exec_driver_sql("UPDATE transfers SET region = ? WHERE region = ''", (home,))
 
 
+def _networks(connection: Connection) -> None:
+    networks.create(connection, checkfirst=True)
+    for table, column in (("guests", "network"), ("hosts", "networked_generation")):
+        if column not in _columns(connection, table):
+            connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} INTEGER DEFAULT '0' NOT NULL")
+    if "tenant" not in _columns(connection, "accounts"):
+        return
+    # An account's number was that of its only network, which guests that run are in: it stays that of the first region's.
+    home = connection.exec_driver_sql("SELECT region FROM host_zones ORDER BY rowid LIMIT 1").scalar()
+    if home is not None:
+        connection.exec_driver_sql(
+            "INSERT INTO networks (number, account_id, region, peered) SELECT tenant, id, ?, 0 FROM accounts", (home,))
+        connection.exec_driver_sql(
+            "INSERT INTO networks (account_id, region, peered) "
+            "SELECT DISTINCT account_id, region, 0 FROM instances WHERE region != ?", (home,))
+    connection.exec_driver_sql(
+        "UPDATE guests SET network = COALESCE("
+        "(SELECT number FROM networks JOIN instances ON instances.id = guests.instance_id "
+        "WHERE networks.account_id = instances.account_id AND networks.region = instances.region), "
+        "(SELECT MIN(number) FROM networks WHERE networks.account_id = guests.account_id), 0)")
+    # SQLite drops no column that is unique: the table is made anew. Nothing refers to it by more than its name, and the
+    # references are not looked at meanwhile (Database.migrate).
+    made = str(CreateTable(accounts).compile(connection)).replace("CREATE TABLE accounts", "CREATE TABLE fresh_accounts")
+    connection.exec_driver_sql(made)
+    connection.exec_driver_sql("INSERT INTO fresh_accounts (id, name, created_at) SELECT id, name, created_at FROM accounts")
+    connection.exec_driver_sql("DROP TABLE accounts")
+    connection.exec_driver_sql("ALTER TABLE fresh_accounts RENAME TO accounts")
+    connection.exec_driver_sql("UPDATE hosts SET generation = generation + 1")
+
+
 def _attachments_that_mount(connection: Connection) -> None:
     for table, column, words in (
             ("guests", "observed_refused", "JSON DEFAULT '{}' NOT NULL"),
@@ -113,7 +146,7 @@ def _columns(connection: Connection, table: str) -> set[str]:
 
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts,
-    _metrics, _disks_and_snapshots, _regions, _attachments_that_mount)
+    _metrics, _disks_and_snapshots, _regions, _networks, _attachments_that_mount)
 
 
 def upgrade(connection: Connection) -> int:

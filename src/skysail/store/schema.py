@@ -31,7 +31,6 @@ metadata = MetaData(naming_convention={
 accounts = Table(
     "accounts", metadata,
     Column("id", String(12), primary_key=True),
-    Column("tenant", Integer, nullable=False, unique=True),
     Column("name", String(64), nullable=False, unique=True),
     Column("created_at", Float, nullable=False),
 )
@@ -53,6 +52,16 @@ authorities = Table(
     Column("region", String(32), primary_key=True),
     Column("public_key", String, nullable=False),
     Column("private_sealed", LargeBinary, nullable=False),
+)
+
+# The private network of an account in a region. ``peered`` ones are joined with the peer subnets and with each other.
+networks = Table(
+    "networks", metadata,
+    Column("number", Integer, primary_key=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("region", String(32), nullable=False),
+    Column("peered", Boolean, nullable=False, default=False),
+    UniqueConstraint("account_id", "region"),
 )
 
 names = Table(
@@ -92,6 +101,7 @@ hosts = Table(
     Column("address", String, nullable=False),
     Column("generation", Integer, nullable=False, default=1),
     Column("observed_generation", Integer, nullable=False, default=0),
+    Column("networked_generation", Integer, nullable=False, default=0, server_default="0"),
     Column("vcpus", Integer, nullable=False, default=0),
     Column("memory_mib", Integer, nullable=False, default=0),
     Column("disk_gib", Integer, nullable=False, default=0),
@@ -169,6 +179,8 @@ guests = Table(
     Column("observed_disks", JSON, nullable=False, default=list, server_default="[]"),
     Column("observed_refused", JSON, nullable=False, default=dict, server_default="{}"),
     Column("observed_mounts", JSON, nullable=False, default=dict, server_default="{}"),
+    # The number of its private network, which it keeps while it goes.
+    Column("network", Integer, nullable=False, default=0, server_default="0"),
     Index("uq_guests_public_ipv6", "public_ipv6", unique=True),
 )
 
