@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -98,6 +100,11 @@ LAYOUTS = {"default": LAYOUT, "public_prefix": msgspec.structs.replace(LAYOUT, p
            "peered": msgspec.structs.replace(LAYOUT, peer_subnets=("192.0.2.0/24", "198.51.100.0/25"))}
 
 
+# Users that every Debian has, so that nft finds them.
+SHARED = msgspec.structs.replace(LAYOUT, single_address="203.0.113.5", ingress_user="daemon", jump_user="nobody")
+SHARING = tuple(msgspec.structs.replace(one, ssh_port=22000 + number) for number, one in enumerate(PLANES["several_tenants"]))
+
+
 @pytest.mark.parametrize("name", PLANES)
 def test_the_data_planes_ruleset(golden: Golden, name: str) -> None:
     golden(f"nftables/{name}.nft", nftables.data_plane(LAYOUT, PLANES[name]))
@@ -106,6 +113,13 @@ def test_the_data_planes_ruleset(golden: Golden, name: str) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_machines_ruleset(golden: Golden, name: str) -> None:
     golden(f"nftables/machine_{name}.nft", nftables.machine(LAYOUTS[name]))
+
+
+def test_the_rulesets_of_a_single_address(golden: Golden) -> None:
+    golden("nftables/shared.nft", nftables.data_plane(SHARED, SHARING))
+    golden("nftables/machine_shared.nft", nftables.machine(SHARED, SHARING))
+    with pytest.raises(SkysailError, match="SSH port 22000"):
+        nftables.data_plane(SHARED, [msgspec.structs.replace(one, ssh_port=22000) for one in SHARING])
 
 
 def test_without_a_prefix_no_ipv6_passes(golden: Golden) -> None:
@@ -137,6 +151,48 @@ def test_a_port_that_cannot_be_written_is_refused(wrong: dict[str, object]) -> N
         nftables.data_plane(LAYOUT, [msgspec.structs.replace(port(10, 1), **wrong), port(11, 1)])
 
 
+def in_force(*texts: str) -> list[str]:
+    """What the kernel has when these are loaded one after the other, in no order, without its numbers."""
+    script = 'for text; do printf %s "$text" | nft -f -; done; nft -j list ruleset'
+    done = subprocess.run(["unshare", "--net", "sh", "-ec", script, "sh", *texts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    def plain(item: dict[str, Any]) -> dict[str, Any]:
+        (kind, value), = item.items()
+        value = {key: found for key, found in value.items() if key != "handle"}
+        if isinstance(value.get("elem"), list):
+            value["elem"] = sorted(value["elem"], key=json.dumps)
+        return {kind: value}
+
+    return sorted(json.dumps(plain(item)) for item in json.loads(done.stdout)["nftables"])
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("layout", [LAYOUT, LAYOUTS["ipv4_only"], SHARED], ids=["default", "ipv4_only", "shared"])
+@pytest.mark.parametrize(("before", "after"), [
+    ((DEFAULTS, DEFAULTS), (DEFAULTS, (*DEFAULTS, rule("tcp", 443, 443)))),
+    ((DEFAULTS, (rule("tcp", 443, 443),)), (DEFAULTS, DEFAULTS)),
+    ((DEFAULTS, DEFAULTS), ((), ())),
+    (((), (rule("all", 0, 65535),)), ((rule("udp", 53, 53, "192.0.2.0/24", "2001:db8::/32"),), ())),
+    ((DEFAULTS, (rule("icmp", 8, 0),)), ((rule("icmp", 8, 0),), (rule("icmpv6", 128, 0),))),
+])
+def test_a_change_of_firewalls_leads_to_what_the_whole_ruleset_says(
+        layout: Layout, before: tuple[tuple[FirewallRule, ...], ...], after: tuple[tuple[FirewallRule, ...], ...]) -> None:
+    former, wanted = ([port(10 + number, 1, *rules) for number, rules in enumerate((*some, DEFAULTS))]
+                      for some in (before, after))
+    change = nftables.firewall_changes(layout, former, wanted)
+    assert change is not None
+    assert in_force(nftables.data_plane(layout, former), change) == in_force(nftables.data_plane(layout, wanted))
+    assert nftables.firewall_changes(layout, former, former) == ""
+
+
+def test_more_than_firewalls_is_no_change_of_firewalls() -> None:
+    ports = [port(10, 1, *DEFAULTS), port(11, 1)]
+    for other in (ports[:1], [*ports, port(12, 1)], [], [ports[0], msgspec.structs.replace(ports[1], network=2)],
+                  [ports[0], msgspec.structs.replace(ports[1], public_ipv4="100.115.93.99")]):
+        assert nftables.firewall_changes(LAYOUT, ports, other) is None
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("path", sorted((GOLDEN / "nftables").glob("*.nft")), ids=lambda path: path.stem)
 def test_the_kernel_takes_the_ruleset(path: Path) -> None:
@@ -165,5 +221,5 @@ def test_every_golden_file_is_held() -> None:
     """A file that no test compares any more is dead weight that looks like proof."""
     held = {*(f"qemu/{name}.txt" for name in MACHINES), *(f"nftables/{name}.nft" for name in PLANES),
             *(f"nftables/machine_{name}.nft" for name in LAYOUTS), "nftables/ipv4_only.nft", "nftables/peered.nft",
-            "plan.txt"}
+            "nftables/shared.nft", "nftables/machine_shared.nft", "plan.txt"}
     assert {str(path.relative_to(GOLDEN)) for path in GOLDEN.rglob("*") if path.is_file()} == held

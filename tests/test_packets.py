@@ -13,6 +13,7 @@ import stage as staged
 from clouds import eventually, taken_slot
 from skysail.contract.document import FirewallRule, Port
 from skysail.kit.config import Config
+from skysail.network import links
 from skysail.network.plan import Layout
 from stage import Guest, Stage, arp, frame, udp4, within
 
@@ -88,6 +89,20 @@ def test_a_changed_rule_acts_at_once(stage: Stage, guests: tuple[Guest, Guest, G
         assert stage.stranger.pings(address)
         stage.apply(*with_rules(10, FirewallRule(protocol="all", from_port=0, to_port=65535)))
         assert stage.stranger.pings(address) and stage.stranger.reaches(address, 80)
+
+
+def test_rules_that_another_program_took_are_put_back_by_the_next_change(
+        stage: Stage, guests: tuple[Guest, Guest, Guest]) -> None:
+    first, _, _ = guests
+    with first.serves("0.0.0.0", 80):
+        assert stage.stranger.reaches(first.port.public_ipv4, 80)
+        links.inside(stage.layout.namespace, lambda: links.load("flush ruleset\n"))
+        stage.apply(*with_rules(11, FirewallRule(protocol="tcp", from_port=443, to_port=443)))
+        assert stage.stranger.reaches(first.port.public_ipv4, 80)
+        assert stage.stranger.cut_off(first.port.public_ipv4, 81)
+        links.inside(stage.layout.namespace, lambda: links.load("flush ruleset\n"))
+        stage.apply(*with_rules(11, FirewallRule(protocol="tcp", from_port=443, to_port=443)))
+        assert stage.stranger.reaches(first.port.public_ipv4, 80), "without a change, too"
 
 
 @pytest.mark.parametrize("version", [4, 6])

@@ -58,6 +58,9 @@ def lived() -> Iterator[Cloud]:
         client.create_disk_snapshot(diskName="data", diskSnapshotName="copy")
         eventually(lambda: client.get_disk_snapshot(diskSnapshotName="copy")["diskSnapshot"]["state"] == "completed")
         client.create_disk_from_snapshot(diskName="child", diskSnapshotName="copy", availabilityZone="us-east-1a", sizeInGb=8)
+        client.enable_add_on(resourceName="one", addOnRequest={"addOnType": "AutoSnapshot"})
+        change(cloud, "update add_ons set hour = 0, last_day = ''")  # due now
+        eventually(lambda: "Success" in str(client.get_auto_snapshots(resourceName="one")["autoSnapshots"]))
         client.untag_resource(resourceName="one", tagKeys=["none"])
         client.stop_instance(instanceName="two")
         client.delete_instance(instanceName="gone")
@@ -94,6 +97,19 @@ PLANTED = {
     "snapshot unknown": ("delete from snapshots where name = 'snap'", "there on host-1, but no row knows it"),
     "snapshot needed": ("update snapshots set id = 's-lost' where name = 'copy'", "which is not there"),
     "snapshot lost": ("update snapshots set id = 's-lost' where name = 'snap'", "snapshot s-lost: not there"),
+    "copy without its source": ("update snapshots set duplicates = 's-lost', observed_state = '' where name = 'snap'",
+                                "to be made of s-lost, which is not there"),
+    "add-on left": ("update add_ons set resource_id = 'nobody'", "add-on of nobody: its resource is gone"),
+    "automatic snapshot left": ("update snapshots set source_id = 'nobody' where auto_day != ''", "its source is gone"),
+    "automatic snapshot twice": ("update snapshots set auto_day = (select max(auto_day) from snapshots), "
+                                 "source_id = (select id from instances where name = 'one')", "3 of 20"),
+    "automatic snapshots kept": (
+        "insert into snapshots (id, account_id, region, name, kind, host_id, guest_id, volumes, source, size_gib, role, "
+        "deleted, state, created_at, observed_state, progress, consistency, frozen_ms, parents, reason, source_id, auto_day) "
+        "select id || n, account_id, region, name, kind, host_id, guest_id, volumes, source, size_gib, role, deleted, "
+        "state, created_at, observed_state, progress, consistency, frozen_ms, parents, reason, source_id, n "
+        "from snapshots, (select value as n from json_each('[1, 2, 3, 4, 5, 6, 7]')) where auto_day != ''",
+        "8 kept; wanted: 7 at the most"),
     "name kept": ("update names set name = 'ghost' where name = 'one'", "name ghost: taken, but nothing has it"),
     "size": ("update guests set memory_mib = 9999 where instance_name = 'one'", "instance one: 2 processors, 9999 MiB"),
     "role": ("update guests set role = 'stop' where instance_name = 'one'", "its guest's role is stop"),

@@ -9,11 +9,12 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import msgspec
 
 from skysail.agent.blocks import Blocks
+from skysail.agent.entrance import EntranceKeeper
 from skysail.agent.ledger import Ledger
 from skysail.agent.traffic import Traffic
 from skysail.agent.zones import ZoneKeeper
@@ -21,6 +22,7 @@ from skysail.contract.document import Guest, HostDocument, Network, Port
 from skysail.contract.report import GuestReport, GuestState, HostReport, ImageReport, Inventory
 from skysail.dns import Zones
 from skysail.hypervisor import Hypervisor
+from skysail.ingress import Ingress
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread
 from skysail.network import Fabric
@@ -40,19 +42,23 @@ class StaleGeneration(Exception):
 
 
 class Keeper:
-    """Holds one host. ``capacity`` carries what the machine has; its lists of guests and images are filled in here."""
+    """Holds one host. ``capacity`` carries what the machine has; its lists of guests and images are filled in here.
+    ``renews`` says of an image, by digest, whether its guests take on another identity in a copy; all do unless told."""
 
     def __init__(self, capacity: HostReport, hypervisor: Hypervisor, pool: Pool, shelf: Shelf, fabric: Fabric,
-                 images: Callable[[], list[ImageReport]], ledger: Ledger, traffic: Traffic, zones: Zones) -> None:
+                 images: Callable[[], list[ImageReport]], ledger: Ledger, traffic: Traffic, zones: Zones,
+                 renews: Callable[[str], Awaitable[bool]] | None = None, ingress: Sequence[Ingress] = ()) -> None:
         self._hypervisor = hypervisor
         self._pool = pool
         self._shelf = shelf
-        self._blocks = Blocks(hypervisor, pool, shelf, self._changed)
+        self._blocks = Blocks(hypervisor, pool, shelf, self._changed, self._look)
         self._fabric = fabric
         self._images = images
+        self._renews = renews
         self._ledger = ledger
         self._traffic = traffic
         self.zones = ZoneKeeper(zones, self._changed)
+        self.entrance = EntranceKeeper(ingress, self._apply_network, self._changed)
         self._report = msgspec.structs.replace(capacity, boot=str(uuid.uuid4()), sequence=0, generation=0)
         self._guests: dict[str, GuestReport] = {}
         self._wanted: dict[str, Guest] = {}
@@ -98,6 +104,7 @@ class Keeper:
         self._report = msgspec.structs.replace(self._report, generation=document.generation)
         self._blocks.take(document)
         self.zones.take(document.zones)
+        self.entrance.take(document)
         if self._networks != document.networks:
             self._networks = document.networks
             self._rewired.set()
@@ -229,15 +236,17 @@ class Keeper:
         else:
             # It never ran for this start: its owner learns that it cannot, and why, after some tries.
             state = "failed" if failures >= TRIES else "preparing"
-        return GuestReport(
-            id=guest.id, state=state, starts=guest.starts if state == "failed" or seen is None else seen.starts,
-            reboots=seen.reboots if seen else 0, reason=reason, host_keys=seen.host_keys if seen else ())
+        # One that cannot be looked at holds what it held: a disk that is taken for let go would be given to another guest.
+        held = seen or self._guests.get(guest.id) or GuestReport(id=guest.id, state=state)
+        return msgspec.structs.replace(
+            held, state=state, starts=guest.starts if state == "failed" or seen is None else seen.starts, reason=reason)
 
     async def _converge(self, guest: Guest) -> GuestReport:
         if guest.role == "run":
             await self._apply_network()
             for one in guest.disks:
                 await self._blocks.ready(one.volume.id)
+            await self._refuse_unsound(guest)
         report = await self._hypervisor.ensure(guest)
         if guest.role == "gone" and report.state == "gone":
             await self._pool.remove(guest.volume.id)
@@ -246,6 +255,16 @@ class Keeper:
             self._traffic.forget((guest.port.id,))
             self._falls.pop(guest.id, None)
         return report
+
+    async def _refuse_unsound(self, guest: Guest) -> None:
+        """Raises SkysailError for a guest that cannot be made of what it is to begin as."""
+        if guest.volume.origin is None or guest.volume.id in await self._pool.observe():
+            return
+        await self._blocks.sound(guest.volume)
+        if self._renews is not None and not await self._renews(guest.volume.image):
+            raise SkysailError(
+                f"the image {guest.volume.image[:12]} was built before copies took on an identity of their own: this one "
+                "would have the keys and addresses of its source; make a disk of its system disk's snapshot instead")
 
     async def _apply_network(self, again: bool = False) -> None:
         async with self._network:
@@ -265,6 +284,17 @@ class Keeper:
         if self._hold(report):
             await self._changed()
 
+    async def _look(self, guest_id: str) -> None:
+        """Tell of a guest as it stands now."""
+        for report in await self._hypervisor.observe():
+            if report.id == guest_id and guest_id in self._guests:
+                held = self._guests[guest_id]
+                await self._say(msgspec.structs.replace(held, alone=report.alone))
+
+    async def flatten(self) -> None:
+        """Move what stands on deleted snapshots off them; runs until cancelled."""
+        await self._blocks.flatten()
+
     def _hold(self, report: GuestReport) -> bool:
         """Keep the report, with its guest's bytes; says whether it is news."""
         flow = self._traffic.total(report.id)
@@ -281,7 +311,7 @@ class Keeper:
             self._report = msgspec.structs.replace(
                 self._report, sequence=self._report.sequence + 1, guests=tuple(self._guests.values()),
                 images=tuple(self._images()), disks=disks, snapshots=snapshots, zones=self.zones.reports(),
-                networked=networked)
+                networked=networked, entrance=self.entrance.report())
             self._news.notify_all()
 
     def report(self) -> HostReport:
@@ -311,7 +341,8 @@ class Keeper:
             running=tuple(sorted(report.id for report in seen if report.state == "running")),
             volumes=tuple(sorted(await self._pool.observe())), ports=tuple(sorted(await self._fabric.observe())),
             snapshots=tuple(await self._shelf.observe()), strays=tuple(await self._hypervisor.strays()),
-            zones=await self.zones.inventory(), reached_by=joined.reached_by, routed=joined.routed)
+            zones=await self.zones.inventory(), reached_by=joined.reached_by, routed=joined.routed,
+            names=await self.entrance.inventory())
 
     def wanted(self) -> dict[str, Guest]:
         """The guests that documents named, as the last one wants them."""

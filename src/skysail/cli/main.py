@@ -22,10 +22,12 @@ app = cyclopts.App(name="skysail", help="A VPS cloud that you own: the Lightsail
 images = cyclopts.App(name="images", help="The images that instances are made of.")
 catalogue = cyclopts.App(name="blueprints", help="What instances start as: what is ready, what can be, and whether it works.")
 keys = cyclopts.App(name="keys", help="Access keys of the admin account.")
+snapshots = cyclopts.App(name="snapshots", help="Snapshots, as files that another Skysail takes in.")
 zones = cyclopts.App(name="zones", help="Zones of domains: as files, and signed.")
 app.command(images)
 app.command(catalogue)
 app.command(keys)
+app.command(snapshots)
 app.command(zones)
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
@@ -89,10 +91,11 @@ def launch(name: str, *, blueprint: str = "debian_12", bundle: str = "nano_3_0",
 def list_instances(*, region: str = "", json: Json = False) -> None:
     """Every instance, of every region unless one is told."""
     config = configuration.load()
-    found = customer.instances(config, region)
+    found = customer.listed(config, region)
     show.as_json(found) if json else show.table(
         [customer.summary(instance) for instance in found],
-        ["name", *(["region"] if len(config.regions) > 1 else []), "state", "address", "blueprint", "bundle"])
+        ["name", *(["region"] if len(config.regions) > 1 else []), "state", "address",
+         *(["ssh port"] if config.single_address else []), "blueprint", "bundle"])
 
 
 @app.command
@@ -213,6 +216,34 @@ def prove_blueprints(*names: str, all: Annotated[bool, Parameter(negative="")] =
         show.table([proof.summary(one) for one in found], [
             "blueprint", "version", "image", "build s", "template s", "launch s", "first page s", "verdict"])
     return 1 if any(one.failure for one in found) else 0
+
+
+@snapshots.command(name="list")
+def list_snapshots(*, json: Json = False) -> None:
+    """Snapshots of every account."""
+    from skysail.serve import snapshots as operator
+
+    found = operator.listed(configuration.load())
+    show.as_json(found) if json else show.table(
+        [operator.summary(one) for one in found], ["name", "of", "kind", "state", "size", "region", "created (UTC)"])
+
+
+@snapshots.command(name="export")
+def export_snapshot(name: str, *, to: Path, region: str = "", account: str = "admin") -> None:
+    """Write a snapshot to one file, with all that its disks stand on."""
+    from skysail.serve import snapshots as operator
+
+    size = operator.export(configuration.load(), name, to, region, account, show.step, show.detail)
+    show.line(f"{to}: {size >> 20} MiB")
+
+
+@snapshots.command(name="import")
+def import_snapshot(file: Path, *, name: str = "", region: str = "", account: str = "admin") -> None:
+    """Make a snapshot of a file that was exported here or elsewhere."""
+    from skysail.serve import snapshots as operator
+
+    made = operator.bring_in(configuration.load(), file, name, region, account, show.step, show.detail)
+    show.line(f"{made} is there: CreateInstancesFromSnapshot and CreateDiskFromSnapshot take it")
 
 
 @zones.command(name="list")

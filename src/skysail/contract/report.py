@@ -12,6 +12,8 @@ from skysail.contract.document import RecordSet
 GuestState = Literal["preparing", "starting", "running", "rebooting", "stopping", "stopped", "halted", "crashed",
                      "failed", "gone"]
 
+# Lightsail's words for a disk that mounts by itself.
+Mount = Literal["Mounted", "Pending", "Failed"]
 
 # ``waiting``: not begun. ``copying``: the moment that it holds is past, and it is being written.
 SnapshotState = Literal["waiting", "copying", "available", "failed", "gone"]
@@ -20,7 +22,9 @@ SnapshotState = Literal["waiting", "copying", "available", "failed", "gone"]
 class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
     """One guest as seen on its host. ``halted``: it powered itself off; ``crashed``: it died and will be restarted after
     a back-off; ``failed``: it could not be made at all, ``reason`` says why. ``stages`` maps a launch stage to the
-    seconds since its start. ``disks`` are the block-storage disks that it holds."""
+    seconds since its start. ``disks`` are the block-storage disks that it holds; ``refused`` maps one that could not be
+    plugged in while it runs to the reason, ``mounts`` one that mounts by itself to how that went. ``alone``: its system
+    disk stands on no snapshot, or not any more."""
 
     id: str
     state: GuestState
@@ -32,14 +36,18 @@ class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
     tx_bytes: int = 0
     stages: dict[str, float] = {}
     disks: tuple[str, ...] = ()
+    refused: dict[str, str] = {}
+    mounts: dict[str, Mount] = {}
+    alone: bool = False
 
 
 class DiskReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One block-storage disk."""
+    """One block-storage disk. ``alone``: it stands on no snapshot any more."""
 
     id: str
     state: Literal["preparing", "available", "failed", "gone"]
     reason: str = ""
+    alone: bool = False
 
 
 class SnapshotReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +89,14 @@ class ZoneReport(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class EntranceReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The shared address's entrance. ``pending``: not as the document says yet; ``failed``: it could not be made so,
+    ``reason`` says why, and it is tried again."""
+
+    state: Literal["pending", "served", "failed"]
+    reason: str = ""
+
+
 class HostReport(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a host observes, at one moment. ``sequence`` grows by one with every change, within one agent's life
     (``boot``): a reader keeps the pair to know what it has seen. ``networked`` is the newest generation whose networks are
@@ -99,6 +115,7 @@ class HostReport(msgspec.Struct, frozen=True, kw_only=True):
     disks: tuple[DiskReport, ...] = ()
     snapshots: tuple[SnapshotReport, ...] = ()
     zones: tuple[ZoneReport, ...] = ()
+    entrance: EntranceReport | None = None
     networked: int = 0
     version: int = VERSION
 
@@ -116,7 +133,8 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     """What a host really holds at this moment, by id: guests, those of them that have a process, volumes (block storage
     too), ports, snapshots. ``strays`` says in words what is there of guests that the host does not hold.
     ``zones``: what its name server has. ``reached_by`` has the numbers of the networks whose guests reach each port,
-    ``routed`` the ports that peer subnets do."""
+    ``routed`` the ports that peer subnets do; ``names`` the host names that lead to guests, with the private address of
+    each."""
 
     guests: tuple[str, ...] = ()
     running: tuple[str, ...] = ()
@@ -127,3 +145,4 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     zones: tuple[HeldZone, ...] = ()
     reached_by: dict[str, tuple[int, ...]] = {}
     routed: tuple[str, ...] = ()
+    names: dict[str, str] = {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import threading
 import time
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from skysail.kit.errors import SkysailError
+from skysail.kit.process import kill as kill
 from skysail.kit.process import started_at
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -40,21 +40,6 @@ def spawn(argv: Sequence[str], *, uid: int, log: Path, groups: Sequence[int] = (
 
 def _reap(process: subprocess.Popen[bytes]) -> None:
     threading.Thread(target=process.wait, name=f"reap-{process.pid}", daemon=True).start()
-
-
-def kill(pid: int, started: int) -> None:
-    """kill -9 that very process; nothing happens when it is gone already."""
-    try:
-        handle = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        # Looked at after the handle is held: from here on the pid cannot become another process under our hands.
-        if started_at(pid) == started:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(handle, signal.SIGKILL)
-    finally:
-        os.close(handle)
 
 
 def sweep(place: str) -> None:
@@ -132,6 +117,26 @@ def bound(name: str, processors: float) -> None:
     except OSError as refused:
         raise SkysailError(f"the cgroup of guest {name} could not be set: {refused}",
                            "see: sudo ./skysail doctor") from refused
+
+
+def unbound(name: str) -> dict[str, str]:
+    """Let the guest use as many processors as it can get; what :func:`rebind` takes. For moments in which it is not to be
+    held up: a guest that has used up its share stands still for the rest of the period."""
+    former = {}
+    for folder in _folders(name):
+        for file, value in (("cpu.max", "max"), ("cpu.cfs_quota_us", "-1")):
+            with contextlib.suppress(OSError):
+                held = (folder / file).read_text()
+                (folder / file).write_text(value)
+                former[str(folder / file)] = held
+    return former
+
+
+def rebind(former: dict[str, str]) -> None:
+    """The guest is bound again as it was before :func:`unbound`."""
+    for file, value in former.items():
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            Path(file).write_text(value)
 
 
 def used_seconds(name: str, pid: int) -> float | None:

@@ -147,11 +147,11 @@ def _copy(source: Path, target: Path, detail: Callable[[str], None] = lambda tex
     return whole.hexdigest()
 
 
-def virtual_size(path: Path, image_format: Format) -> int:
+def virtual_size(path: Path, image_format: Format, most: int = MAX_VIRTUAL_BYTES) -> int:
     """How large the disk in ``path`` is, in bytes, a whole number of sectors.
 
     Raises :class:`SkysailError` for a qcow2 that refers to another file, is encrypted, is not clean, or has a feature that
-    is not known here; and for any disk of no or of too large a size.
+    is not known here; and for any disk of no size, or of more than ``most`` bytes.
     """
     size = path.stat().st_size
     if image_format == "qcow2":
@@ -167,8 +167,8 @@ def virtual_size(path: Path, image_format: Format) -> int:
             raise SkysailError("the image is encrypted", "decrypt it first: qemu-img convert")
         if incompatible & _DIRTY_OR_CORRUPT or incompatible & ~_KNOWN:
             raise SkysailError("the image is not clean, or newer than is known here", "see: qemu-img check")
-    if not 0 < size <= MAX_VIRTUAL_BYTES:
-        raise SkysailError(f"a disk of {size >> 20} MiB is not taken; 1 byte to {MAX_VIRTUAL_BYTES >> 30} GiB are")
+    if not 0 < size <= most:
+        raise SkysailError(f"a disk of {size >> 20} MiB is not taken; 1 byte to {most >> 30} GiB are")
     return -(-size // 512) * 512
 
 
@@ -179,7 +179,7 @@ def _unpack(copy: Path, work: Path, uid: int) -> Path:
     copy.rename(packed)
     packed.chmod(0o444)
     try:
-        run([*_held(uid, min(MAX_BYTES, shutil.disk_usage(work).free - (1 << 30))),
+        run([*held(uid, min(MAX_BYTES, shutil.disk_usage(work).free - (1 << 30))),
              "xz", "--decompress", "--keep", "--quiet", "--no-warn", str(packed)], timeout=CONVERT_SECONDS)
     except ProcessFailed as failed:
         raise SkysailError(f"xz does not take the image: {_why(failed)}", "is the image damaged?") from failed
@@ -192,18 +192,18 @@ def _convert(copy: Path, image_format: Format, work: Path, size: int, uid: int) 
     copy.parent.chmod(0o711)
     copy.chmod(0o444)
     out = room / "disk.qcow2"
-    held = [*_held(uid, size + (1 << 30)), "qemu-img"]
+    alone = [*held(uid, size + (1 << 30)), "qemu-img"]
     try:
         if image_format == "qcow2":
-            run([*held, "check", "-q", "-f", "qcow2", str(copy)], timeout=CONVERT_SECONDS)
-        run([*held, "convert", "-f", image_format, "-O", "qcow2", "-c", "-o", "compression_type=zstd", str(copy), str(out)],
+            run([*alone, "check", "-q", "-f", "qcow2", str(copy)], timeout=CONVERT_SECONDS)
+        run([*alone, "convert", "-f", image_format, "-O", "qcow2", "-c", "-o", "compression_type=zstd", str(copy), str(out)],
             timeout=CONVERT_SECONDS)
     except ProcessFailed as failed:
         raise SkysailError(f"qemu-img does not take the image: {_why(failed)}", "is the image damaged?") from failed
     return _closed(room, out)
 
 
-def _held(uid: int, largest_bytes: int) -> list[str]:
+def held(uid: int, largest_bytes: int) -> list[str]:
     """What holds a program that sees foreign bytes: no network, no rights, bounds on files, memory and descriptors."""
     return ["unshare", "--net", "--", "prlimit", f"--fsize={largest_bytes}", f"--as={CONVERT_MEMORY_BYTES}", "--core=0",
             "--nofile=64", "--", "setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--no-new-privs",

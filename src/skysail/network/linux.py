@@ -8,6 +8,8 @@ import threading
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network
 
+import msgspec
+
 from skysail.contract.document import FirewallRule, Network, Port
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import run
@@ -22,7 +24,9 @@ class LinuxFabric:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._lock = threading.Lock()  # held by the thread: work goes on when the task that asked for it is cancelled
-        self._loaded: dict[str, tuple[str, int]] = {}
+        # What each table was made of, and the kernel's generation of rules since then.
+        self._loaded: dict[str, tuple[object, int]] = {}
+        self._held: tuple[list[Port], list[Network]] | None = None  # as they were last applied
         # The private addresses that peer subnets reach; None before the first time, when an earlier agent's may be left.
         self._routed: set[str] | None = None
 
@@ -48,22 +52,51 @@ class LinuxFabric:
 
     def _apply(self, ports: list[Port], networks: list[Network]) -> None:
         layout = self._layout
-        ruleset = nftables.data_plane(layout, ports, networks)
         with self._lock:
+            if self._change_firewalls(ports, networks):
+                return
+            ruleset = nftables.data_plane(layout, ports, networks)
+            self._held = None
             links.ensure_namespace(layout.namespace)
             # Rules come before devices on both sides: there is no moment in which something passes unchecked.
-            self._load("machine", nftables.machine(layout))
-            links.inside(layout.namespace, lambda: self._inner(ruleset, ports))
+            machine = nftables.machine(layout, ports)
+            self._load("machine", machine, machine)
+            links.inside(layout.namespace, lambda: self._inner(ruleset, ports, networks))
             with links.netlink() as ipr:
                 links.ensure_link(ipr, layout)
                 links.inside(layout.namespace, self._uplink)
                 links.ensure_routes(ipr, layout)
             self._part(ports, {network.number for network in networks if network.routed})
+            self._held = (ports, networks)
 
-    def _inner(self, ruleset: str, ports: list[Port]) -> None:
+    def _change_firewalls(self, ports: list[Port], networks: list[Network]) -> bool:
+        """Where only firewalls differ from what was applied, load what differs; says whether that was all. The devices are
+        looked at again with the next whole pass, which is made at the latest when it is asked for without a difference."""
+        if self._held is None or networks != self._held[1] or ports == self._held[0]:
+            return False
+        text = nftables.firewall_changes(self._layout, self._held[0], ports)
+        if text is None:
+            return False
+
+        def load() -> bool:
+            if self._loaded["namespace"][1] != links.generation():
+                return False  # somebody else changed rules: what there is now is not what this change starts from
+            links.load(text)
+            self._loaded["namespace"] = ((tuple(ports), tuple(networks)), links.generation())
+            return True
+
+        try:
+            if not links.inside(self._layout.namespace, load):
+                return False
+        except (OSError, SkysailError):
+            return False  # the whole ruleset says what is wrong, or puts it right
+        self._held = (ports, networks)
+        return True
+
+    def _inner(self, ruleset: str, ports: list[Port], networks: list[Network]) -> None:
         for path, value in links.NAMESPACE_SETTINGS.items():
             links.write_setting(path, value)
-        self._load("namespace", ruleset)
+        self._load("namespace", (tuple(ports), tuple(networks)), ruleset)
         with links.netlink() as ipr:
             links.ensure_bridge(ipr, self._layout)
             links.ensure_taps(ipr, self._layout, ports)
@@ -82,11 +115,12 @@ class LinuxFabric:
         with links.netlink() as ipr:
             links.ensure_uplink(ipr, self._layout)
 
-    def _load(self, where: str, ruleset: str) -> None:
-        """Load what is not loaded yet. The kernel's generation tells whether anyone changed rules since we did."""
-        if self._loaded.get(where) != (ruleset, links.generation()):
+    def _load(self, where: str, origin: object, ruleset: str) -> None:
+        """Load what is not loaded yet: the ruleset, which was made of ``origin``. The kernel's generation tells whether
+        anyone changed rules since we did."""
+        if self._loaded.get(where) != (origin, links.generation()):
             links.load(ruleset)
-            self._loaded[where] = (ruleset, links.generation())
+            self._loaded[where] = (origin, links.generation())
 
     def _open(self, port: Port) -> int:
         try:
@@ -126,9 +160,11 @@ class LinuxFabric:
                           FirewallRule(protocol="tcp", from_port=22, to_port=22),
                           FirewallRule(protocol="icmp", from_port=8, to_port=-1),
                           FirewallRule(protocol="icmpv6", from_port=128, to_port=-1)))
+        # Not with the users of a single address, which are made when it comes into use.
+        plain = msgspec.structs.replace(self._layout, single_address="")
         try:
-            plane = nftables.data_plane(self._layout, [sample], [Network(number=1, peers=(2,), routed=True)])
-            run(["nft", "--check", "-f", "-"], timeout=20, input=(nftables.machine(self._layout) + plane).encode())
+            plane = nftables.data_plane(plain, [sample], [Network(number=1, peers=(2,), routed=True)])
+            run(["nft", "--check", "-f", "-"], timeout=20, input=(nftables.machine(plain) + plane).encode())
         except SkysailError as refused:
             problems.append(f"nftables does not take the ruleset ({refused.what}): "
                             "install nftables 1.0 or newer, and a kernel with nf_tables, nft_nat and nft_fib")
@@ -151,4 +187,5 @@ class LinuxFabric:
             links.load(nftables.without("inet", nftables.machine_table(self._layout)))
             links.remove_namespace(self._layout.namespace)
             self._loaded.clear()
+            self._held = None
             self._routed = None

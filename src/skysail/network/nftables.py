@@ -11,14 +11,24 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
-from typing import Literal
 
 import msgspec
 
 from skysail.contract.document import FirewallRule, Network, Port
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import run
-from skysail.network.plan import BRIDGE, GATEWAY_IPV6, UPLINK, Layout, link_local, tap_name, vet
+from skysail.network.plan import (
+    BRIDGE,
+    GATEWAY_IPV6,
+    HTTP_PORT,
+    JUMP_PORT,
+    TLS_PORT,
+    UPLINK,
+    Layout,
+    link_local,
+    tap_name,
+    vet,
+)
 
 TABLE = "skysail"
 ANYWHERE = (("0.0.0.0/0",), ("::/0",))
@@ -49,8 +59,9 @@ def data_plane(layout: Layout, ports: Sequence[Port], networks: Sequence[Network
                       *_inet(layout, ordered, joined), ""))
 
 
-def machine(layout: Layout) -> str:
-    """The machine's own table: guests pass through the machine to elsewhere, and reach nothing of it."""
+def machine(layout: Layout, ports: Sequence[Port] = ()) -> str:
+    """The machine's own table: guests pass through the machine to elsewhere, and reach nothing of it but what it shares of
+    its address, where that is all that guests have."""
     link, pool, name = f'"{layout.link}"', layout.public_pool, machine_table(layout)
     prefix = layout.public_ipv6
     neighbours = _more(prefix, f"iifname {link} {NEIGHBOURS} accept")
@@ -67,11 +78,12 @@ oifname {link} ip6 daddr {prefix} accept""")
 iifname {link} ip saddr {private} ip daddr {{ {subnets} }} accept
 oifname {link} ip saddr {{ {subnets} }} ip daddr {private} fib saddr . iif oif exists accept""")
     masquerade = _more(layout.masquerades_ipv6, f'oifname != {{ {link}, "lo" }} ip6 saddr {prefix} masquerade')
+    shared = _Shared(layout, ports)
     return "\n".join((*_fresh("inet", name), f"""\
-table inet {name} {{
+table inet {name} {{{shared.chains()}
     # Before any DNAT of the machine's own: what it publishes on its addresses is not for guests.
     chain prerouting {{
-        type filter hook prerouting priority mangle; policy accept;{neighbours}
+        type filter hook prerouting priority mangle; policy accept;{neighbours}{shared.prerouting()}
         iifname {link} fib daddr type != unicast ct state != {{ established, related }} drop
     }}
     # Guests answer the machine, but never speak first.
@@ -82,7 +94,7 @@ table inet {name} {{
     }}
     chain forward {{
         type filter hook forward priority filter - 5; policy accept;
-        iifname != {link} oifname != {link} accept
+        iifname != {link} oifname != {link} accept{shared.forward()}
         iifname {link} oifname {link} drop
         # A cloud's metadata holds the machine's own credentials.
         iifname {link} ip daddr 169.254.0.0/16 drop
@@ -92,10 +104,102 @@ table inet {name} {{
     }}
     chain postrouting {{
         type nat hook postrouting priority srcnat; policy accept;
-        oifname != {link} ip saddr {pool} masquerade{masquerade}
+        oifname != {link} ip saddr {pool} masquerade{masquerade}{shared.postrouting()}
     }}
 }}
 """))
+
+
+class _Shared:
+    """What the machine's table says of a single address; nothing without one."""
+
+    def __init__(self, layout: Layout, ports: Sequence[Port]) -> None:
+        self._layout = layout
+        self._link = f'"{layout.link}"'
+        self._logins = sorted((port.ssh_port, port.public_ipv4) for port in ports if port.ssh_port and port.public_ipv4)
+        self._listeners = {80: HTTP_PORT, 443: TLS_PORT, layout.jump_port: JUMP_PORT}
+
+    def chains(self) -> str:
+        """Its ports lead into the namespace, those of SSH straight to the guests: a login comes from where it came from, and
+        the guest's firewall is the one that it meets."""
+        if not self._layout.single_address:
+            return ""
+        here, namespace = self._layout.single_address, self._layout.namespace_address
+        leads = "".join(f"\n        tcp dport {port} dnat ip to {namespace}:{to}" for port, to in self._listeners.items())
+        logins = ", ".join(f"{port} : {address} . 22" for port, address in self._logins)
+        by_port = f"\n        dnat ip to tcp dport map {{ {logins} }}" if logins else ""
+        return f"""
+    chain shared {{{leads}{by_port}
+    }}
+    chain arriving {{
+        type nat hook prerouting priority dstnat; policy accept;
+        ip daddr {here} jump shared
+    }}
+    chain leaving {{
+        type nat hook output priority -100; policy accept;
+        ip daddr {here} jump shared
+    }}"""
+
+    def prerouting(self) -> str:
+        """Guests reach each other by the shared address as everybody does."""
+        ports = _set(str(port) for port in (*self._listeners, *(port for port, _ in self._logins)))
+        return _more(self._layout.single_address, f"iifname {self._link} ip daddr {self._layout.single_address} "
+                                                  f"tcp dport {ports} accept")
+
+    def forward(self) -> str:
+        listeners = f"tcp dport {_set(map(str, self._listeners.values()))}"
+        namespace = self._layout.namespace_address
+        return _more(self._layout.single_address, f"""\
+oifname {self._link} ip daddr {namespace} {listeners} ct status dnat accept
+iifname {self._link} ip saddr {namespace} ct state {{ established, related }} accept
+iifname {self._link} oifname {self._link} ct status dnat accept""")
+
+    def postrouting(self) -> str:
+        """One guest's way to another by the shared address: back by the machine, too."""
+        return _more(self._layout.single_address, f"iifname {self._link} oifname {self._link} ct status dnat masquerade")
+
+
+def firewall_changes(layout: Layout, former: Sequence[Port], ports: Sequence[Port]) -> str | None:
+    """What leads from the ruleset of ``former`` to that of ``ports`` where nothing but firewalls differs, in one transaction
+    as well: it costs what changed, however many guests there are. None where more differs."""
+    before, after = ({port.id: port for port in some} for some in (former, ports))
+    if before.keys() != after.keys() or any(
+            msgspec.structs.replace(before[key], firewall=after[key].firewall) != after[key] for key in after):
+        return None
+    changed = [key for key in after if before[key].firewall != after[key].firewall]
+    held, wanted = _chains(layout, former), _chains(layout, ports)
+    lines = []
+    for name in sorted(wanted.keys() - held.keys()):
+        lines += [f"add chain inet {TABLE} {name}", *(f"add rule inet {TABLE} {name} {line}" for line in wanted[name])]
+    for command, some in (("delete", before), ("add", after)):
+        for element in (line for key in changed for line in _entries(layout, some[key])):
+            lines.append(f"{command} element inet {TABLE} {element}")
+    for name in sorted(held.keys() - wanted.keys()):
+        lines += [f"flush chain inet {TABLE} {name}", f"delete chain inet {TABLE} {name}"]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _chains(layout: Layout, ports: Sequence[Port]) -> dict[str, tuple[str, ...]]:
+    """The chains of all firewalls. Guests with the same rules share one: a host of a thousand default firewalls has one."""
+    firewalls = {port.firewall: None for port in ports}
+    firewalls6 = {port.firewall: None for port in ports if layout.public_ipv6 and port.public_ipv6}
+    return {_chain_name(lines): lines for version, some in ((4, firewalls), (6, firewalls6)) for rules in some
+            if (lines := _openings(rules, version))}
+
+
+def _entries(layout: Layout, port: Port) -> Iterable[str]:
+    """What a port's firewall puts into sets and maps."""
+    for name, address, version in (("firewalls", port.private_ipv4, 4), ("firewalls6", port.public_ipv6, 6)):
+        if address and (version == 4 or layout.public_ipv6) and (lines := _openings(port.firewall, version)):
+            yield f"{name} {{ {address} : jump {_chain_name(lines)} }}"
+    if layout.single_address:
+        yield from (f"shared {{ {element} }}" for element in _offered(port))
+
+
+def _offered(port: Port) -> list[str]:
+    """What the listeners of a single address may ask a guest for: they see to it that only those come in whom its firewall
+    lets in."""
+    return [f"{port.private_ipv4} . {number}" for number in (22, 80, 443) if port.sources(number)]
 
 
 def without(family: str, name: str) -> str:
@@ -166,15 +270,21 @@ def _inet(layout: Layout, ports: Sequence[Port], joined: Mapping[int, Network]) 
     peering = _Peering.of(layout.peer_subnets)
     openings = {port.private_ipv4: _openings(port.firewall, 4) for port in ports}
     openings6 = {port.public_ipv6: _openings(port.firewall, 6) for port in ports if layout.public_ipv6 and port.public_ipv6}
-    # Guests with the same rules share a chain: a host of a thousand default firewalls has one.
-    chains = {_chain_name(lines): lines for lines in (*openings.values(), *openings6.values()) if lines}
+    chains = _chains(layout, ports)
     entry = _more(layout.public_ipv6, f"""\
 iifname "{BRIDGE}" ip6 daddr {{ {GATEWAY_IPV6}, {SOLICITED_GATEWAY} }} icmpv6 type nd-neighbor-solicit accept
 iifname "{BRIDGE}" ip6 daddr {{ {GATEWAY_IPV6}, {layout.namespace_ipv6} }} icmpv6 type echo-request accept
 iifname "{UPLINK}" {NEIGHBOURS} accept
 iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request accept""" if layout.public_ipv6 else "")
+    shared = _more(layout.single_address, f"""\
+meta skuid {{ "{layout.ingress_user}", "{layout.jump_user}" }} ip daddr . tcp dport @shared accept
+meta skuid {{ "{layout.ingress_user}", "{layout.jump_user}" }} drop""")
+    entry += _more(layout.single_address, f'iifname "{UPLINK}" ip daddr {layout.namespace_address} '
+                                          f"tcp dport {_set(map(str, (HTTP_PORT, TLS_PORT, JUMP_PORT)))} accept")
+    offered = [element for port in ports for element in _offered(port)]
     return [
         f"table inet {TABLE} {{",
+        *(_elements("set shared", "ipv4_addr . inet_service", offered) if layout.single_address else ()),
         *_elements("map inward", "ipv4_addr : ipv4_addr", (f"{port.public_ipv4} : {port.private_ipv4}" for port in ports)),
         *_elements("map outward", "ipv4_addr : ipv4_addr", (f"{port.private_ipv4} : {port.public_ipv4}" for port in ports)),
         *(line for name, lines in sorted(chains.items()) for line in
@@ -230,7 +340,7 @@ iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request acce
     chain firewall {{
         type filter hook postrouting priority srcnat + 10; policy accept;
         oifname != "{BRIDGE}" accept
-        ct state != new accept{peering.firewall}
+        ct state != new accept{shared}{peering.firewall}
         ip daddr vmap @firewalls
         ip6 daddr vmap @firewalls6
         drop
@@ -294,7 +404,7 @@ def _chain_name(lines: Sequence[str]) -> str:
     return "rules_" + hashlib.blake2b("\n".join(lines).encode(), digest_size=5).hexdigest()
 
 
-def _openings(rules: Iterable[FirewallRule], version: Literal[4, 6]) -> tuple[str, ...]:
+def _openings(rules: Iterable[FirewallRule], version: int) -> tuple[str, ...]:
     """What one guest's chain says of one version of IP. Rules of one protocol and source are one line; neither its
     addresses nor its ports overlap within a line, as nft would refuse that, and lines may overlap freely."""
     merged: defaultdict[tuple[str, tuple[str, ...]], set[tuple[int, int]]] = defaultdict(set)

@@ -22,7 +22,19 @@ from skysail.kit.clock import Clock
 from skysail.kit.config import Config
 from skysail.kit.errors import ApiError, invalid_input, not_found
 from skysail.operations import history
-from skysail.resources import accounts, addresses, attachments, catalog, key_pairs, names, paging, peering, regions, tags
+from skysail.resources import (
+    accounts,
+    add_ons,
+    addresses,
+    attachments,
+    catalog,
+    key_pairs,
+    names,
+    paging,
+    peering,
+    regions,
+    tags,
+)
 from skysail.resources.lifecycle import STATE_CODES, forget
 from skysail.resources.request import Request
 from skysail.store.schema import guests, hosts, images, instances, ports, static_ips
@@ -105,8 +117,6 @@ class Instances:
         wanted: list[str] = asked["instanceNames"]
         if not wanted or len(wanted) > MAX_NAMES or len(set(wanted)) != len(wanted):
             raise invalid_input(f"instanceNames takes 1 to {MAX_NAMES} different names.")
-        if asked.get("addOns"):
-            raise invalid_input("addOns are not offered by this cloud yet.")
         if asked.get("ipAddressType") == "ipv6":
             raise invalid_input("ipAddressType ipv6 is not offered by this cloud yet; use dualstack or ipv4.")
         user_data = asked.get("userData") or ""
@@ -153,7 +163,8 @@ class Instances:
         connection.execute(insert(instances).values(
             id=identifier, account_id=request.account_id, region=request.region, zone=zone, name=name,
             blueprint_id=image["blueprint"], blueprint_name=image["name"], bundle_id=bundle["bundleId"],
-            username=image["user"], key_pair_name=key_name, state="pending", created_at=now))
+            username=image["user"], key_pair_name=key_name, state="pending", created_at=now,
+            ssh_port=addresses.free_ssh_port(connection, self._config)))
         guest = "g-" + secrets.token_hex(5)
         # 52:54 is how QEMU's own, locally administered addresses begin. The rest is the private address, which nobody else
         # has: random octets meet twice among a thousand guests in one cloud out of thirty.
@@ -171,6 +182,7 @@ class Instances:
             {"instance_id": identifier, "protocol": protocol, "from_port": first, "to_port": last,
              "cidrs": ["0.0.0.0/0"], "ipv6_cidrs": ["::/0"], "cidr_aliases": []} for protocol, first, last in opened])
         tags.put(connection, identifier, request.params.get("tags") or [])
+        add_ons.put(connection, identifier, "Instance", request.params.get("addOns") or [], now)
         desired.bump(connection, host)
         return history.record(connection, request, now=now, type="CreateInstance", resource_name=name,
                               resource_type="Instance", resource_id=identifier, zone=zone, status="Started",
@@ -218,9 +230,11 @@ class Instances:
                                        .order_by(ports.c.protocol, ports.c.from_port)).mappings():
             opened.setdefault(port["instance_id"], []).append(port)
         static = _static(connection, identifiers)
-        stored = attachments.of(connection, identifiers)
+        stored = attachments.of(connection, identifiers, self._clock.now())
+        added = add_ons.shapes(connection, identifiers, self._clock.now())
         return [self._shape(row, running[row["id"]], tagged.get(row["id"], []), opened.get(row["id"], []),
-                            stored.get(row["id"], []), row["id"] in static) for row in rows]
+                            stored.get(row["id"], []), row["id"] in static) | {"addOns": added.get(row["id"], [])}
+                for row in rows]
 
     def _shape(self, row: RowMapping, guest: RowMapping, tagged: list[dict[str, Any]], opened: list[RowMapping],
                stored: list[dict[str, Any]], static: bool) -> dict[str, Any]:
@@ -231,7 +245,7 @@ class Instances:
             "supportCode": f"{row['account_id']}/{row['id']}", "createdAt": row["created_at"],
             "location": {"availabilityZone": row["region"] + row["zone"], "regionName": row["region"]},
             "resourceType": "Instance", "tags": tagged, "blueprintId": row["blueprint_id"],
-            "blueprintName": row["blueprint_name"], "bundleId": row["bundle_id"], "addOns": [], "isStaticIp": static,
+            "blueprintName": row["blueprint_name"], "bundleId": row["bundle_id"], "isStaticIp": static,
             "privateIpAddress": guest["private_ipv4"], "publicIpAddress": guest["public_ipv4"],
             "ipv6Addresses": ipv6_addresses(guest), "ipAddressType": "dualstack" if guest["public_ipv6"] else "ipv4",
             "hardware": {
@@ -285,7 +299,7 @@ class Instances:
         """Gone for its owner at once; the guest is torn down behind the answer."""
         row = get_row(connection, request, request.params["instanceName"])
         guest = get_guest(connection, row)
-        attachments.refuse_while_copied(connection, guest["id"], f"delete the instance {row['name']}")
+        attachments.refuse_while_copied(connection, guest["id"], f"delete the instance {row['name']}", row["id"])
         values: dict[str, Any] = {"role": "gone", "force": True}
         if _static(connection, [row["id"]]):
             # The static IP is free for another instance at once, also while this one's guest is still going.

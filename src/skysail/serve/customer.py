@@ -7,6 +7,7 @@ import stat
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,31 @@ def launch(config: Config, name: str, blueprint: str, bundle: str, wait_seconds:
 
 
 def ssh(config: Config, name: str, command: list[str], region: str = "") -> int:
-    """Log in to instance ``name`` with a certificate made for this login; returns ssh's exit status."""
+    """Log in to instance ``name`` with a certificate made for this login; returns ssh's exit status. Where instances share a
+    single address, by the port of it that is the instance's."""
     access = call(config, "get_instance_access_details", region, instanceName=name, protocol="ssh")["accessDetails"]
+    at = [f"HostName={config.single_address}", f"Port={ssh_ports(config)[region or config.default_region, name]}",
+          f"HostKeyAlias={access['ipAddress']}"] if config.single_address else []
     with tempfile.TemporaryDirectory(prefix="skysail-ssh-") as folder:
-        return subprocess.call(login(access, Path(folder), command))
+        return subprocess.call(login(access, Path(folder), command, at))
+
+
+def ssh_ports(config: Config) -> dict[tuple[str, str], int]:
+    """The ports of the single address that lead to the SSH of the admin account's instances, by region and name."""
+    from sqlalchemy import select
+
+    from skysail.store.database import Database
+    from skysail.store.schema import accounts, instances
+
+    database = Database(config.database)
+    try:
+        with database.transaction(write=False) as connection:
+            found = connection.execute(select(instances.c.region, instances.c.name, instances.c.ssh_port).join(
+                accounts, accounts.c.id == instances.c.account_id).where(
+                    accounts.c.name == "admin", instances.c.ssh_port.is_not(None)))
+            return {(region, name): port for region, name, port in found}
+    finally:
+        database.close()
 
 
 def ask(config: Config, name: str, command: str) -> tuple[int, str]:
@@ -96,9 +118,9 @@ def ask(config: Config, name: str, command: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def login(access: dict[str, Any], folder: Path, command: list[str]) -> list[str]:
-    """The argument list that runs ``command`` with these access details; their secrets are written into ``folder``, which is
-    empty and the caller's own."""
+def login(access: dict[str, Any], folder: Path, command: list[str], options: Sequence[str] = ()) -> list[str]:
+    """The argument list that runs ``command`` with these access details, and further ``options`` of ssh; their secrets are
+    written into ``folder``, which is empty and the caller's own."""
     identity, hosts = folder / "identity", folder / "known_hosts"
     _private(identity, access["privateKey"])
     _private(folder / "identity-cert.pub", access["certKey"])
@@ -108,7 +130,7 @@ def login(access: dict[str, Any], folder: Path, command: list[str]) -> list[str]
     return ["ssh", "-F", "none", "-i", str(identity), "-o", f"CertificateFile={identity}-cert.pub",
             "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none", "-o", f"UserKnownHostsFile={hosts}",
             "-o", f"StrictHostKeyChecking={'yes' if lines else 'accept-new'}", "-o", "LogLevel=ERROR",
-            f"{access['username']}@{address}", *command]
+            *(word for option in options for word in ("-o", option)), f"{access['username']}@{address}", *command]
 
 
 def serial_log(config: Config, name: str, region: str = "") -> bytes:
@@ -155,8 +177,18 @@ def _private(path: Path, text: str) -> None:
         file.write(text.rstrip("\n") + "\n")
 
 
+def listed(config: Config, region: str = "") -> list[dict[str, Any]]:
+    """:func:`instances`, each with its ``sshPort`` where they share a single address."""
+    found = instances(config, region)
+    if config.single_address:
+        ports = ssh_ports(config)
+        found = [{**one, "sshPort": ports.get((one["location"]["regionName"], one["name"]))} for one in found]
+    return found
+
+
 def summary(instance: dict[str, Any]) -> dict[str, str]:
     """The few words of an instance that a list shows."""
     return {"name": instance["name"], "region": instance["location"]["regionName"], "state": instance["state"]["name"],
             "blueprint": instance.get("blueprintId", ""),
-            "address": instance.get("publicIpAddress", ""), "bundle": instance.get("bundleId", "")}
+            "address": instance.get("publicIpAddress", ""), "bundle": instance.get("bundleId", ""),
+            "ssh port": instance.get("sshPort") or ""}

@@ -5,13 +5,14 @@ The first version is the schema itself; the version reached is kept in SQLite's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from sqlalchemy import Connection
 from sqlalchemy.schema import CreateTable
 
 from skysail.store.schema import (
     accounts,
+    add_ons,
     alarms,
     authorities,
     contact_methods,
@@ -21,11 +22,13 @@ from skysail.store.schema import (
     domains,
     guests,
     host_zones,
+    instances,
     measurements,
     metadata,
     meters,
     networks,
     operations,
+    reverse_zones,
     sample_cursors,
     snapshots,
     static_ips,
@@ -131,13 +134,56 @@ def _networks(connection: Connection) -> None:
     connection.exec_driver_sql("UPDATE hosts SET generation = generation + 1")
 
 
+def _automatic_snapshots(connection: Connection) -> None:
+    add_ons.create(connection, checkfirst=True)
+    held = _columns(connection, "snapshots")
+    for column, words in (("source_id", "VARCHAR(64) DEFAULT '' NOT NULL"), ("auto_day", "VARCHAR(10) DEFAULT '' NOT NULL"),
+                          ("from_auto", "BOOLEAN DEFAULT '0' NOT NULL"),
+                          ("duplicates", "VARCHAR(64) DEFAULT '' NOT NULL"),
+                          ("arrived", "BOOLEAN DEFAULT '0' NOT NULL")):
+        if column not in held:
+            connection.exec_driver_sql(f"ALTER TABLE snapshots ADD COLUMN {column} {words}")
+    for index in snapshots.indexes:
+        index.create(connection, checkfirst=True)
+
+
+def _attachments_that_mount(connection: Connection) -> None:
+    for table, column, words in (
+            ("guests", "observed_refused", "JSON DEFAULT '{}' NOT NULL"),
+            ("guests", "observed_mounts", "JSON DEFAULT '{}' NOT NULL"),
+            ("disks", "auto_mount", "BOOLEAN DEFAULT '0' NOT NULL")):
+        if column not in _columns(connection, table):
+            connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} {words}")
+
+
 def _columns(connection: Connection, table: str) -> set[str]:
     return {row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({table})")}
 
 
+def _shared_address(connection: Connection) -> None:
+    _add_columns(connection, "hosts", (
+        ("shared_address", "VARCHAR(15) DEFAULT '' NOT NULL"), ("instance_domain", "VARCHAR(255) DEFAULT '' NOT NULL"),
+        ("entrance_state", "VARCHAR(16) DEFAULT '' NOT NULL"), ("entrance_reason", "VARCHAR DEFAULT '' NOT NULL")))
+    _add_columns(connection, "instances", (("ssh_port", "INTEGER"),))
+    next(index for index in instances.indexes if index.unique).create(connection, checkfirst=True)
+
+
+def _reverse_zones(connection: Connection) -> None:
+    reverse_zones.create(connection, checkfirst=True)
+
+
+def _add_columns(connection: Connection, table: str, columns: Iterable[tuple[str, str]]) -> None:
+    """Those columns that a database made by this version does not have from its foundation on."""
+    held = _columns(connection, table)
+    for column, words in columns:
+        if column not in held:
+            connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} {words}")
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts,
-    _metrics, _disks_and_snapshots, _regions, _networks)
+    _metrics, _disks_and_snapshots, _regions, _networks, _automatic_snapshots, _shared_address, _reverse_zones,
+    _attachments_that_mount)
 
 
 def upgrade(connection: Connection) -> int:
