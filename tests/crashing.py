@@ -24,7 +24,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from clouds import Cloud, RealCloud, eventually, running_real_cloud
 from skysail.hypervisor import confinement
-from skysail.hypervisor.guest import Record
+from skysail.hypervisor.record import Record
 from skysail.images import foreign
 from skysail.images.library import Library
 from skysail.kit.config import load

@@ -80,3 +80,14 @@ def test_address() -> None:
     assert figures["broken"] == 0
     assert 0 < figures["skysail"]["gap_ms_median"] <= figures["gap_ms_max"]
     assert figures["iproute2"]["asked"] > 0
+
+
+@pytest.mark.real
+def test_snapshot() -> None:
+    figures = bench("snapshot", "--gib", "1", "--written", "0.2", "--snapshots", "1", "--restores", "1")
+    (taken,) = figures["by_gib"].values()
+    assert 0 < taken["freeze_ms"] == figures["freeze_ms_max"]
+    assert 0 < taken["guest_stall_ms"] == figures["guest_stall_ms_max"]
+    assert taken["freeze_ms"] < 1000 * taken["snapshot_seconds"]
+    assert (taken["disk_gib"], taken["written_gib"]) == (8, 0.2)
+    assert figures["ratio"] == figures["plain_seconds"] / figures["restore_seconds"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import secrets
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -15,13 +17,14 @@ import pytest
 from clouds import ensure_image, real_settings, taken_slot
 from skysail.contract.document import Guest, Personality, Port, Volume
 from skysail.contract.report import GuestReport
-from skysail.hypervisor import Hypervisor
+from skysail.hypervisor import Hypervisor, confinement
 from skysail.hypervisor.accelerator import probe
 from skysail.hypervisor.confinement import kill
 from skysail.hypervisor.engine import Qemu
-from skysail.hypervisor.guest import Record, Workshop
+from skysail.hypervisor.record import Record
 from skysail.hypervisor.sim import SimHypervisor
 from skysail.hypervisor.template import Image, Templates
+from skysail.hypervisor.workshop import Workshop
 from skysail.images.library import Library
 from skysail.kit.config import load
 from skysail.network.linux import LinuxFabric
@@ -249,3 +252,26 @@ def test_a_guest_that_dies_is_told_of(house: SimHouse) -> None:
         assert seen([report]) == {guest.id: ("crashed", first.host_keys)}
         assert seen(await hypervisor.observe()) == {guest.id: ("crashed", first.host_keys)}
     runs(house, body)
+
+
+@pytest.mark.real
+def test_a_guest_that_is_not_to_be_held_up_is_bound_again_as_it_was() -> None:
+    name = f"g-{secrets.token_hex(5)}"
+
+    def bound() -> list[str]:
+        return [file.read_text() for folder in confinement._folders(name)
+                for file in (folder / "cpu.max", folder / "cpu.cfs_quota_us") if file.exists()]
+
+    with subprocess.Popen(["sleep", "600"]) as process:
+        try:
+            confinement.limit(name, process.pid, vcpus=1, memory_mib=64)
+            confinement.bound(name, 0.1)
+            before = bound()
+            former = confinement.unbound(name)
+            assert before and all(text.split()[0] in ("max", "-1") for text in bound())
+            confinement.rebind(former)
+            assert bound() == before
+        finally:
+            process.kill()
+    confinement.release(name)
+    assert confinement.unbound(name) == {}

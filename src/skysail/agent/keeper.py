@@ -51,7 +51,7 @@ class Keeper:
         self._hypervisor = hypervisor
         self._pool = pool
         self._shelf = shelf
-        self._blocks = Blocks(hypervisor, pool, shelf, self._changed)
+        self._blocks = Blocks(hypervisor, pool, shelf, self._changed, self._look)
         self._fabric = fabric
         self._images = images
         self._renews = renews
@@ -236,9 +236,10 @@ class Keeper:
         else:
             # It never ran for this start: its owner learns that it cannot, and why, after some tries.
             state = "failed" if failures >= TRIES else "preparing"
-        return GuestReport(
-            id=guest.id, state=state, starts=guest.starts if state == "failed" or seen is None else seen.starts,
-            reboots=seen.reboots if seen else 0, reason=reason, host_keys=seen.host_keys if seen else ())
+        # One that cannot be looked at holds what it held: a disk that is taken for let go would be given to another guest.
+        held = seen or self._guests.get(guest.id) or GuestReport(id=guest.id, state=state)
+        return msgspec.structs.replace(
+            held, state=state, starts=guest.starts if state == "failed" or seen is None else seen.starts, reason=reason)
 
     async def _converge(self, guest: Guest) -> GuestReport:
         if guest.role == "run":
@@ -282,6 +283,17 @@ class Keeper:
     async def _say(self, report: GuestReport) -> None:
         if self._hold(report):
             await self._changed()
+
+    async def _look(self, guest_id: str) -> None:
+        """Tell of a guest as it stands now."""
+        for report in await self._hypervisor.observe():
+            if report.id == guest_id and guest_id in self._guests:
+                held = self._guests[guest_id]
+                await self._say(msgspec.structs.replace(held, alone=report.alone))
+
+    async def flatten(self) -> None:
+        """Move what stands on deleted snapshots off them; runs until cancelled."""
+        await self._blocks.flatten()
 
     def _hold(self, report: GuestReport) -> bool:
         """Keep the report, with its guest's bytes; says whether it is news."""

@@ -79,10 +79,12 @@ class Volume(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Attachment(msgspec.Struct, frozen=True, kw_only=True):
-    """A block-storage disk in a guest, which finds it by its serial ``name``."""
+    """A block-storage disk in a guest, which finds it by its serial ``name``. ``mount``: it is mounted there, and formatted
+    first when it is blank."""
 
     volume: Volume
     name: Annotated[str, msgspec.Meta(pattern=r"\Axvd[f-z]\Z")]
+    mount: bool = False
 
 
 class Personality(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,7 +136,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """A copy of ``volumes``, all of one moment, that shall exist (or not). ``guest`` has them; '' when none does. One that
     ``duplicates`` another is made of that one's files; one that ``arrived`` was laid on the host by an import. Neither looks
-    at the volumes."""
+    at the volumes. One that is ``leaving`` is wanted by nobody but those that stand on it: they are moved off."""
 
     id: Id
     role: Kept
@@ -142,6 +144,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     volumes: tuple[Volume, ...]
     duplicates: Id | None = None
     arrived: bool = False
+    leaving: bool = False
 
 
 class RecordSet(msgspec.Struct, frozen=True, kw_only=True):

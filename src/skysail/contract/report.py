@@ -12,6 +12,8 @@ from skysail.contract.document import RecordSet
 GuestState = Literal["preparing", "starting", "running", "rebooting", "stopping", "stopped", "halted", "crashed",
                      "failed", "gone"]
 
+# Lightsail's words for a disk that mounts by itself.
+Mount = Literal["Mounted", "Pending", "Failed"]
 
 # ``waiting``: not begun. ``copying``: the moment that it holds is past, and it is being written.
 SnapshotState = Literal["waiting", "copying", "available", "failed", "gone"]
@@ -20,7 +22,9 @@ SnapshotState = Literal["waiting", "copying", "available", "failed", "gone"]
 class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
     """One guest as seen on its host. ``halted``: it powered itself off; ``crashed``: it died and will be restarted after
     a back-off; ``failed``: it could not be made at all, ``reason`` says why. ``stages`` maps a launch stage to the
-    seconds since its start. ``disks`` are the block-storage disks that it holds."""
+    seconds since its start. ``disks`` are the block-storage disks that it holds; ``refused`` maps one that could not be
+    plugged in while it runs to the reason, ``mounts`` one that mounts by itself to how that went. ``alone``: its system
+    disk stands on no snapshot, or not any more."""
 
     id: str
     state: GuestState
@@ -32,14 +36,18 @@ class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
     tx_bytes: int = 0
     stages: dict[str, float] = {}
     disks: tuple[str, ...] = ()
+    refused: dict[str, str] = {}
+    mounts: dict[str, Mount] = {}
+    alone: bool = False
 
 
 class DiskReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One block-storage disk."""
+    """One block-storage disk. ``alone``: it stands on no snapshot any more."""
 
     id: str
     state: Literal["preparing", "available", "failed", "gone"]
     reason: str = ""
+    alone: bool = False
 
 
 class SnapshotReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -70,7 +70,7 @@ def compile(connection: Connection, host_id: str, vault: Vault, zones: ZoneCompi
     for disk in stored:
         if disk["instance_id"] is not None:
             attached.setdefault(disk["instance_id"], []).append(
-                Attachment(volume=disk_volume(disk), name=disk["path"].removeprefix("/dev/")))
+                Attachment(volume=disk_volume(disk), name=disk["path"].removeprefix("/dev/"), mount=disk["auto_mount"]))
     found = tuple(
         Guest(
             id=row["id"], instance=row["instance_name"], role=row["role"], starts=row["starts"],
@@ -93,7 +93,8 @@ def compile(connection: Connection, host_id: str, vault: Vault, zones: ZoneCompi
         disks=tuple(Disk(volume=disk_volume(row), role=row["role"], made=row["made"]) for row in stored),
         snapshots=tuple(
             Snapshot(id=row["id"], role=row["role"], guest=row["guest_id"], duplicates=row["duplicates"] or None,
-                     arrived=row["arrived"], volumes=msgspec.convert(row["volumes"], tuple[Volume, ...]))
+                     arrived=row["arrived"], leaving=row["deleted"],
+                     volumes=msgspec.convert(row["volumes"], tuple[Volume, ...]))
             for row in connection.execute(select(snapshots).where(snapshots.c.host_id == host_id).order_by(snapshots.c.id))
             .mappings()),
         zones=(*(zones or ZoneCompiler()).zones(connection, vault), *reverse.zones(connection)),

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 0.5
 # What a report may change of a guest's row.
 _OBSERVED = (guests.c.id, guests.c.observed_state, guests.c.observed_starts, guests.c.observed_reboots, guests.c.reason,
-             guests.c.rx_bytes, guests.c.tx_bytes, guests.c.host_keys, guests.c.observed_disks)
+             guests.c.rx_bytes, guests.c.tx_bytes, guests.c.host_keys, guests.c.observed_disks,
+             guests.c.observed_refused, guests.c.observed_mounts, guests.c.origin)
 
 
 class Watch:
@@ -132,14 +133,18 @@ def write_report(connection: Connection, host_id: str, report: HostReport, now: 
         values: dict[str, object] = {
             "observed_state": guest.state, "observed_starts": guest.starts, "observed_reboots": guest.reboots,
             "reason": guest.reason, "rx_bytes": guest.rx_bytes, "tx_bytes": guest.tx_bytes,
-            "observed_disks": list(guest.disks)}
+            "observed_disks": list(guest.disks), "observed_refused": guest.refused, "observed_mounts": guest.mounts}
+        if guest.alone and row["origin"] is not None:
+            values["origin"] = None
         if guest.host_keys and list(guest.host_keys) != row["host_keys"]:
             values |= {"host_keys": list(guest.host_keys), "witnessed_at": now}
         # A report names every guest of its host, most of them as they were.
         if any(row[name] != value for name, value in values.items()):
             connection.execute(update(guests).where(guests.c.id == guest.id).values(**values))
     for disk in report.disks:
-        _write(connection, disks, disk.id, {"observed_state": disk.state, "reason": disk.reason})
+        # It was flattened: whatever is asked of it from here on has nothing to do with the snapshot that it was made of.
+        alone: dict[str, object] = {"origin": None} if disk.alone else {}
+        _write(connection, disks, disk.id, {"observed_state": disk.state, "reason": disk.reason} | alone)
     for snapshot in report.snapshots:
         _write(connection, snapshots, snapshot.id, {
             "observed_state": snapshot.state, "progress": snapshot.progress, "consistency": snapshot.consistency,

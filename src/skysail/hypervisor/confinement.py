@@ -119,6 +119,26 @@ def bound(name: str, processors: float) -> None:
                            "see: sudo ./skysail doctor") from refused
 
 
+def unbound(name: str) -> dict[str, str]:
+    """Let the guest use as many processors as it can get; what :func:`rebind` takes. For moments in which it is not to be
+    held up: a guest that has used up its share stands still for the rest of the period."""
+    former = {}
+    for folder in _folders(name):
+        for file, value in (("cpu.max", "max"), ("cpu.cfs_quota_us", "-1")):
+            with contextlib.suppress(OSError):
+                held = (folder / file).read_text()
+                (folder / file).write_text(value)
+                former[str(folder / file)] = held
+    return former
+
+
+def rebind(former: dict[str, str]) -> None:
+    """The guest is bound again as it was before :func:`unbound`."""
+    for file, value in former.items():
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            Path(file).write_text(value)
+
+
 def used_seconds(name: str, pid: int) -> float | None:
     """Processor seconds of the guest so far: its cgroup's counter (version 2: cpu.stat), else its process's with all
     threads (proc(5), fields 14 and 15); None when the process is gone."""

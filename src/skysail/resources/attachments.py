@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, Select, func, or_, select, update
@@ -50,6 +50,8 @@ def shapes(connection: Connection, rows: Sequence[RowMapping], now: float) -> li
     tagged, added = tags.of(connection, identifiers), add_ons.shapes(connection, identifiers, now)
     owners = {row.id: row.name for row in connection.execute(select(instances.c.id, instances.c.name).where(
         instances.c.id.in_([row["instance_id"] for row in rows])))}
+    mounts = {row.instance_id: row.observed_mounts for row in connection.execute(
+        select(guests.c.instance_id, guests.c.observed_mounts).where(guests.c.instance_id.in_(owners)))}
     return [{
         "name": row["name"], "arn": arn(row, "Disk"), "supportCode": f"{row['account_id']}/{row['id']}",
         "createdAt": row["created_at"],
@@ -58,8 +60,15 @@ def shapes(connection: Connection, rows: Sequence[RowMapping], now: float) -> li
         "sizeInGb": row["size_gib"], "isSystemDisk": False, "iops": IOPS, "path": row["path"] or None, "state": row["state"],
         "attachedTo": owners.get(row["instance_id"]), "isAttached": row["instance_id"] is not None,
         "attachmentState": row["attachment"] or "detached",
-        "autoMountStatus": "NotMounted" if row["instance_id"] is not None else None,
+        "autoMountStatus": _mounted(row, mounts),
     } for row in rows]
+
+
+def _mounted(row: RowMapping, mounts: Mapping[str, Mapping[str, str]]) -> str | None:
+    """Lightsail's autoMountStatus; None for a disk of no instance."""
+    if row["instance_id"] is None:
+        return None
+    return mounts.get(row["instance_id"], {}).get(row["id"], "Pending") if row["auto_mount"] else "NotMounted"
 
 
 def arn(row: RowMapping, kind: str) -> str:

@@ -24,7 +24,7 @@ from skysail.operations.workflow import Step, StepFailed, Workflow
 from skysail.resources import add_ons, attachments, names, paging, regions, snapshot_choice, snapshot_rows, tags
 from skysail.resources.instances import get_guest, get_row
 from skysail.resources.request import Request
-from skysail.store.schema import disks, guests, host_zones, instances, snapshots
+from skysail.store.schema import disks, guests, host_zones, instances, operations, snapshots
 
 MIN_GIB, MAX_GIB = 8, 16384
 _PATH = re.compile(r"/dev/xvd[f-z]")
@@ -78,12 +78,11 @@ class Disks:
             arguments={"disk": identifier})
 
     def attach(self, connection: Connection, request: Request) -> dict[str, Any]:
-        """Plugged in while the instance runs, or there at its next start."""
+        """Plugged in while the instance runs, or there at its next start. With ``autoMounting`` the instance mounts it, and
+        formats it first when it is blank."""
         asked = request.params
         row, instance = self._get(connection, request), get_row(connection, request, asked["instanceName"])
         path = asked["diskPath"]
-        if asked.get("autoMounting"):
-            raise invalid_input("autoMounting is not offered by this cloud yet.", "Mount the disk inside the instance.")
         if not _PATH.fullmatch(path):
             raise invalid_input(f"The disk path {path[:40]!r} is not valid.", "Paths are /dev/xvdf to /dev/xvdz.")
         if row["instance_id"] is not None or row["state"] != "available":
@@ -98,7 +97,8 @@ class Disks:
         if connection.execute(select(disks.c.id).where(disks.c.instance_id == instance["id"], disks.c.path == path)).first():
             raise invalid_input(f"The disk path {path} is in use on the instance {instance['name']}.")
         connection.execute(update(disks).where(disks.c.id == row["id"]).values(
-            instance_id=instance["id"], path=path, state="in-use", attachment="attaching"))
+            instance_id=instance["id"], path=path, state="in-use", attachment="attaching",
+            auto_mount=bool(asked.get("autoMounting"))))
         desired.bump(connection, row["host_id"])
         return self._both(connection, request, row, instance, "attach disk", guest["id"])
 
@@ -226,12 +226,25 @@ def _await_attached(connection: Connection, operation: RowMapping, now: float) -
     row = _row(connection, operation)
     if row is None or row["instance_id"] is None:
         return True  # its instance was deleted meanwhile
-    seen = connection.execute(select(guests.c.observed_disks).where(
-        guests.c.id == operation["arguments"]["guest"])).scalar_one_or_none()
-    if seen is not None and row["id"] not in seen:
+    guest = connection.execute(select(guests.c.observed_disks, guests.c.observed_refused).where(
+        guests.c.id == operation["arguments"]["guest"])).first()
+    if guest is not None and row["id"] in guest.observed_refused:
+        raise StepFailed("DiskAttachmentFailed", guest.observed_refused[row["id"]])
+    if guest is not None and row["id"] not in guest.observed_disks:
         return False
     _change(connection, row, attachment="attached")
     return True
+
+
+def _undo_attach(connection: Connection, operation: RowMapping, now: float) -> None:
+    """The disk is free again, once neither of the two operations needs to see any more why it is."""
+    row = _row(connection, operation)
+    others = connection.execute(select(operations.c.id).where(
+        operations.c.workflow == "attach disk", operations.c.done.is_(False), operations.c.unwinding.is_(False),
+        operations.c.id != operation["id"], operations.c.arguments["disk"].as_string() == operation["arguments"]["disk"]))
+    if row is not None and row["attachment"] == "attaching" and others.first() is None:
+        _change(connection, row, instance_id=None, path="", attachment="", state="available")
+        desired.bump(connection, row["host_id"])
 
 
 def _await_detached(connection: Connection, operation: RowMapping, now: float) -> bool:
@@ -260,7 +273,7 @@ def _await_gone(connection: Connection, operation: RowMapping, now: float) -> bo
 WORKFLOWS = {
     workflow.name: workflow for workflow in (
         Workflow("create disk", (Step("await made", _await_made, _undo_create),)),
-        Workflow("attach disk", (Step("await attached", _await_attached),)),
+        Workflow("attach disk", (Step("await attached", _await_attached, _undo_attach),)),
         Workflow("detach disk", (Step("await detached", _await_detached),)),
         Workflow("delete disk", (Step("await gone", _await_gone),)),
     )

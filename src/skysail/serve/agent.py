@@ -27,10 +27,10 @@ from skysail.dns.sim import SimZones
 from skysail.hypervisor import Hypervisor
 from skysail.hypervisor.accelerator import probe
 from skysail.hypervisor.engine import Qemu
-from skysail.hypervisor.guest import Workshop
 from skysail.hypervisor.personality import Surroundings
 from skysail.hypervisor.sim import SimHypervisor
 from skysail.hypervisor.template import Image, Templates
+from skysail.hypervisor.workshop import Workshop
 from skysail.images import renewal
 from skysail.images.library import Library
 from skysail.ingress import Ingress

@@ -147,6 +147,15 @@ def _automatic_snapshots(connection: Connection) -> None:
         index.create(connection, checkfirst=True)
 
 
+def _attachments_that_mount(connection: Connection) -> None:
+    for table, column, words in (
+            ("guests", "observed_refused", "JSON DEFAULT '{}' NOT NULL"),
+            ("guests", "observed_mounts", "JSON DEFAULT '{}' NOT NULL"),
+            ("disks", "auto_mount", "BOOLEAN DEFAULT '0' NOT NULL")):
+        if column not in _columns(connection, table):
+            connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} {words}")
+
+
 def _columns(connection: Connection, table: str) -> set[str]:
     return {row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({table})")}
 
@@ -173,7 +182,8 @@ def _add_columns(connection: Connection, table: str, columns: Iterable[tuple[str
 
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts,
-    _metrics, _disks_and_snapshots, _regions, _networks, _automatic_snapshots, _shared_address, _reverse_zones)
+    _metrics, _disks_and_snapshots, _regions, _networks, _automatic_snapshots, _shared_address, _reverse_zones,
+    _attachments_that_mount)
 
 
 def upgrade(connection: Connection) -> int:

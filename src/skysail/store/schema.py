@@ -185,6 +185,8 @@ guests = Table(
     Column("origin", JSON),
     Column("iops", Integer, nullable=False, default=0, server_default="0"),
     Column("observed_disks", JSON, nullable=False, default=list, server_default="[]"),
+    Column("observed_refused", JSON, nullable=False, default=dict, server_default="{}"),
+    Column("observed_mounts", JSON, nullable=False, default=dict, server_default="{}"),
     # The number of its private network, which it keeps while it goes.
     Column("network", Integer, nullable=False, default=0, server_default="0"),
     Index("uq_guests_public_ipv6", "public_ipv6", unique=True),
@@ -231,6 +233,7 @@ disks = Table(
     Column("instance_id", ForeignKey("instances.id"), index=True),
     Column("path", String(16), nullable=False, default=""),
     Column("attachment", String(16), nullable=False, default=""),
+    Column("auto_mount", Boolean, nullable=False, default=False, server_default="0"),
     Column("created_at", Float, nullable=False),
     Column("observed_state", String(16), nullable=False, default=""),
     Column("reason", String, nullable=False, default=""),
