@@ -26,7 +26,7 @@ from skysail.serve import blueprints, customer, programs
 
 LAUNCH_SECONDS = 300.0
 # Until the first page: under emulation an application starts a good deal slower than it will elsewhere.
-PAGE_SECONDS = 300.0
+PAGE_SECONDS = 900.0
 LOGIN_SECONDS = 120.0
 # Private keys wherever a system or its owner keeps one; what packages ship as an example lies below /usr.
 _SWEEP = "sudo grep -rlsI --exclude-dir=proc -e '-----BEGIN .*PRIVATE KEY' /etc /var /home /root /srv /opt || true"
@@ -115,7 +115,7 @@ class _Proving:
         names = [f"proof-{word}-1", f"proof-{word}-2"]
         fits = min((one for one in BUNDLES.values() if one["isActive"]
                     and one["power"] >= OFFERS[self._recipe.blueprint].min_power), key=lambda one: int(one["power"]))
-        taken = {one["name"] for one in customer.instances(self._config)} & set(names)
+        taken = {one["name"] for one in customer.instances(self._config, self._config.default_region)} & set(names)
         if taken:
             raise SkysailError(f"there is an instance {min(taken)} already")
         try:
