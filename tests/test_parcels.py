@@ -294,6 +294,27 @@ def test_a_snapshot_goes_out_and_comes_in(tiny_cloud: RealCloud, tmp_path: Path)
     whole(tiny_cloud)
 
 
+def test_a_server_from_elsewhere_comes_in_and_goes_out_again(tiny_cloud: RealCloud, room: Path, tmp_path: Path) -> None:
+    """Its image was never here."""
+    client, source, again = tiny_cloud.client(), tmp_path / "there.tar", tmp_path / "again.tar"
+    made = packed(room, tmp_path / "disk.tar")
+    server = msgspec.structs.replace(SERVER, image="ab" * 32, renews=False, recipe="cd" * 32,
+                                     disks=(parcel.Attached(path="/dev/xvdh", name="data"),))
+    made = msgspec.structs.replace(made, kind="InstanceSnapshot", parts=made.parts * 2, server=server, name="there",
+                                   origin_type="Instance", origin="far",
+                                   origin_arn="arn:aws:lightsail:eu-west-1:1:Instance/1")
+    parcel.write(source, made, [room / "flat.qcow2"] * 2, quiet)
+    said(tiny_cloud, "import", str(source))
+    found = client.get_instance_snapshot(instanceSnapshotName="there")["instanceSnapshot"]
+    assert (found["state"], found["fromInstanceName"], found["fromBlueprintId"]) == ("available", "far", "tiny")
+    assert [(one["name"], one["path"]) for one in found["fromAttachedDisks"]] == [("data", "/dev/xvdh")]
+    said(tiny_cloud, "export", "there", "--to", str(again))
+    read_again, _ = read(room, again)
+    assert (read_again.server, read_again.origin, len(read_again.parts)) == (server, "far", 2)
+    client.delete_instance_snapshot(instanceSnapshotName="there")
+    eventually(lambda: not list(tiny_cloud.config.snapshots_dir.iterdir()), what="it goes, whole")
+
+
 def test_a_disks_snapshot_goes_out_and_comes_in(tiny_cloud: RealCloud, tmp_path: Path) -> None:
     client, out = tiny_cloud.client(), tmp_path / "copy.tar"
     create(client, "data")
