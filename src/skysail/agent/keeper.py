@@ -15,6 +15,7 @@ import msgspec
 
 from skysail.agent.blocks import Blocks
 from skysail.agent.ledger import Ledger
+from skysail.agent.metadata import MetadataKeeper
 from skysail.agent.traffic import Traffic
 from skysail.agent.zones import ZoneKeeper
 from skysail.contract.document import Guest, HostDocument, Port
@@ -23,6 +24,7 @@ from skysail.dns import Zones
 from skysail.hypervisor import Hypervisor
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread
+from skysail.metadata import Responder
 from skysail.network import Fabric
 from skysail.storage import Pool, Shelf
 
@@ -43,7 +45,8 @@ class Keeper:
     """Holds one host. ``capacity`` carries what the machine has; its lists of guests and images are filled in here."""
 
     def __init__(self, capacity: HostReport, hypervisor: Hypervisor, pool: Pool, shelf: Shelf, fabric: Fabric,
-                 images: Callable[[], list[ImageReport]], ledger: Ledger, traffic: Traffic, zones: Zones) -> None:
+                 images: Callable[[], list[ImageReport]], ledger: Ledger, traffic: Traffic, zones: Zones,
+                 responder: Responder) -> None:
         self._hypervisor = hypervisor
         self._pool = pool
         self._shelf = shelf
@@ -53,6 +56,7 @@ class Keeper:
         self._ledger = ledger
         self._traffic = traffic
         self.zones = ZoneKeeper(zones, self._changed)
+        self.metadata = MetadataKeeper(responder, self._retell)
         self._report = msgspec.structs.replace(capacity, boot=str(uuid.uuid4()), sequence=0, generation=0)
         self._guests: dict[str, GuestReport] = {}
         self._wanted: dict[str, Guest] = {}
@@ -106,6 +110,7 @@ class Keeper:
                     self._call_off(guest.id)
             if guest.id not in self._tasks or self._tasks[guest.id].done():
                 self._tasks[guest.id] = asyncio.create_task(self._keep(guest.id))
+        self.metadata.take(self._wanted.values())
         named = {guest.id for guest in document.guests}
         for identifier in [known for known, guest in self._wanted.items() if guest.role == "gone" and known not in named]:
             # The controller read that it is gone and dropped it: nothing is left to say.
@@ -144,9 +149,7 @@ class Keeper:
                 if self._wanted:
                     await self._apply_network(again=True)
                 if self._traffic.take(await self._fabric.observe()):
-                    for report in list(self._guests.values()):
-                        self._hold(report)
-                    await self._changed()
+                    await self._retell()
             except (SkysailError, OSError) as failure:
                 log.warning("the network could not be looked after: %s", failure)
             await asyncio.sleep(NETWORK_SECONDS)
@@ -248,10 +251,17 @@ class Keeper:
         if self._hold(report):
             await self._changed()
 
+    async def _retell(self) -> None:
+        """Tell of the guests what is known of them beside their reports."""
+        for report in list(self._guests.values()):
+            self._hold(report)
+        await self._changed()
+
     def _hold(self, report: GuestReport) -> bool:
-        """Keep the report, with its guest's bytes; says whether it is news."""
+        """Keep the report, with its guest's bytes and how it is told of itself; says whether it is news."""
         flow = self._traffic.total(report.id)
-        report = msgspec.structs.replace(report, rx_bytes=flow.rx_bytes, tx_bytes=flow.tx_bytes)
+        report = msgspec.structs.replace(report, rx_bytes=flow.rx_bytes, tx_bytes=flow.tx_bytes,
+                                         metadata_options=self.metadata.options(report.id))
         if self._guests.get(report.id) == report:
             return False
         self._guests[report.id] = report
@@ -291,7 +301,7 @@ class Keeper:
             running=tuple(sorted(report.id for report in seen if report.state == "running")),
             volumes=tuple(sorted(await self._pool.observe())), ports=tuple(sorted(await self._fabric.observe())),
             snapshots=tuple(await self._shelf.observe()), strays=tuple(await self._hypervisor.strays()),
-            zones=await self.zones.inventory())
+            zones=await self.zones.inventory(), metadata=await self.metadata.inventory())
 
     def wanted(self) -> dict[str, Guest]:
         """The guests that documents named, as the last one wants them."""

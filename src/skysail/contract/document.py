@@ -77,12 +77,36 @@ class Personality(msgspec.Struct, frozen=True, kw_only=True):
     user_data: str = ""
 
 
+class MetadataOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How an instance may read its metadata, in the API's words. ``http_put_response_hop_limit`` is the IP time to live of
+    the answer that carries a token."""
+
+    http_tokens: Literal["optional", "required"] = "optional"
+    http_endpoint: Literal["enabled", "disabled"] = "enabled"
+    http_put_response_hop_limit: int = 1
+    http_protocol_ipv6: Literal["enabled", "disabled"] = "disabled"
+
+
+class Metadata(msgspec.Struct, frozen=True, kw_only=True):
+    """What a guest's metadata say beyond what the guest itself is. ``instance_id`` is the controller's, ``launched_at`` in
+    seconds since the epoch."""
+
+    instance_id: str
+    account: str
+    region: str
+    zone: str
+    bundle: str
+    key_name: str
+    launched_at: float
+    options: MetadataOptions = MetadataOptions()
+
+
 class Guest(msgspec.Struct, frozen=True, kw_only=True):
     """One QEMU process that shall exist (or not). ``starts`` and ``reboots`` count the owner's requests: a guest that
     powered itself off stays off until ``starts`` grows; a reboot is due while the agent has done fewer than ``reboots``.
     ``force`` skips the orderly shutdown when the role is ``stop``. All its disks together take ``iops`` operations a
     second; 0 sets no bound. ``baseline_percent`` of each processor is what its plan gives for good, more is burst; 100 for a
-    plan without burst."""
+    plan without burst. Without ``metadata`` it is told none: its instance is deleted."""
 
     id: Id
     instance: str
@@ -98,6 +122,7 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
     disks: tuple[Attachment, ...] = ()
     iops: int = 0
     baseline_percent: float = 100.0
+    metadata: Metadata | None = None
 
 
 class Disk(msgspec.Struct, frozen=True, kw_only=True):

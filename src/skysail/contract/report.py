@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from skysail.contract import VERSION
-from skysail.contract.document import RecordSet
+from skysail.contract.document import MetadataOptions, RecordSet
 
 GuestState = Literal["preparing", "starting", "running", "rebooting", "stopping", "stopped", "halted", "crashed",
                      "failed", "gone"]
@@ -20,7 +20,8 @@ SnapshotState = Literal["waiting", "copying", "available", "failed", "gone"]
 class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
     """One guest as seen on its host. ``halted``: it powered itself off; ``crashed``: it died and will be restarted after
     a back-off; ``failed``: it could not be made at all, ``reason`` says why. ``stages`` maps a launch stage to the
-    seconds since its start. ``disks`` are the block-storage disks that it holds."""
+    seconds since its start. ``disks`` are the block-storage disks that it holds. ``metadata_options`` are those by which its
+    metadata are answered now; None while they are not."""
 
     id: str
     state: GuestState
@@ -32,6 +33,7 @@ class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
     tx_bytes: int = 0
     stages: dict[str, float] = {}
     disks: tuple[str, ...] = ()
+    metadata_options: MetadataOptions | None = None
 
 
 class DiskReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,7 +115,8 @@ class HeldZone(msgspec.Struct, frozen=True, kw_only=True):
 class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     """What a host really holds at this moment, by id: guests, those of them that have a process, volumes (block storage
     too), ports, snapshots. ``strays`` says in words what is there of guests that the host does not hold.
-    ``zones``: what its name server has."""
+    ``zones``: what its name server has. ``metadata``: a digest of what each guest is told of itself, by id; None when nobody
+    answers guests that ask."""
 
     guests: tuple[str, ...] = ()
     running: tuple[str, ...] = ()
@@ -122,3 +125,4 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     snapshots: tuple[str, ...] = ()
     strays: tuple[str, ...] = ()
     zones: tuple[HeldZone, ...] = ()
+    metadata: dict[str, str] | None = None

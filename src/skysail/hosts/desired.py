@@ -13,6 +13,8 @@ from skysail.contract.document import (
     FirewallRule,
     Guest,
     HostDocument,
+    Metadata,
+    MetadataOptions,
     Origin,
     Personality,
     Port,
@@ -37,6 +39,8 @@ from skysail.store.schema import (
 from skysail.store.vault import Vault
 
 NAME_SERVER_TTL = 3600
+_OF_INSTANCE = (instances.c.bundle_id, instances.c.region, instances.c.zone, instances.c.key_pair_name,
+                instances.c.created_at, instances.c.metadata_options)
 
 
 def bump(connection: Connection, host_id: str) -> None:
@@ -77,9 +81,9 @@ def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
                       public_ipv6=row["public_ipv6"] or "",
                       firewall=tuple(rules.get(row["instance_id"], ()))),
             personality=msgspec.convert(row["personality"], Personality),
-            baseline_percent=plans.baseline_percent(row["bundle_id"]))
+            baseline_percent=plans.baseline_percent(row["bundle_id"]), metadata=_metadata(row))
         for row in connection.execute(
-            select(guests, instances.c.bundle_id).outerjoin(instances, instances.c.id == guests.c.instance_id)
+            select(guests, *_OF_INSTANCE).outerjoin(instances, instances.c.id == guests.c.instance_id)
             .where(guests.c.host_id == host_id).order_by(guests.c.id)).mappings())
     return HostDocument(
         host=host_id, generation=generation, guests=found,
@@ -90,6 +94,19 @@ def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
             for row in connection.execute(select(snapshots).where(snapshots.c.host_id == host_id).order_by(snapshots.c.id))
             .mappings()),
         zones=tuple(zones(connection, vault)))
+
+
+def metadata_options(instance: RowMapping) -> MetadataOptions:
+    """How the instance may read its metadata."""
+    return msgspec.convert(instance["metadata_options"] or {}, MetadataOptions)
+
+
+def _metadata(row: RowMapping) -> Metadata | None:
+    if row["region"] is None:
+        return None  # its instance is deleted
+    return Metadata(instance_id=row["instance_id"], account=row["account_id"], region=row["region"], zone=row["zone"],
+                    bundle=row["bundle_id"], key_name=row["key_pair_name"], launched_at=row["created_at"],
+                    options=metadata_options(row))
 
 
 def system_volume(guest: RowMapping) -> Volume:

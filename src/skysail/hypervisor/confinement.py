@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import threading
 import time
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from skysail.kit.errors import SkysailError
-from skysail.kit.process import started_at
+from skysail.kit.process import kill, started_at
 
 CGROUPS = Path("/sys/fs/cgroup")
 PERIOD_MICROSECONDS = 100_000
@@ -40,21 +39,6 @@ def spawn(argv: Sequence[str], *, uid: int, log: Path, groups: Sequence[int] = (
 
 def _reap(process: subprocess.Popen[bytes]) -> None:
     threading.Thread(target=process.wait, name=f"reap-{process.pid}", daemon=True).start()
-
-
-def kill(pid: int, started: int) -> None:
-    """kill -9 that very process; nothing happens when it is gone already."""
-    try:
-        handle = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        # Looked at after the handle is held: from here on the pid cannot become another process under our hands.
-        if started_at(pid) == started:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(handle, signal.SIGKILL)
-    finally:
-        os.close(handle)
 
 
 def sweep(place: str) -> None:

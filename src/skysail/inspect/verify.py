@@ -23,6 +23,7 @@ from skysail.inspect import blocks
 from skysail.inspect.difference import Difference
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
+from skysail.metadata import tree
 from skysail.resources import catalog
 from skysail.resources.names import GLOBAL
 from skysail.resources.snapshot_rows import WHOLE
@@ -276,8 +277,25 @@ def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[
     yield from blocks.host(document, there, whole)
     for stray in there.strays:
         yield Difference(subject=subject, saw=stray, wanted="only what the rows know")
+    yield from _metadata(document, there.metadata)
     signers = {row.name + ".": row.ds for row in connection.execute(select(domains))}
     yield from _zones(document.zones, there.zones, signers)
+
+
+def _metadata(document: HostDocument, held: Mapping[str, str] | None) -> Iterator[Difference]:
+    """What guests are told of themselves is what the rows say, and nobody else is told anything."""
+    wanted = {one.id: tree.digest(one) for one in map(tree.record, document.guests) if one is not None}
+    if held is None:
+        if wanted:
+            yield Difference(subject=f"host {document.host}", saw="nobody answers instances that ask for their metadata",
+                             wanted="a process that does")
+        return
+    for guest in document.guests:
+        if guest.id in wanted and held.get(guest.id) != wanted[guest.id]:
+            yield Difference(subject=f"metadata of guest {guest.id} of {guest.instance}", wanted="what the rows say",
+                             saw="it is told something else" if guest.id in held else "it is told nothing")
+    for identifier in sorted(held.keys() - wanted.keys()):
+        yield Difference(subject=f"metadata of guest {identifier}", saw="told to nobody that the rows know", wanted="none")
 
 
 def _zones(wanted: Sequence[Zone], held: Sequence[HeldZone], signers: Mapping[str, str]) -> Iterator[Difference]:

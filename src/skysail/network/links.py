@@ -33,6 +33,8 @@ from skysail.network.plan import (
     BRIDGE,
     GATEWAY_IPV6,
     MACHINE_LINK_IPV6,
+    METADATA,
+    METADATA_IPV6,
     MTU,
     NAMESPACE_LINK_IPV6,
     TAP_PREFIX,
@@ -252,7 +254,8 @@ def _link(message: Any) -> Link:
 
 
 def ensure_bridge(ipr: Any, layout: Layout) -> Link:
-    """The bridge of the guests, with the gateway's address. No STP: it has no loops, and a guest must not speak it."""
+    """The bridge of the guests, with the addresses of gateway and metadata. No STP: it has no loops, and a guest must not
+    speak it."""
     held = get(ipr, BRIDGE)
     if held is not None and held.kind != "bridge":
         ipr.link("del", index=held.index)
@@ -264,14 +267,14 @@ def ensure_bridge(ipr: Any, layout: Layout) -> Link:
         held = _must(ipr, BRIDGE)
     if held.mac != layout.gateway_mac:
         ipr.link("set", index=held.index, address=layout.gateway_mac)
-    ensure_addresses(ipr, held.index, f"{layout.gateway}/{layout.private_prefix}")
+    ensure_addresses(ipr, held.index, f"{layout.gateway}/{layout.private_prefix}", f"{METADATA}/32")
     if not held.up:
         ipr.link("set", index=held.index, state="up")
     # The kernel makes this one with the address, and does not make it again.
     ipr.route("replace", dst=layout.private_network, oif=held.index, scope=253, prefsrc=str(layout.gateway))
     if layout.public_ipv6:
         enable_ipv6(BRIDGE)
-        ensure_addresses(ipr, held.index, f"{GATEWAY_IPV6}/64", f"{layout.namespace_ipv6}/128")
+        ensure_addresses(ipr, held.index, f"{GATEWAY_IPV6}/64", f"{layout.namespace_ipv6}/128", f"{METADATA_IPV6}/128")
         ipr.route("replace", dst=layout.public_ipv6, oif=held.index, family=socket.AF_INET6)
     else:
         write_setting(f"ipv6/conf/{BRIDGE}/disable_ipv6", "1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import threading
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from skysail.contract.document import FirewallRule, Port
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import run
 from skysail.network import PortCounters, links, nftables
+from skysail.network.listeners import Listeners
 from skysail.network.plan import Layout
 
 
@@ -21,6 +23,7 @@ class LinuxFabric:
         self._layout = layout
         self._lock = threading.Lock()  # held by the thread: work goes on when the task that asked for it is cancelled
         self._loaded: dict[str, tuple[str, int]] = {}
+        self._listeners = Listeners(layout)
 
     async def apply(self, ports: Sequence[Port]) -> None:
         """See :class:`skysail.network.Fabric`. Raises SkysailError; then the rules are the former ones."""
@@ -28,6 +31,9 @@ class LinuxFabric:
 
     async def open_port(self, port: Port) -> int:
         return await asyncio.to_thread(self._open, port)
+
+    async def listen(self) -> tuple[socket.socket, ...]:
+        return await asyncio.to_thread(self._listen)
 
     async def observe(self) -> dict[str, PortCounters]:
         return await asyncio.to_thread(self._observe)
@@ -76,6 +82,10 @@ class LinuxFabric:
         except FileNotFoundError as missing:
             raise SkysailError(f"the namespace {self._layout.namespace} does not exist", "apply the port first") from missing
 
+    def _listen(self) -> tuple[socket.socket, ...]:
+        with self._lock:
+            return self._listeners.get()
+
     def _observe(self) -> dict[str, PortCounters]:
         if not links.exists(self._layout.namespace):
             return {}
@@ -112,6 +122,7 @@ class LinuxFabric:
 
     def _teardown(self) -> None:
         with self._lock:
+            self._listeners.close()
             if links.exists(self._layout.namespace):
                 links.inside(self._layout.namespace, links.remove_taps)
             links.remove_link(self._layout)

@@ -15,7 +15,18 @@ from typing import Literal
 
 from skysail.contract.document import FirewallRule, Port
 from skysail.kit.errors import SkysailError
-from skysail.network.plan import BRIDGE, GATEWAY_IPV6, UPLINK, Layout, link_local, tap_name, vet
+from skysail.network.plan import (
+    BRIDGE,
+    GATEWAY_IPV6,
+    METADATA,
+    METADATA_IPV6,
+    METADATA_PORT,
+    UPLINK,
+    Layout,
+    link_local,
+    tap_name,
+    vet,
+)
 
 TABLE = "skysail"
 ANYWHERE = (("0.0.0.0/0",), ("::/0",))
@@ -156,8 +167,11 @@ def _inet(layout: Layout, ports: Sequence[Port]) -> list[str]:
     entry = _more(layout.public_ipv6, f"""\
 iifname "{BRIDGE}" ip6 daddr {{ {GATEWAY_IPV6}, {SOLICITED_GATEWAY} }} icmpv6 type nd-neighbor-solicit accept
 iifname "{BRIDGE}" ip6 daddr {{ {GATEWAY_IPV6}, {layout.namespace_ipv6} }} icmpv6 type echo-request accept
+iifname "{BRIDGE}" ip6 daddr {METADATA_IPV6} tcp dport {METADATA_PORT} accept
 iifname "{UPLINK}" {NEIGHBOURS} accept
 iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request accept""" if layout.public_ipv6 else "")
+    untracked = [_more(layout.public_ipv6, f'{way}ifname "{BRIDGE}" ip6 {end}addr {METADATA_IPV6} notrack')
+                 for way, end in (("i", "d"), ("o", "s"))]
     return [
         f"table inet {TABLE} {{",
         *_elements("map inward", "ipv4_addr : ipv4_addr", (f"{port.public_ipv4} : {port.private_ipv4}" for port in ports)),
@@ -170,18 +184,25 @@ iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request acce
     # Nothing enters but by the bridge and the uplink: frames to link-local MACs can surface on a tap itself.
     chain doors {{
         type filter hook prerouting priority raw; policy drop;
+        iifname "{BRIDGE}" ip daddr {METADATA} notrack{untracked[0]}
         iifname {{ "lo", "{BRIDGE}", "{UPLINK}" }} accept
     }}
     chain prerouting {{
         type nat hook prerouting priority dstnat; policy accept;
         dnat ip to ip daddr map @inward
     }}
-    # The gateway answers pings and whoever looks for it, and nothing else.
+    # Metadata are asked for without the kernel's keeping of connections, of which the whole machine has one table.
+    chain untracked {{
+        type filter hook output priority raw; policy accept;
+        oifname "{BRIDGE}" ip saddr {METADATA} notrack{untracked[1]}
+    }}
+    # The gateway answers pings and whoever looks for it, and guests that ask for their metadata; nothing else.
     chain input {{
         type filter hook input priority filter; policy drop;
         iifname "lo" accept
         ct state {{ established, related }} accept
         iifname "{BRIDGE}" ip daddr {layout.gateway} icmp type echo-request accept
+        iifname "{BRIDGE}" ip daddr {METADATA} tcp dport {METADATA_PORT} accept
         iifname "{UPLINK}" ip saddr {layout.machine_address} icmp type echo-request accept{entry}
     }}
     # Guests do not reach each other past the gateway, although they are on one link: IPv6 knows no switch for that.
@@ -198,6 +219,7 @@ iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request acce
     }}
     chain forward {{
         type filter hook forward priority filter; policy drop;
+        ip daddr 169.254.0.0/16 drop
         ct state {{ established, related }} accept
         iifname "{BRIDGE}" ct state new add @busy {{ ip saddr ct count over {MAX_CONNECTIONS} }} drop
         iifname "{BRIDGE}" ct state new add @busy6 {{ ip6 saddr ct count over {MAX_CONNECTIONS} }} drop

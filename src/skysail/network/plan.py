@@ -20,6 +20,8 @@ MTU = 1500
 # Link-local, and so the same on every host: what guests have as their gateway, and the two ends of the transit link.
 GATEWAY_IPV6 = IPv6Address("fe80::1")
 MACHINE_LINK_IPV6, NAMESPACE_LINK_IPV6 = IPv6Address("fe80::2"), IPv6Address("fe80::3")
+# Where a guest asks for its metadata, by HTTP (EC2 user guide, "Retrieve instance metadata").
+METADATA, METADATA_IPV6, METADATA_PORT = IPv4Address("169.254.169.254"), IPv6Address("fd00:ec2::254"), 80
 UNIQUE_LOCAL = IPv6Network("fc00::/7")
 MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 

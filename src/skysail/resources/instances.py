@@ -22,7 +22,7 @@ from skysail.kit.clock import Clock
 from skysail.kit.config import Config
 from skysail.kit.errors import ApiError, invalid_input, not_found
 from skysail.operations import history
-from skysail.resources import accounts, addresses, attachments, catalog, key_pairs, names, paging, tags
+from skysail.resources import accounts, addresses, attachments, catalog, key_pairs, metadata_options, names, paging, tags
 from skysail.resources.lifecycle import STATE_CODES, forget
 from skysail.resources.request import Request
 from skysail.store.schema import guests, hosts, images, instances, ports, static_ips
@@ -32,7 +32,7 @@ MAX_NAMES = 20
 MAX_USER_DATA_BYTES = 16 * 1024
 # What an instance shows of its guest.
 _SHOWN = (guests.c.instance_id, guests.c.private_ipv4, guests.c.public_ipv4, guests.c.public_ipv6, guests.c.vcpus,
-          guests.c.memory_mib, guests.c.disk_gib)
+          guests.c.memory_mib, guests.c.disk_gib, guests.c.observed_metadata)
 DEFAULT_PORTS = (("tcp", 22, 22), ("tcp", 80, 80))
 
 
@@ -248,7 +248,7 @@ class Instances:
                 } for port in opened],
             },
             "state": {"code": STATE_CODES[row["state"]], "name": row["state"]}, "username": row["username"],
-            "sshKeyName": row["key_pair_name"],
+            "sshKeyName": row["key_pair_name"], "metadataOptions": metadata_options.shape(row, guest["observed_metadata"]),
         }
 
     def start(self, connection: Connection, request: Request) -> dict[str, Any]:

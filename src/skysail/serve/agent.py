@@ -34,6 +34,8 @@ from skysail.hypervisor.template import Image, Templates
 from skysail.images.library import Library
 from skysail.kit.config import Config, load
 from skysail.kit.errors import SkysailError
+from skysail.metadata.process import Answerer, kept_key
+from skysail.metadata.sim import SimResponder
 from skysail.network import Fabric
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import GATEWAY_IPV6, Layout
@@ -58,7 +60,8 @@ def build(config: Config) -> tuple[Keeper, Sampler]:
         volumes, shelf = SimPool(), SimShelf()
         simulated = SimHypervisor(volumes.ensure, shelf=shelf)
         network = SimFabric(simulated.flow)
-        keeper = Keeper(_SIM, simulated, volumes, shelf, network, lambda: [_SIM_IMAGE], ledger, traffic, name_server(config))
+        keeper = Keeper(_SIM, simulated, volumes, shelf, network, lambda: [_SIM_IMAGE], ledger, traffic, name_server(config),
+                        SimResponder())
         return keeper, _sampler(config, simulated, network, traffic, keeper)
     library = Library(config.images_dir)
     for folder in (config.images_dir, config.templates_dir, config.guests_dir, config.volumes_dir,
@@ -73,13 +76,19 @@ def build(config: Config) -> tuple[Keeper, Sampler]:
         give_volume=pool.give, shelf=snapshots, around=lambda: surroundings(config))
     hypervisor = Qemu(workshop, config.guest_uid_base)
     keeper = Keeper(capacity(config, accelerator), hypervisor, pool, snapshots, fabric, lambda: _reports(library), ledger,
-                    traffic, name_server(config))
+                    traffic, name_server(config), responder(config, fabric))
     return keeper, _sampler(config, hypervisor, fabric, traffic, keeper)
 
 
 def _sampler(config: Config, hypervisor: Hypervisor, fabric: Fabric, traffic: Traffic, keeper: Keeper) -> Sampler:
     return Sampler(SampleLog(config.root / "agent" / "samples.jsonl"), hypervisor, fabric, traffic, keeper.wanted,
-                   interval_seconds=config.sample_seconds, throttles=config.cpu_burst)
+                   keeper.metadata.tokenless, interval_seconds=config.sample_seconds, throttles=config.cpu_burst)
+
+
+def responder(config: Config, fabric: LinuxFabric) -> Answerer:
+    """The process that tells guests of themselves."""
+    return Answerer(fabric.listen, mark=f"skysail-metadata:{config.data}", uid=config.metadata_uid,
+                    key=lambda: kept_key(config.root / "agent" / "metadata.key"))
 
 
 def name_server(config: Config) -> Zones:

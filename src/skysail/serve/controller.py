@@ -31,7 +31,7 @@ from skysail.kit.config import Config, load
 from skysail.notices.smtp import Smtp
 from skysail.notices.webhook import Webhook
 from skysail.operations.engine import Engine
-from skysail.resources import accounts, disks, domains, lifecycle, metering, snapshot_rows
+from skysail.resources import accounts, disks, domains, lifecycle, metadata, metering, snapshot_rows
 from skysail.resources import alarms as alarm_rows
 from skysail.resources.access import Access
 from skysail.resources.alarms import Alarms
@@ -42,6 +42,7 @@ from skysail.resources.domains import Domains
 from skysail.resources.instance_snapshots import InstanceSnapshots
 from skysail.resources.instances import Instances
 from skysail.resources.key_pairs import KeyPairs
+from skysail.resources.metadata import InstanceMetadata
 from skysail.resources.metrics import Metrics
 from skysail.resources.names import Names
 from skysail.resources.operation_log import OperationLog
@@ -58,7 +59,7 @@ from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
 HOST = "host-1"
-WORKFLOWS = lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS
+WORKFLOWS = lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS | metadata.WORKFLOWS
 ALARM_SECONDS = 5.0
 # How often samples are asked for at the least; how often old ones are looked for, and the rest between two portions of them.
 COLLECT_SECONDS = 5.0
@@ -109,7 +110,7 @@ def action_table(config: Config, clock: Clock,
     """Every action that is offered."""
     instances = Instances(config, clock, vault)
     nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), instances, disks.Disks(config, clock),
-             InstanceSnapshots(config, clock, instances), DiskSnapshots(clock), PublicPorts(clock),
+             InstanceSnapshots(config, clock, instances), DiskSnapshots(clock), PublicPorts(clock), InstanceMetadata(clock),
              StaticIps(config, clock), Access(clock, vault), Tags(clock), Domains(config, clock), Metrics(clock),
              Alarms(clock), ContactMethods(config, clock, confirmation_page(config)), OperationLog())
     return {name: action for noun in nouns for name, action in noun.actions().items()}

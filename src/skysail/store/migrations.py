@@ -82,9 +82,17 @@ def _disks_and_snapshots(connection: Connection) -> None:
             connection.exec_driver_sql(f"ALTER TABLE guests ADD COLUMN {column} {words}")
 
 
+def _metadata_options(connection: Connection) -> None:
+    for table, column in (("instances", "metadata_options"), ("guests", "observed_metadata")):
+        if column not in {row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({table})")}:
+            connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} JSON")
+    # Documents say more of each guest from here on.
+    connection.exec_driver_sql("UPDATE hosts SET generation = generation + 1")
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts,
-    _metrics, _disks_and_snapshots)
+    _metrics, _disks_and_snapshots, _metadata_options)
 
 
 def upgrade(connection: Connection) -> int:

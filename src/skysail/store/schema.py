@@ -126,6 +126,8 @@ instances = Table(
     Column("key_pair_name", String(255), nullable=False),
     Column("state", String(16), nullable=False),
     Column("created_at", Float, nullable=False),
+    # contract.document.MetadataOptions; the defaults where there are none.
+    Column("metadata_options", JSON),
     Index("ix_instances_listing", "account_id", "region", "name"),
 )
 
@@ -161,6 +163,7 @@ guests = Table(
     Column("origin", JSON),
     Column("iops", Integer, nullable=False, default=0, server_default="0"),
     Column("observed_disks", JSON, nullable=False, default=list, server_default="[]"),
+    Column("observed_metadata", JSON),
     Index("uq_guests_public_ipv6", "public_ipv6", unique=True),
 )
 
