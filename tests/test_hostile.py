@@ -123,7 +123,9 @@ class Controller:
                 images=(ImageReport(digest="0" * 64, blueprint="debian_12", name="Debian", user="admin", version="12",
                                     size_gib=2, templated=True),),
                 guests=tuple(GuestReport(id=guest.id, state=state[guest.role], starts=guest.starts,
-                                         reboots=guest.reboots, disks=tuple(disk.volume.id for disk in guest.disks))
+                                         reboots=guest.reboots, disks=tuple(disk.volume.id for disk in guest.disks),
+                                         metadata_options=guest.metadata.options if guest.metadata else None,
+                                         public_addresses=guest.port.public_addresses)
                              for guest in document.guests),
                 disks=tuple(DiskReport(id=disk.id, state="gone" if disk.role == "gone" else "available")
                             for disk in document.disks),

@@ -28,7 +28,10 @@ CREATE TABLE guests (
     (private_ipv4), CONSTRAINT uq_guests_public_ipv4 UNIQUE (public_ipv4));
 CREATE INDEX ix_guests_instance_id ON guests (instance_id);
 CREATE INDEX ix_guests_host_id ON guests (host_id);
-INSERT INTO guests VALUES ('g-1', 'i-1', 'one', '1', 'host-1', 'run', 1, 0, 0, 1, 512, 20, '', '52:54:00:00:00:01',
+INSERT INTO accounts VALUES ('9', 9, 'old', 0.0);
+INSERT INTO hosts (id, region, zone, address, generation, observed_generation, vcpus, memory_mib, disk_gib, accelerator)
+    VALUES ('host-1', 'r', 'a', '', 1, 0, 0, 0, 0, '');
+INSERT INTO guests VALUES ('g-1', 'i-1', 'one', '9', 'host-1', 'run', 1, 0, 0, 1, 512, 20, '', '52:54:00:00:00:01',
     '172.26.0.10', '192.0.2.10', '{}', '', 0, 0, '', '[]', NULL, 0, 0);
 PRAGMA user_version = 2;
 """
@@ -63,6 +66,44 @@ def test_an_old_database_becomes_what_a_fresh_one_is(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "old.sqlite") as file:
         assert file.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
         assert file.execute("SELECT id, public_ipv4, public_ipv6 FROM guests").fetchall() == [("g-1", "192.0.2.10", None)]
+
+
+def test_a_table_that_is_made_anew_keeps_its_rows_and_takes_guests_without_ipv4(tmp_path: Path) -> None:
+    """From the version before, with every column filled."""
+    path = tmp_path / "skysail.sqlite"
+    made = Database(path)
+    made.migrate()
+    with made.transaction() as connection:
+        connection.execute(insert(accounts).values(id="1", tenant=1, name="a", created_at=0.0))
+        connection.execute(insert(hosts).values(id="h", region="r", zone="a", address=""))
+    made.close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as file:
+        (made_as,) = file.execute("SELECT sql FROM sqlite_master WHERE name = 'guests'").fetchone()
+        former = made_as.replace("public_ipv4 VARCHAR(15)", "public_ipv4 VARCHAR(15) NOT NULL").replace(
+            "observed_addresses JSON,", "")
+        assert former != made_as
+        file.execute("DROP TABLE guests")
+        file.execute(former)
+        for index in guests.indexes:
+            columns = ", ".join(column.name for column in index.columns)
+            file.execute(f"CREATE {'UNIQUE' if index.unique else ''} INDEX {index.name} ON guests ({columns})")
+        kinds = {row[1]: row[2] for row in file.execute("PRAGMA table_info(guests)")}
+        values = {name: number if kind in ("INTEGER", "FLOAT", "BOOLEAN") else "[]" if kind == "JSON" else f"v{number}"
+                  for number, (name, kind) in enumerate(kinds.items())} | {"account_id": "1", "host_id": "h"}
+        file.execute(f"INSERT INTO guests ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})", [*values.values()])
+        file.execute(f"PRAGMA user_version = {len(MIGRATIONS) - 1}")
+    again = Database(path)
+    for _ in range(2):
+        again.migrate()
+    with again.transaction(write=False) as connection:
+        kept = dict(connection.exec_driver_sql("SELECT * FROM guests").mappings().one())
+        assert not connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+    again.close()
+    assert kept == values | {"observed_addresses": None}
+    fresh = Database(tmp_path / "fresh.sqlite")
+    fresh.migrate()
+    fresh.close()
+    assert shape(path) == shape(tmp_path / "fresh.sqlite")
 
 
 @pytest.mark.parametrize("old", [False, True])

@@ -65,6 +65,7 @@ class Keeper:
         self._work: dict[str, asyncio.Task[GuestReport]] = {}
         self._falls: dict[str, list[float]] = {}
         self._departed: set[str] = set()
+        self._addresses: dict[str, tuple[str, ...]] = {}
         self._applied: list[Port] | None = None
         self._news = asyncio.Condition()
         self._network = asyncio.Lock()
@@ -117,6 +118,7 @@ class Keeper:
             if self._guests.get(identifier, GuestReport(id="", state="gone")).state == "gone":
                 self._wanted.pop(identifier)
                 self._guests.pop(identifier, None)
+                self._addresses.pop(identifier, None)
                 self._tasks.pop(identifier).cancel()
                 self._wake.pop(identifier, None)
                 self._departed.discard(identifier)
@@ -229,6 +231,13 @@ class Keeper:
             for one in guest.disks:
                 await self._blocks.ready(one.volume.id)
         report = await self._hypervisor.ensure(guest)
+        if guest.role == "stop":
+            try:
+                await self._apply_network()  # its addresses may have changed
+            except (SkysailError, OSError) as failure:
+                log.warning("guest %s is off, and its network is not set: %s", guest.id, failure)
+                return report
+        self._addresses[guest.id] = guest.port.public_addresses
         if guest.role == "gone" and report.state == "gone":
             await self._pool.remove(guest.volume.id)
             self._departed.add(guest.id)
@@ -258,9 +267,10 @@ class Keeper:
         await self._changed()
 
     def _hold(self, report: GuestReport) -> bool:
-        """Keep the report, with its guest's bytes and how it is told of itself; says whether it is news."""
+        """Keep the report, with its guest's bytes, addresses and how it is told of itself; says whether it is news."""
         flow = self._traffic.total(report.id)
         report = msgspec.structs.replace(report, rx_bytes=flow.rx_bytes, tx_bytes=flow.tx_bytes,
+                                         public_addresses=self._addresses.get(report.id, ()),
                                          metadata_options=self.metadata.options(report.id))
         if self._guests.get(report.id) == report:
             return False

@@ -78,7 +78,7 @@ def verify(*, json: Json = False) -> int:
 def launch(name: str, *, blueprint: str = "debian_12", bundle: str = "nano_3_0", json: Json = False) -> None:
     """Create an instance and wait until it runs."""
     instance = customer.launch(configuration.load(), name, blueprint, bundle)
-    show.as_json(instance) if json else show.line(f"{name} runs at {instance.get('publicIpAddress', 'no address')}")
+    show.as_json(instance) if json else show.line(f"{name} runs at {customer.address(instance)}")
 
 
 @app.command(name="list")

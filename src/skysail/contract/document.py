@@ -32,15 +32,19 @@ class FirewallRule(msgspec.Struct, frozen=True, kw_only=True):
 
 class Port(msgspec.Struct, frozen=True, kw_only=True):
     """A guest's place in the network. ``tenant`` numbers the account: guests of one tenant reach each other privately.
-    A guest without ``public_ipv6`` has IPv4 alone."""
+    A guest without ``public_ipv6`` has IPv4 alone, one without ``public_ipv4`` reaches nobody by IPv4 but its neighbours."""
 
     id: Id
     mac: str
     tenant: int
     private_ipv4: str
-    public_ipv4: str
+    public_ipv4: str = ""
     public_ipv6: str = ""
     firewall: tuple[FirewallRule, ...] = ()
+
+    @property
+    def public_addresses(self) -> tuple[str, ...]:
+        return tuple(filter(None, (self.public_ipv4, self.public_ipv6)))
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True):

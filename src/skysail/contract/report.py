@@ -21,7 +21,7 @@ class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
     """One guest as seen on its host. ``halted``: it powered itself off; ``crashed``: it died and will be restarted after
     a back-off; ``failed``: it could not be made at all, ``reason`` says why. ``stages`` maps a launch stage to the
     seconds since its start. ``disks`` are the block-storage disks that it holds. ``metadata_options`` are those by which its
-    metadata are answered now; None while they are not."""
+    metadata are answered now; None while they are not. ``public_addresses``: those that lead to it now."""
 
     id: str
     state: GuestState
@@ -34,6 +34,7 @@ class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
     stages: dict[str, float] = {}
     disks: tuple[str, ...] = ()
     metadata_options: MetadataOptions | None = None
+    public_addresses: tuple[str, ...] = ()
 
 
 class DiskReport(msgspec.Struct, frozen=True, kw_only=True):

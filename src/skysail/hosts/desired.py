@@ -77,7 +77,7 @@ def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
             volume=system_volume(row), disks=tuple(attached.get(row["instance_id"], ())),
             iops=row["iops"],
             port=Port(id=row["id"], mac=row["mac"], tenant=tenants[row["account_id"]],
-                      private_ipv4=row["private_ipv4"], public_ipv4=row["public_ipv4"],
+                      private_ipv4=row["private_ipv4"], public_ipv4=row["public_ipv4"] or "",
                       public_ipv6=row["public_ipv6"] or "",
                       firewall=tuple(rules.get(row["instance_id"], ()))),
             personality=msgspec.convert(row["personality"], Personality),
@@ -152,7 +152,8 @@ def _addresses(connection: Connection) -> dict[tuple[str, str, str], list[str]]:
     for row in connection.execute(
             select(instances.c.account_id, instances.c.name, guests.c.public_ipv4, guests.c.public_ipv6)
             .join(guests, guests.c.instance_id == instances.c.id)):
-        found[row.account_id, row.name, "A"] = [row.public_ipv4]
+        if row.public_ipv4:
+            found[row.account_id, row.name, "A"] = [row.public_ipv4]
         if row.public_ipv6:
             found[row.account_id, row.name, "AAAA"] = [row.public_ipv6]
     for row in connection.execute(select(static_ips)):

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 0.5
 # What a report may change of a guest's row.
 _OBSERVED = (guests.c.id, guests.c.observed_state, guests.c.observed_starts, guests.c.observed_reboots, guests.c.reason,
-             guests.c.rx_bytes, guests.c.tx_bytes, guests.c.host_keys, guests.c.observed_disks, guests.c.observed_metadata)
+             guests.c.rx_bytes, guests.c.tx_bytes, guests.c.host_keys, guests.c.observed_disks, guests.c.observed_metadata,
+             guests.c.observed_addresses)
 
 
 class Watch:
@@ -129,7 +130,8 @@ def write_report(connection: Connection, host_id: str, report: HostReport, now: 
         values: dict[str, object] = {
             "observed_state": guest.state, "observed_starts": guest.starts, "observed_reboots": guest.reboots,
             "reason": guest.reason, "rx_bytes": guest.rx_bytes, "tx_bytes": guest.tx_bytes,
-            "observed_disks": list(guest.disks), "observed_metadata": msgspec.to_builtins(guest.metadata_options)}
+            "observed_disks": list(guest.disks), "observed_metadata": msgspec.to_builtins(guest.metadata_options),
+            "observed_addresses": list(guest.public_addresses)}
         if guest.host_keys and list(guest.host_keys) != row["host_keys"]:
             values |= {"host_keys": list(guest.host_keys), "witnessed_at": now}
         # A report names every guest of its host, most of them as they were.

@@ -22,7 +22,7 @@ import msgspec
 
 from skysail.contract.document import Guest, Port, Volume
 from skysail.contract.report import GuestReport, GuestState
-from skysail.hypervisor import Usage, confinement, disks, freezing, personality, process, qemu
+from skysail.hypervisor import Usage, addressing, confinement, disks, freezing, personality, process, qemu
 from skysail.hypervisor.personality import Identity, Surroundings
 from skysail.hypervisor.process import Pid
 from skysail.hypervisor.qmp import Channel, Gone, Monitor, Refused, ask
@@ -55,7 +55,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     that the reboot under way is to end, as the guest itself names it. ``halted``: it powered itself off. ``stopped``: its
     owner stopped it. ``grown``: it has all of its plan's disk and memory, not only the template's. ``parent``: its volume's;
     one that was made from a snapshot has all of its ``parents`` here instead. ``disks``: the block storage that may be given
-    to it. ``freezing``: its file systems may be frozen by us. ``copying``: the snapshots that its process writes.
+    to it. ``freezing``: its file systems may be frozen by us. ``copying``: the snapshots that its process writes. ``ipv6``:
+    the address that its own network configuration has; None before it is known.
     """
 
     id: str
@@ -74,6 +75,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     disks: tuple[str, ...] = ()
     freezing: bool = False
     copying: dict[str, Manifest] = {}
+    ipv6: str | None = None
 
 
 class Workshop(msgspec.Struct, frozen=True, kw_only=True):
@@ -179,6 +181,7 @@ class QemuGuest:
             await (self._boot(guest) if self.record.made else self._make(guest))
             await self._plug_disks(guest, await self.monitor())
             self.save(starts=guest.starts)
+            await self._readdress(guest)
             return self.report("running")
         if self.record.reboots >= guest.reboots:
             await self.melt()
@@ -193,7 +196,21 @@ class QemuGuest:
         if self.record.reboots < guest.reboots:
             await self._reboot(guest)
             self.save(reboots=guest.reboots, leaving="", freezing=False)
+        await self._readdress(guest)
         return self.report("running")
+
+    async def _readdress(self, guest: Guest) -> None:
+        """Have a guest of ours take on the IPv6 address that it has now, or let go of one. What a foreign one does inside is
+        its owner's affair. One that cannot be told is told again after its next boot."""
+        around = self._shop.around()
+        wanted = around.ipv6(guest)
+        if self.record.ipv6 == wanted:
+            return
+        told = self.record.ipv6 is None or not self.image(guest.volume.image).ours
+        if told or await addressing.tell(self.agent, addressing.network(guest, around)):
+            self.save(ipv6=wanted)
+        else:
+            log.warning("guest %s does not take on the address %s: its agent does not do it", guest.id, wanted or "''")
 
     async def _resume(self) -> GuestState:
         """Let a guest go on that stands because its disk could not be written; raises SkysailError while it cannot."""

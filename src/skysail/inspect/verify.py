@@ -138,7 +138,8 @@ def _instances(connection: Connection) -> Iterator[Difference]:
     busy = set(connection.execute(select(operations.c.resource_id).where(operations.c.done.is_(False))).scalars())
     known = set()
     for row in connection.execute(
-            select(instances, guests.c.role, guests.c.vcpus, guests.c.memory_mib, guests.c.disk_gib, guests.c.observed_state)
+            select(instances, guests.c.role, guests.c.vcpus, guests.c.memory_mib, guests.c.disk_gib, guests.c.observed_state,
+                   guests.c.public_ipv4, guests.c.public_ipv6, guests.c.observed_addresses)
             .outerjoin(guests, guests.c.instance_id == instances.c.id)).mappings():
         known.add(row["id"])
         subject = f"instance {row['name']}"
@@ -151,8 +152,16 @@ def _instances(connection: Connection) -> Iterator[Difference]:
         elif (row["vcpus"], row["memory_mib"]) != (bundle["cpuCount"], round(bundle["ramSizeInGb"] * 1024)):
             yield Difference(subject=subject, saw=f"{row['vcpus']} processors, {row['memory_mib']} MiB",
                              wanted=f"what {row['bundle_id']} has")
+        elif (row["public_ipv4"] is not None) != bool(bundle["publicIpv4AddressCount"]):
+            yield Difference(subject=subject, saw=f"public IPv4 address {row['public_ipv4'] or 'none'}",
+                             wanted=f"as many as {row['bundle_id']} has")
+        if row["public_ipv4"] is None and row["public_ipv6"] is None:
+            yield Difference(subject=subject, saw="no public address", wanted="one at least")
         if row["id"] in busy:
             continue
+        if row["observed_addresses"] != [*filter(None, (row["public_ipv4"], row["public_ipv6"]))]:
+            yield Difference(subject=subject, wanted="its public addresses",
+                             saw=f"its host leads {', '.join(row['observed_addresses'] or ()) or 'nothing'} to it")
         role = {"running": "run", "pending": "run", "rebooting": "run", "stopped": "stop"}.get(row["state"])
         if row["role"] != role:
             yield Difference(subject=subject, saw=f"{row['state']}, its guest's role is {row['role']}",

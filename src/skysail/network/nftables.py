@@ -160,7 +160,8 @@ iifname . ether saddr . arp saddr ether . arp saddr ip @senders accept{ipv6}
 
 
 def _inet(layout: Layout, ports: Sequence[Port]) -> list[str]:
-    openings = {port.private_ipv4: _openings(port.firewall, 4) for port in ports}
+    seen = [port for port in ports if port.public_ipv4]
+    openings = {port.private_ipv4: _openings(port.firewall, 4) for port in seen}
     openings6 = {port.public_ipv6: _openings(port.firewall, 6) for port in ports if layout.public_ipv6 and port.public_ipv6}
     # Guests with the same rules share a chain: a host of a thousand default firewalls has one.
     chains = {_chain_name(lines): lines for lines in (*openings.values(), *openings6.values()) if lines}
@@ -174,8 +175,10 @@ iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request acce
                  for way, end in (("i", "d"), ("o", "s"))]
     return [
         f"table inet {TABLE} {{",
-        *_elements("map inward", "ipv4_addr : ipv4_addr", (f"{port.public_ipv4} : {port.private_ipv4}" for port in ports)),
-        *_elements("map outward", "ipv4_addr : ipv4_addr", (f"{port.private_ipv4} : {port.public_ipv4}" for port in ports)),
+        *_elements("map inward", "ipv4_addr : ipv4_addr", (f"{port.public_ipv4} : {port.private_ipv4}" for port in seen)),
+        *_elements("map outward", "ipv4_addr : ipv4_addr", (f"{port.private_ipv4} : {port.public_ipv4}" for port in seen)),
+        # Without a public IPv4 address there is no way out: it is told so, and need not wait.
+        *_elements("set unseen", "ipv4_addr", (port.private_ipv4 for port in ports if not port.public_ipv4)),
         *(line for name, lines in sorted(chains.items()) for line in
           (f"    chain {name} {{", *(f"        {line}" for line in lines), "    }")),
         *_elements("map firewalls", "ipv4_addr : verdict", _verdicts(openings)),
@@ -220,6 +223,7 @@ iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request acce
     chain forward {{
         type filter hook forward priority filter; policy drop;
         ip daddr 169.254.0.0/16 drop
+        iifname "{BRIDGE}" ip saddr @unseen reject with icmp net-unreachable
         ct state {{ established, related }} accept
         iifname "{BRIDGE}" ct state new add @busy {{ ip saddr ct count over {MAX_CONNECTIONS} }} drop
         iifname "{BRIDGE}" ct state new add @busy6 {{ ip6 saddr ct count over {MAX_CONNECTIONS} }} drop

@@ -106,7 +106,9 @@ def vet(ports: Iterable[Port]) -> None:
     owners: dict[str, str] = {}
     for port in ports:
         try:
-            addresses = [str(IPv4Address(port.private_ipv4)), str(IPv4Address(port.public_ipv4))]
+            addresses = [str(IPv4Address(port.private_ipv4))]
+            if port.public_ipv4:
+                addresses.append(str(IPv4Address(port.public_ipv4)))
             if port.public_ipv6:
                 addresses.append(str(IPv6Address(port.public_ipv6)))
         except AddressValueError as wrong:

@@ -22,7 +22,18 @@ from skysail.kit.clock import Clock
 from skysail.kit.config import Config
 from skysail.kit.errors import ApiError, invalid_input, not_found
 from skysail.operations import history
-from skysail.resources import accounts, addresses, attachments, catalog, key_pairs, metadata_options, names, paging, tags
+from skysail.resources import (
+    accounts,
+    address_types,
+    addresses,
+    attachments,
+    catalog,
+    key_pairs,
+    metadata_options,
+    names,
+    paging,
+    tags,
+)
 from skysail.resources.lifecycle import STATE_CODES, forget
 from skysail.resources.request import Request
 from skysail.store.schema import guests, hosts, images, instances, ports, static_ips
@@ -106,8 +117,6 @@ class Instances:
             raise invalid_input(f"instanceNames takes 1 to {MAX_NAMES} different names.")
         if asked.get("addOns"):
             raise invalid_input("addOns are not offered by this cloud yet.")
-        if asked.get("ipAddressType") == "ipv6":
-            raise invalid_input("ipAddressType ipv6 is not offered by this cloud yet; use dualstack or ipv4.")
         user_data = asked.get("userData") or ""
         if len(user_data.encode()) > MAX_USER_DATA_BYTES:
             raise invalid_input(f"userData is limited to {MAX_USER_DATA_BYTES} bytes.")
@@ -137,6 +146,7 @@ class Instances:
                 bundle: dict[str, Any], image: Mapping[str, Any], key_name: str, personality: Personality,
                 origin: Origin | None, wanted_host: str) -> dict[str, Any]:
         memory_mib = round(bundle["ramSizeInGb"] * 1024)
+        kind = address_types.of_launch(self._config, bundle, request.params.get("ipAddressType"))
         try:
             host = placement.choose(self._candidates(connection, wanted_host, image["digest"]), zone=zone,
                                     image=image["digest"], vcpus=bundle["cpuCount"], memory_mib=memory_mib,
@@ -145,9 +155,6 @@ class Instances:
             raise invalid_input(f"The bundle {bundle['bundleId']} does not fit this cloud now: {full}.",
                                 "Choose a smaller bundle, or delete instances.") from full
         private = addresses.free_private(connection, self._config.private_network)
-        public = addresses.free_public(connection, self._config.public_pool)
-        public6 = addresses.free_public_ipv6(connection, self._config.public_ipv6) \
-            if self._config.public_ipv6 and request.params.get("ipAddressType") != "ipv4" else None
         now = self._clock.now()
         connection.execute(insert(instances).values(
             id=identifier, account_id=request.account_id, region=request.region, zone=zone, name=name,
@@ -161,7 +168,8 @@ class Instances:
             id=guest, instance_id=identifier, instance_name=name, account_id=request.account_id, host_id=host,
             role="run", starts=1, reboots=0, vcpus=bundle["cpuCount"], memory_mib=memory_mib,
             disk_gib=bundle["diskSizeInGb"], image=image["digest"],
-            iops=catalog.iops(bundle), mac=mac, private_ipv4=private, public_ipv4=public, public_ipv6=public6,
+            iops=catalog.iops(bundle), mac=mac, private_ipv4=private,
+            **address_types.addresses_of(connection, self._config, kind),
             personality=msgspec.to_builtins(personality), host_keys=[],
             origin=msgspec.to_builtins(origin)))
         opened = (*DEFAULT_PORTS, ("tcp", 443, 443)) if catalog.is_app(image["blueprint"]) else DEFAULT_PORTS
@@ -231,7 +239,7 @@ class Instances:
             "resourceType": "Instance", "tags": tagged, "blueprintId": row["blueprint_id"],
             "blueprintName": row["blueprint_name"], "bundleId": row["bundle_id"], "addOns": [], "isStaticIp": static,
             "privateIpAddress": guest["private_ipv4"], "publicIpAddress": guest["public_ipv4"],
-            "ipv6Addresses": ipv6_addresses(guest), "ipAddressType": "dualstack" if guest["public_ipv6"] else "ipv4",
+            "ipv6Addresses": ipv6_addresses(guest), "ipAddressType": address_types.of(guest),
             "hardware": {
                 "cpuCount": guest["vcpus"], "ramSizeInGb": guest["memory_mib"] / 1024,
                 "disks": [{"createdAt": row["created_at"], "sizeInGb": guest["disk_gib"], "isSystemDisk": True,
@@ -257,7 +265,7 @@ class Instances:
             raise invalid_input(f"The instance {row['name']} is {row['state']}; only a stopped one can be started.")
         guest = get_guest(connection, row)
         values: dict[str, Any] = {"role": "run", "starts": guest["starts"] + 1, "force": False}
-        if self._config.public_address == "changes" and not _static(connection, [row["id"]]):
+        if self._config.public_address == "changes" and guest["public_ipv4"] and not _static(connection, [row["id"]]):
             values["public_ipv4"] = addresses.free_public(connection, self._config.public_pool)
         return self._change(connection, request, row, guest, "StartInstance", "start", "pending", status="Started",
                             values=values)

@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import uvicorn
 
@@ -106,19 +106,28 @@ def capacity(config: Config, accelerator: str) -> HostReport:
 def surroundings(config: Config) -> Surroundings:
     """What guests are told of their network."""
     private = ipaddress.IPv4Network(config.private_network)
-    return Surroundings(prefix=private.prefixlen, gateway=str(private[1]), resolvers=config.resolvers or resolvers(),
+    found = config.resolvers or resolvers(6 if config.public_ipv6 else 4)
+    return Surroundings(prefix=private.prefixlen, gateway=str(private[1]), resolvers=found,
                         gateway_ipv6=str(GATEWAY_IPV6) if config.public_ipv6 else "")
 
 
-def resolvers(paths: tuple[str, ...] = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")) -> tuple[str, ...]:
-    """The machine's own IPv4 resolvers. One that listens on the machine's loopback cannot be reached by a guest, so the
-    ones behind it are looked for; none is an honest answer (set ``resolvers`` in skysail.toml)."""
+def resolvers(version: Literal[4, 6], paths: tuple[str, ...] = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"),
+              ) -> tuple[str, ...]:
+    """The machine's own resolvers, at most three (resolv.conf(5)): of IPv4, and with ``version`` 6 one of IPv6, which guests
+    without a public IPv4 address need. One that listens on the machine's loopback, or on its link alone, cannot be reached by
+    a guest, so the ones behind it are looked for; none is an honest answer (set ``resolvers`` in skysail.toml)."""
     for path in paths:
         with contextlib.suppress(OSError):
             words = [line.split() for line in Path(path).read_text().splitlines() if line.startswith("nameserver")]
-            found = [word[1] for word in words if len(word) > 1 and ":" not in word[1] and not word[1].startswith("127.")]
-            if found:
-                return tuple(found[:3])
+            found: dict[int, list[str]] = {4: [], 6: []}
+            for word in words:
+                with contextlib.suppress(ValueError, IndexError):
+                    address = ipaddress.ip_address(word[1])
+                    if not (address.is_loopback or address.is_link_local):
+                        found[address.version].append(str(address))
+            routed = found[6][:1] if version == 6 else []
+            if found[4] or routed:
+                return (*found[4][:3 - len(routed)], *routed)
     return ()
 
 

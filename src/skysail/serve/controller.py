@@ -31,9 +31,10 @@ from skysail.kit.config import Config, load
 from skysail.notices.smtp import Smtp
 from skysail.notices.webhook import Webhook
 from skysail.operations.engine import Engine
-from skysail.resources import accounts, disks, domains, lifecycle, metadata, metering, snapshot_rows
+from skysail.resources import accounts, address_type_changes, disks, domains, lifecycle, metadata, metering, snapshot_rows
 from skysail.resources import alarms as alarm_rows
 from skysail.resources.access import Access
+from skysail.resources.address_type_changes import AddressTypes
 from skysail.resources.alarms import Alarms
 from skysail.resources.catalog import Catalog
 from skysail.resources.contact_methods import ContactMethods
@@ -59,7 +60,8 @@ from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
 HOST = "host-1"
-WORKFLOWS = lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS | metadata.WORKFLOWS
+WORKFLOWS = (lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS | metadata.WORKFLOWS
+             | address_type_changes.WORKFLOWS)
 ALARM_SECONDS = 5.0
 # How often samples are asked for at the least; how often old ones are looked for, and the rest between two portions of them.
 COLLECT_SECONDS = 5.0
@@ -110,7 +112,8 @@ def action_table(config: Config, clock: Clock,
     """Every action that is offered."""
     instances = Instances(config, clock, vault)
     nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), instances, disks.Disks(config, clock),
-             InstanceSnapshots(config, clock, instances), DiskSnapshots(clock), PublicPorts(clock), InstanceMetadata(clock),
+             InstanceSnapshots(config, clock, instances), DiskSnapshots(clock), PublicPorts(clock),
+             InstanceMetadata(clock), AddressTypes(config, clock),
              StaticIps(config, clock), Access(clock, vault), Tags(clock), Domains(config, clock), Metrics(clock),
              Alarms(clock), ContactMethods(config, clock, confirmation_page(config)), OperationLog())
     return {name: action for noun in nouns for name, action in noun.actions().items()}

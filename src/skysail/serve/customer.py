@@ -80,7 +80,7 @@ def login(access: dict[str, Any], folder: Path, command: list[str]) -> list[str]
     identity, hosts = folder / "identity", folder / "known_hosts"
     _private(identity, access["privateKey"])
     _private(folder / "identity-cert.pub", access["certKey"])
-    address = access["ipAddress"]
+    address = access.get("ipAddress") or access["ipv6Addresses"][0]
     lines = [f"{address} {key['algorithm']} {key['publicKey']}" for key in access.get("hostKeys", [])]
     _private(hosts, "\n".join(lines))
     return ["ssh", "-F", "none", "-i", str(identity), "-o", f"CertificateFile={identity}-cert.pub",
@@ -131,7 +131,12 @@ def _private(path: Path, text: str) -> None:
         file.write(text.rstrip("\n") + "\n")
 
 
+def address(instance: dict[str, Any]) -> str:
+    """Where the instance is reached: by IPv4 if it can be."""
+    return next(iter([*filter(None, [instance.get("publicIpAddress")]), *instance.get("ipv6Addresses", [])]), "no address")
+
+
 def summary(instance: dict[str, Any]) -> dict[str, str]:
     """The few words of an instance that a list shows."""
     return {"name": instance["name"], "state": instance["state"]["name"], "blueprint": instance.get("blueprintId", ""),
-            "address": instance.get("publicIpAddress", ""), "bundle": instance.get("bundleId", "")}
+            "address": address(instance), "bundle": instance.get("bundleId", "")}

@@ -148,7 +148,7 @@ guests = Table(
     Column("image", String(64), nullable=False),
     Column("mac", String(17), nullable=False, unique=True),
     Column("private_ipv4", String(15), nullable=False, unique=True),
-    Column("public_ipv4", String(15), nullable=False, unique=True),
+    Column("public_ipv4", String(15), unique=True),
     Column("public_ipv6", String(39)),
     Column("personality", JSON, nullable=False),
     Column("observed_state", String(16), nullable=False, default=""),
@@ -164,6 +164,7 @@ guests = Table(
     Column("iops", Integer, nullable=False, default=0, server_default="0"),
     Column("observed_disks", JSON, nullable=False, default=list, server_default="[]"),
     Column("observed_metadata", JSON),
+    Column("observed_addresses", JSON),
     Index("uq_guests_public_ipv6", "public_ipv6", unique=True),
 )
 
