@@ -109,11 +109,11 @@ class Cloud:
         held = json.loads((self.folder / "credentials.json").read_text())
         return held["access_key_id"], held["secret_access_key"]
 
-    def client(self, key: str | None = None, secret: str | None = None) -> Any:
+    def client(self, key: str | None = None, secret: str | None = None, region: str = "us-east-1") -> Any:
         """boto3's unmodified Lightsail client, as the admin unless told otherwise."""
         admin = self.credentials()
         return boto3.client(
-            "lightsail", region_name="us-east-1", endpoint_url=endpoint.url(self.config),
+            "lightsail", region_name=region, endpoint_url=endpoint.url(self.config),
             aws_access_key_id=key or admin[0], aws_secret_access_key=secret or admin[1],
             verify=str(self.config.certificates / "authority.pem") if self.config.secure else None,
             config=BotoConfig(retries={"total_max_attempts": 1}))

@@ -93,7 +93,7 @@ def test_wrong_requests_about_disks(cloud: Cloud) -> None:
     client = started(cloud, "one")
     refused = "InvalidInputException"
     for wrong in ({"sizeInGb": 7}, {"sizeInGb": 16385}, {"availabilityZone": "us-east-1z"}, {"diskName": "one"},
-                  {"availabilityZone": "us-east-1b"}):
+                  {"availabilityZone": "us-east-1c"}):
         error(client.create_disk, refused, **{"diskName": "data", **GOOD, **wrong})
     for name in ("data", "more"):
         create(client, name)
@@ -167,7 +167,7 @@ def test_a_smaller_disk_is_refused(cloud: Cloud) -> None:
     error(client.create_instances_from_snapshot, "NotFoundException", bundleId="micro_3_0",
           **{**common, "instanceSnapshotName": "none"})
     error(client.create_instances_from_snapshot, "InvalidInputException", bundleId="micro_3_0",
-          **{**common, "availabilityZone": "us-east-1b"})
+          **{**common, "availabilityZone": "us-east-1c"})
 
 
 def test_snapshots_of_disks(cloud: Cloud) -> None:

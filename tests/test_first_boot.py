@@ -81,6 +81,8 @@ def test_launch_scripts_run_once_as_root(real_cloud: RealCloud) -> None:
 OURS = ("/etc/cloud/cloud.cfg.d/95_skysail.cfg", "/usr/lib/skysail/personalise.py", "/etc/ssh/skysail_user_ca.pub",
         "/usr/lib/systemd/system/skysail-personalise.service", "/usr/lib/systemd/system/skysail-host-key.service",
         "/etc/systemd/system/multi-user.target.wants/skysail-host-key.service", "/usr/lib/udev/rules.d/60-skysail.rules",
+        "/usr/lib/systemd/system/skysail-identity.service",
+        "/etc/systemd/system/multi-user.target.wants/skysail-identity.service",
         "/etc/ssh/sshd_config.d/10-skysail.conf", "/etc/sudoers.d/90-admin")
 
 

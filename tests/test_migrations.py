@@ -29,8 +29,6 @@ CREATE TABLE guests (
 CREATE INDEX ix_guests_instance_id ON guests (instance_id);
 CREATE INDEX ix_guests_host_id ON guests (host_id);
 INSERT INTO accounts VALUES ('9', 9, 'old', 0.0);
-INSERT INTO hosts (id, region, zone, address, generation, observed_generation, vcpus, memory_mib, disk_gib, accelerator)
-    VALUES ('host-1', 'r', 'a', '', 1, 0, 0, 0, 0, '');
 INSERT INTO guests VALUES ('g-1', 'i-1', 'one', '9', 'host-1', 'run', 1, 0, 0, 1, 512, 20, '', '52:54:00:00:00:01',
     '172.26.0.10', '192.0.2.10', '{}', '', 0, 0, '', '[]', NULL, 0, 0);
 PRAGMA user_version = 2;
@@ -45,6 +43,16 @@ def shape(path: Path) -> dict[str, set[tuple[object, ...]]]:
                 | {tuple(row[1:3]) for row in file.execute(f"PRAGMA index_list({table})")} for table in tables}
 
 
+# A host as version 8 had it, in one zone of the only region.
+HOSTS_8 = """
+CREATE TABLE hosts (
+    id VARCHAR(64) NOT NULL, region VARCHAR(32) NOT NULL, zone VARCHAR(4) NOT NULL, address VARCHAR NOT NULL, generation
+    INTEGER NOT NULL, observed_generation INTEGER NOT NULL, vcpus INTEGER NOT NULL, memory_mib INTEGER NOT NULL, disk_gib
+    INTEGER NOT NULL, accelerator VARCHAR(16) NOT NULL, seen_at FLOAT, CONSTRAINT pk_hosts PRIMARY KEY (id));
+INSERT INTO hosts VALUES ('host-1', 'eu-west-1', 'b', 'unix:x', 7, 7, 4, 8192, 100, 'kvm', NULL);
+"""
+
+
 def grown(path: Path) -> Path:
     """A database of version 2, with a guest in it."""
     made = Database(path)
@@ -52,6 +60,9 @@ def grown(path: Path) -> Path:
     made.close()
     with sqlite3.connect(path) as file:
         file.execute("DROP TABLE guests")
+        file.execute("DROP TABLE hosts")
+        file.execute("DROP TABLE host_zones")
+        file.executescript(HOSTS_8)
         file.executescript(GUESTS_2)
     return path
 
@@ -66,6 +77,8 @@ def test_an_old_database_becomes_what_a_fresh_one_is(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "old.sqlite") as file:
         assert file.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
         assert file.execute("SELECT id, public_ipv4, public_ipv6 FROM guests").fetchall() == [("g-1", "192.0.2.10", None)]
+        assert file.execute("SELECT * FROM host_zones").fetchall() == [("host-1", "eu-west-1", "b")]
+        assert file.execute("SELECT id, vcpus FROM hosts").fetchall() == [("host-1", 4)]
 
 
 def test_a_table_that_is_made_anew_keeps_its_rows_and_takes_guests_without_ipv4(tmp_path: Path) -> None:
@@ -75,7 +88,7 @@ def test_a_table_that_is_made_anew_keeps_its_rows_and_takes_guests_without_ipv4(
     made.migrate()
     with made.transaction() as connection:
         connection.execute(insert(accounts).values(id="1", tenant=1, name="a", created_at=0.0))
-        connection.execute(insert(hosts).values(id="h", region="r", zone="a", address=""))
+        connection.execute(insert(hosts).values(id="h", address=""))
     made.close()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as file:
         (made_as,) = file.execute("SELECT sql FROM sqlite_master WHERE name = 'guests'").fetchone()
@@ -120,7 +133,7 @@ def test_an_ipv6_address_is_one_guests_alone(tmp_path: Path, old: bool) -> None:
 
     with database.transaction() as connection:
         connection.execute(insert(accounts).values(id="1", tenant=1, name="a", created_at=0.0))
-        connection.execute(insert(hosts).values(id="h", region="r", zone="a", address=""))
+        connection.execute(insert(hosts).values(id="h", address=""))
         for number, ipv6 in ((2, None), (3, None), (4, "fd53::a")):
             connection.execute(insert(guests).values(**values(number, ipv6)))
     with pytest.raises(sqlalchemy.exc.IntegrityError), database.transaction() as connection:

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, insert
 from skysail.kit.clock import HandClock
 from skysail.kit.config import Config
 from skysail.kit.errors import ApiError
-from skysail.resources import accounts, catalog, names, paging, tags
+from skysail.resources import accounts, catalog, names, paging, regions, tags
 from skysail.resources.instances import Instances
 from skysail.resources.key_pairs import DEFAULT_NAME, KeyPairs, public_key
 from skysail.resources.regions import Regions
@@ -39,7 +39,7 @@ class Shop:
         self.account = accounts.create_account(connection, "first", self.clock.now())
         self.actions = {
             **catalog.Catalog().actions(), **Regions(Config(zones=("a", "b"))).actions(), **names.Names().actions(),
-            **tags.Tags(self.clock).actions(), **KeyPairs(self.clock, self.vault).actions(),
+            **tags.Tags(Config(), self.clock).actions(), **KeyPairs(self.clock, self.vault).actions(),
             **Instances(Config(zones=("a", "b")), self.clock, self.vault).actions()}
 
     def request(self, action: str = "", account: str = "", region: str = REGION, **params: Any) -> Request:
@@ -78,7 +78,8 @@ def test_bundles_show_old_plans_only_when_asked(shop: Shop) -> None:
 
 def test_blueprints_are_active_once_a_host_has_the_image(shop: Shop) -> None:
     assert shop("GetBlueprints")["blueprints"] == []
-    shop.connection.execute(insert(hosts).values(id="h", region=REGION, zone="a", address="x"))
+    shop.connection.execute(insert(hosts).values(id="h", address="x"))
+    regions.serve(shop.connection, "h", {REGION: ["a"]})
     shop.connection.execute(insert(images).values(
         host_id="h", digest="0" * 64, blueprint="debian_12", name="Debian", user="admin", version="12.1", size_gib=2))
     [one] = shop("GetBlueprints")["blueprints"]
@@ -90,8 +91,8 @@ def test_blueprints_are_active_once_a_host_has_the_image(shop: Shop) -> None:
 
 
 def test_an_image_that_does_not_fit_the_bundles_disk_is_refused(shop: Shop) -> None:
-    shop.connection.execute(insert(hosts).values(id="h", region=REGION, zone="a", address="x", vcpus=4, memory_mib=8192,
-                                                disk_gib=10))
+    shop.connection.execute(insert(hosts).values(id="h", address="x", vcpus=4, memory_mib=8192, disk_gib=10))
+    regions.serve(shop.connection, "h", {REGION: ["a"]})
     shop.connection.execute(insert(images).values(
         host_id="h", digest="0" * 64, blueprint="vast", name="Vast", user="admin", version="1", size_gib=21))
     asked = {"instanceNames": ["big"], "availabilityZone": f"{REGION}a", "blueprintId": "vast"}

@@ -45,7 +45,7 @@ def store(path: Path) -> Database:
     database.migrate()
     with database.transaction() as connection:
         connection.execute(insert(accounts).values(id="1", tenant=1, name="a", created_at=0.0))
-        connection.execute(insert(hosts).values(id="h", region="us-east-1", zone="a", address=""))
+        connection.execute(insert(hosts).values(id="h", address=""))
         connection.execute(insert(instances).values(
             id="i-1", account_id="1", region="us-east-1", zone="a", name="one", blueprint_id="debian_12",
             blueprint_name="Debian", bundle_id="nano_3_0", username="admin", key_pair_name="k", state="running",

@@ -28,10 +28,10 @@ def test_only_what_goes_out_beyond_the_allowance_costs(tmp_path: Path, received:
     database = store(tmp_path / "skysail.sqlite")
     with database.transaction() as connection:
         connection.execute(insert(transfers).values(
-            instance_id="i-1", month="2026-06", account_id="1", instance_name="one", bundle_id="nano_3_0",
+            instance_id="i-1", month="2026-06", account_id="1", instance_name="one", bundle_id="nano_3_0", region="us-east-1",
             rx_bytes=received * GB, tx_bytes=sent * GB))
-        (used,) = transfer.usage(connection, "2026-06", "us-east-1")
-        assert not transfer.usage(connection, "2026-07", "us-east-1")
+        (used,) = transfer.usage(connection, "2026-06")
+        assert not transfer.usage(connection, "2026-07")
     assert (used.allowance_bytes, used.overage_bytes) == (1024 * GB, beyond * GB)
     assert used.overage_usd == pytest.approx(0.09 * beyond, abs=0.01)
     database.close()

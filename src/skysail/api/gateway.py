@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,17 +31,18 @@ log = logging.getLogger(__name__)
 WORKERS = 8
 
 
-def application(dispatcher: Dispatcher, find_secret: Callable[[str], tuple[str, str] | None], *, clock: Clock, region: str,
-                lifespan: Any = None, beside: Sequence[Route] = ()) -> Starlette:
-    """The API as an ASGI application: ``POST /`` is Lightsail in ``region``, ``GET /healthz`` says that we live, ``beside``
-    is what else answers at this address."""
+def application(dispatcher: Dispatcher, find_secret: Callable[[str], tuple[str, str] | None], *, clock: Clock,
+                regions: Collection[str], lifespan: Any = None, beside: Sequence[Route] = ()) -> Starlette:
+    """The API as an ASGI application: ``POST /`` is Lightsail in each of ``regions``, ``GET /healthz`` says that we live,
+    ``beside`` is what else answers at this address."""
     workers = ThreadPoolExecutor(WORKERS, "request")
 
     def answer(headers: Mapping[str, str], query: bytes, body: bytes) -> bytes:
         operation = protocol.operation_model(headers.get("x-amz-target"))
         caller = signature.verify(headers, body, query=query, now=clock.now(), find_secret=find_secret)
-        if caller.region != region:
-            raise invalid_input(f"This cloud serves the region {region}; the request is signed for {caller.region[:32]}.",
+        if caller.region not in regions:
+            served = f"the region {next(iter(regions))}" if len(regions) == 1 else "the regions " + ", ".join(regions)
+            raise invalid_input(f"This cloud serves {served}; the request is signed for {caller.region[:32]}.",
                                 "Set the region of your client: eval \"$(sudo ./skysail env)\"")
         params = protocol.parse(operation, body)
         reply = dispatcher.run(Request(caller.account_id, caller.region, operation.name, params))

@@ -129,9 +129,9 @@ def zones(connection: Connection, vault: Vault) -> Iterator[Zone]:
     addresses = _addresses(connection)
     owners = {row.id: row.account_id for row in connection.execute(select(domains.c.id, domains.c.account_id))}
     columns = (domain_entries.c.domain_id, domain_entries.c.name, domain_entries.c.type, domain_entries.c.ttl,
-               domain_entries.c.record, domain_entries.c.alias)
-    for domain, name, kind, ttl, record, alias in connection.execute(select(*columns)):
-        records = [record] if not alias else addresses.get((owners[domain], alias, kind), [])
+               domain_entries.c.record, domain_entries.c.alias, domain_entries.c.alias_region)
+    for domain, name, kind, ttl, record, alias, region in connection.execute(select(*columns)):
+        records = [record] if not alias else addresses.get((owners[domain], region, alias, kind), [])
         if records:
             entries.setdefault(domain, {}).setdefault((name, kind), (ttl, []))[1].extend(records)
     for row in connection.execute(select(domains).order_by(domains.c.name)):
@@ -146,16 +146,17 @@ def zones(connection: Connection, vault: Vault) -> Iterator[Zone]:
             signing_key=vault.open(row.signing_sealed, f"zone:{row.id}") if row.signing_sealed else "")
 
 
-def _addresses(connection: Connection) -> dict[tuple[str, str, str], list[str]]:
-    """What an alias may point at, by account, name and type of record: public addresses of instances, and static IPs."""
-    found: dict[tuple[str, str, str], list[str]] = {}
+def _addresses(connection: Connection) -> dict[tuple[str, str, str, str], list[str]]:
+    """What an alias may point at, by account, region, name and type of record: public addresses of instances, and static
+    IPs."""
+    found: dict[tuple[str, str, str, str], list[str]] = {}
     for row in connection.execute(
-            select(instances.c.account_id, instances.c.name, guests.c.public_ipv4, guests.c.public_ipv6)
+            select(instances.c.account_id, instances.c.region, instances.c.name, guests.c.public_ipv4, guests.c.public_ipv6)
             .join(guests, guests.c.instance_id == instances.c.id)):
         if row.public_ipv4:
-            found[row.account_id, row.name, "A"] = [row.public_ipv4]
+            found[row.account_id, row.region, row.name, "A"] = [row.public_ipv4]
         if row.public_ipv6:
-            found[row.account_id, row.name, "AAAA"] = [row.public_ipv6]
+            found[row.account_id, row.region, row.name, "AAAA"] = [row.public_ipv6]
     for row in connection.execute(select(static_ips)):
-        found[row.account_id, row.name, "A"] = [row.ipv4]
+        found[row.account_id, row.region, row.name, "A"] = [row.ipv4]
     return found

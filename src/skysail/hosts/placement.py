@@ -15,7 +15,7 @@ class Candidate:
     """A host with what it has and what its guests were promised."""
 
     id: str
-    zone: str
+    zones: frozenset[str]
     vcpus: int
     memory_mib: int
     promised_mib: int
@@ -35,8 +35,8 @@ def choose(candidates: Sequence[Candidate], *, zone: str, image: str, vcpus: int
     fitting: list[tuple[int, str]] = []
     for host in candidates:
         free = host.memory_mib - RESERVED_MEMORY_MIB - host.promised_mib
-        if host.zone != zone:
-            reasons.append(f"{host.id} is in zone {host.zone}")
+        if zone not in host.zones:
+            reasons.append(f"{host.id} does not serve the zone {zone}")
         elif image not in host.images:
             reasons.append(f"{host.id} does not hold the blueprint's image")
         elif vcpus > host.vcpus:

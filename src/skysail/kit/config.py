@@ -14,6 +14,11 @@ from skysail.kit.errors import SkysailError
 
 _MAIL = re.compile(r"[^\s@<>]+@[A-Za-z0-9.-]+")
 _HOST_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_ZONE = re.compile(r"[a-z]")
+# The names that clients take for a region: RegionName of Lightsail's service model, to which a test holds them.
+REGIONS = ("us-east-1", "us-east-2", "us-west-1", "us-west-2", "eu-west-1", "eu-west-2", "eu-west-3", "eu-central-1",
+           "eu-north-1", "eu-south-2", "ca-central-1", "ap-east-1", "ap-south-1", "ap-southeast-1", "ap-southeast-2",
+           "ap-northeast-1", "ap-northeast-2", "ap-southeast-3", "ap-southeast-5", "sa-east-1")
 # How many user ids guests may take, from ``guest_uid_base`` on.
 GUEST_UIDS = 60_000
 
@@ -21,12 +26,14 @@ GUEST_UIDS = 60_000
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an operator can choose. Every path derives from ``data``.
 
-    ``default_region`` is the region that clients are pointed at, ``zones`` the letters of its zones. ``tls`` is on by itself
-    where the API listens beyond this machine, for its answers carry private keys; ``tls_names`` are further host names and
-    addresses that the endpoint's certificate is good for. ``public_address`` says whether an instance keeps its public
-    IPv4 address over stop and start, or gets another one at each start, as on Lightsail. Each guest has one address of the
-    IPv6 prefix ``public_ipv6``: a unique local one (RFC 4193) leaves the machine masqueraded, '' gives none.
-    ``disk_overcommit`` is how many times its disk a host may promise to guests, which rarely fill theirs.
+    ``regions`` has the letters of each region's zones; ``default_region`` is the one that clients are pointed at and that
+    domains are managed in, the first unless told. For a cloud of one region, ``default_region`` and ``zones`` (its letters)
+    say the same. ``tls`` is on by itself where the API listens beyond this machine, for its answers carry private keys;
+    ``tls_names`` are further host names and addresses that the endpoint's certificate is good for. ``public_address`` says
+    whether an instance keeps its public IPv4 address over stop and start, or gets another one at each start, as on Lightsail.
+    Each guest has one address of the IPv6 prefix ``public_ipv6``: a unique local one (RFC 4193) leaves the machine
+    masqueraded, '' gives none. ``disk_overcommit`` is how many times its disk a host may promise to guests, which rarely fill
+    theirs.
     ``template_memory`` is how clones come to their template's memory (see ``hypervisor/template.py``).
     ``dns_listen`` and ``dns_port`` say where the name server answers, ``dns_api_port`` where its REST API does on the
     loopback address; ``name_servers`` are the host names that domains are delegated to.
@@ -41,8 +48,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     port: int = 8700
     tls: bool | None = None
     tls_names: tuple[str, ...] = ()
-    default_region: str = "us-east-1"
-    zones: tuple[str, ...] = ("a",)
+    default_region: str = ""
+    zones: tuple[str, ...] = ()
+    regions: dict[str, tuple[str, ...]] = {}
     namespace: str = "skysail"
     link: str = "skysail0"
     transit: str = "100.115.92.0/30"
@@ -78,6 +86,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     metrics_token_file: str = ""
 
     def __post_init__(self) -> None:
+        self._settle_regions()
         if not 0.1 <= self.sample_seconds <= 300:
             raise ValueError("sample_seconds takes 0.1 to 300")
         if self.smtp_host and not _MAIL.fullmatch(self.mail_from):
@@ -86,6 +95,22 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ValueError("smtp_user needs smtp_security: a password is not sent in the clear")
         if not self.name_servers or not all(_HOST_NAME.fullmatch(name) and len(name) <= 253 for name in self.name_servers):
             raise ValueError("name_servers takes host names such as ns1.example.com, in lower case, without a final dot")
+
+    def _settle_regions(self) -> None:
+        """Whichever of the three fields were given, all say the same afterwards. Raises ValueError."""
+        home = self.default_region or next(iter(self.regions), "us-east-1")
+        regions = self.regions or {home: self.zones or ("a",)}
+        for name, letters in regions.items():
+            if name not in REGIONS:
+                raise ValueError(f"there is no region {name!r} that clients accept; they take " + ", ".join(REGIONS))
+            if not letters or len(set(letters)) != len(letters) or not all(map(_ZONE.fullmatch, letters)):
+                raise ValueError(f"the zones of {name} are one or more different letters, such as [\"a\", \"b\"]")
+        if home not in regions:
+            raise ValueError(f"default_region {home} is not among the regions {', '.join(regions)}")
+        if self.zones and self.zones != regions[home]:
+            raise ValueError(f"zones and regions do not say the same of {home}: leave zones out")
+        for field, value in (("default_region", home), ("zones", regions[home]), ("regions", regions)):
+            msgspec.structs.force_setattr(self, field, value)
 
     @property
     def root(self) -> Path:

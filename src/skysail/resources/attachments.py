@@ -17,15 +17,6 @@ from skysail.store.schema import disks, guests, hosts, instances, snapshots
 IOPS = 100
 
 
-def zone(config: Config, name: str) -> str:
-    """The letter of the availability zone ``name``; raises InvalidInputException."""
-    zones = {config.default_region + letter: letter for letter in config.zones}
-    if name not in zones:
-        raise invalid_input(f"The availability zone {name} does not exist here.",
-                            "Zones of this cloud: " + ", ".join(zones))
-    return zones[name]
-
-
 def of(connection: Connection, instance_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """The disks attached to each instance, in API shape, by path."""
     rows = connection.execute(select(disks).where(disks.c.instance_id.in_(instance_ids))

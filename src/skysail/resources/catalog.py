@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, select
 
 from skysail.kit.errors import invalid_input
-from skysail.resources import paging
+from skysail.resources import paging, regions
 from skysail.resources.request import Request
 from skysail.store.schema import images
 
@@ -111,7 +111,8 @@ class Catalog:
         known: dict[str, dict[str, Any]] = {}
         if request.params.get("includeInactive"):
             known = {key: _blueprint(key, value[0], "", False) for key, value in RECIPES.items()}
-        for row in connection.execute(select(images).order_by(images.c.blueprint, images.c.version)):
+        offered = select(images).where(images.c.host_id.in_(regions.serving(request.region)))
+        for row in connection.execute(offered.order_by(images.c.blueprint, images.c.version)):
             known[row.blueprint] = _blueprint(row.blueprint, row.name, row.version, True)
         found, token = paging.page([known[key] for key in sorted(known)], request.params.get("pageToken"),
                                    key=lambda blueprint: str(blueprint["blueprintId"]))

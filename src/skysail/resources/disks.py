@@ -21,10 +21,10 @@ from skysail.kit.config import Config
 from skysail.kit.errors import invalid_input, not_found
 from skysail.operations import history
 from skysail.operations.workflow import Step, StepFailed, Workflow
-from skysail.resources import attachments, names, paging, tags
+from skysail.resources import attachments, names, paging, regions, tags
 from skysail.resources.instances import get_guest, get_row
 from skysail.resources.request import Request
-from skysail.store.schema import disks, guests, hosts, instances, snapshots
+from skysail.store.schema import disks, guests, host_zones, instances, snapshots
 
 MIN_GIB, MAX_GIB = 8, 16384
 _PATH = re.compile(r"/dev/xvd[f-z]")
@@ -45,8 +45,9 @@ class Disks:
 
     def create(self, connection: Connection, request: Request) -> dict[str, Any]:
         """A blank disk on a host of its zone."""
-        zone = attachments.zone(self._config, request.params["availabilityZone"])
-        host = connection.execute(select(hosts.c.id).where(hosts.c.zone == zone).order_by(hosts.c.id)).scalars().first()
+        zone = regions.zone(self._config, request, request.params["availabilityZone"])
+        serving = select(host_zones.c.host_id).where(host_zones.c.region == request.region, host_zones.c.zone == zone)
+        host = connection.execute(serving.order_by(host_zones.c.host_id)).scalars().first()
         if host is None:
             raise invalid_input(f"The zone {request.params['availabilityZone']} has no host for a disk.")
         return {"operations": [self._create(connection, request, zone, host, None)]}
@@ -56,7 +57,7 @@ class Disks:
         asked = request.params
         if any(asked.get(name) for name in ("sourceDiskName", "restoreDate", "useLatestRestorableAutoSnapshot")):
             raise invalid_input("Automatic snapshots are not offered by this cloud yet.", "Name a diskSnapshotName.")
-        zone = attachments.zone(self._config, asked["availabilityZone"])
+        zone = regions.zone(self._config, request, asked["availabilityZone"])
         name = asked.get("diskSnapshotName") or ""
         row = connection.execute(select(snapshots).where(
             snapshots.c.account_id == request.account_id, snapshots.c.region == request.region, snapshots.c.name == name,
@@ -67,7 +68,7 @@ class Disks:
             raise invalid_input(f"The disk snapshot {name} is {row['state']}; only a completed one can be used.")
         if asked["sizeInGb"] < row["size_gib"]:
             raise invalid_input(f"The disk snapshot {name} needs a disk of at least {row['size_gib']} GB.")
-        if connection.execute(select(hosts.c.zone).where(hosts.c.id == row["host_id"])).scalar_one() != zone:
+        if asked["availabilityZone"] not in regions.zones_of(connection).get(row["host_id"], ()):
             raise invalid_input(f"No host in {asked['availabilityZone']} holds the disk snapshot {name}.")
         origin = Origin(snapshot=row["id"], volume=row["volumes"][0]["id"])
         return {"operations": [self._create(connection, request, zone, row["host_id"], origin)]}

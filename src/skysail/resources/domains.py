@@ -111,11 +111,11 @@ def replace_entries(connection: Connection, domain: RowMapping, wanted: Iterable
 def _insert(connection: Connection, domain: RowMapping, entry: Entry) -> None:
     connection.execute(insert(domain_entries).values(
         id=str(uuid.uuid4()), domain_id=domain["id"], name=entry.name, type=entry.type, target=entry.target,
-        record=entry.record, alias=entry.alias, ttl=entry.ttl))
+        record=entry.record, alias=entry.alias, alias_region=entry.alias_region, ttl=entry.ttl))
 
 
 def _entry(row: RowMapping) -> Entry:
-    return Entry(row["name"], row["type"], row["target"], row["record"], row["alias"], row["ttl"])
+    return Entry(row["name"], row["type"], row["target"], row["record"], row["alias"], row["ttl"], row["alias_region"])
 
 
 def _drop(connection: Connection, domain_id: str) -> None:
@@ -211,7 +211,8 @@ class Domains:
         entry = self._read(connection, row, before | given, held["ttl"])
         self._fit(connection, row, entry, instead_of=held["id"])
         connection.execute(update(domain_entries).where(domain_entries.c.id == held["id"]).values(
-            name=entry.name, type=entry.type, target=entry.target, record=entry.record, alias=entry.alias))
+            name=entry.name, type=entry.type, target=entry.target, record=entry.record, alias=entry.alias,
+            alias_region=entry.alias_region))
         changed(connection, row, self._clock.now())
         return {"operations": [self._record(connection, request, row)]}
 
@@ -241,20 +242,22 @@ class Domains:
         owner = records.owner_name(domain["name"], name)
         if kind not in ("A", "AAAA"):
             raise records.malformed(f"{kind} {owner}", "an alias has the type A or AAAA.")
-        return Entry(owner, kind, target, alias=self._aliased(connection, domain, f"{kind} {owner}", target), ttl=ttl)
+        alias, region = self._aliased(connection, domain, f"{kind} {owner}", target)
+        return Entry(owner, kind, target, alias=alias, ttl=ttl, alias_region=region)
 
-    def _aliased(self, connection: Connection, domain: RowMapping, what: str, target: str) -> str:
-        """The name of the owner's static IP or instance that ``target`` names, by its name or its public address of this
-        moment. An address that is a static IP's is followed as that: it may move to another instance."""
-        fixed = select(static_ips.c.name).where(
+    def _aliased(self, connection: Connection, domain: RowMapping, what: str, target: str) -> tuple[str, str]:
+        """Name and region of the owner's static IP or instance that ``target`` names, by its name or its public address of
+        this moment; a name that several regions have is that of the default one. An address that is a static IP's is followed
+        as that: it may move to another instance."""
+        fixed = select(static_ips.c.name, static_ips.c.region).where(
             static_ips.c.account_id == domain["account_id"], or_(static_ips.c.name == target, static_ips.c.ipv4 == target))
-        moving = select(instances.c.name).join(guests, guests.c.instance_id == instances.c.id).where(
+        moving = select(instances.c.name, instances.c.region).join(guests, guests.c.instance_id == instances.c.id).where(
             instances.c.account_id == domain["account_id"],
             or_(instances.c.name == target, guests.c.public_ipv4 == target, guests.c.public_ipv6 == target))
-        for query in (fixed, moving):
-            found: str | None = connection.execute(query).scalars().first()
-            if found is not None:
-                return found
+        found = [(row.region, row.name) for query in (fixed, moving) for row in connection.execute(query)]
+        # The order of the two queries stands where the regions are the same.
+        for region, name in sorted(found, key=lambda one: (one[0] != self._config.default_region, one[0])):
+            return name, region
         raise records.malformed(what, f"{target[:80]!r} is no instance or static IP that an alias could follow.",
                                 "An alias has the name or the public address of one as its target.")
 

@@ -32,6 +32,7 @@ from skysail.resources import (
     metadata_options,
     names,
     paging,
+    regions,
     tags,
 )
 from skysail.resources.lifecycle import STATE_CODES, forget
@@ -101,7 +102,7 @@ class Instances:
         if asked.get("customImageName"):
             raise invalid_input("customImageName is not offered; import the image as a blueprint instead.")
         bundle = catalog.get_bundle(asked["bundleId"])
-        image = self._image(connection, asked["blueprintId"])
+        image = self._image(connection, request.region, asked["blueprintId"])
         if image["size_gib"] > bundle["diskSizeInGb"]:
             raise invalid_input(f"The blueprint {image['blueprint']} needs a disk of {image['size_gib']} GB, the bundle "
                                 f"{bundle['bundleId']} has {bundle['diskSizeInGb']} GB.", "Choose a larger bundle.")
@@ -120,7 +121,7 @@ class Instances:
         user_data = asked.get("userData") or ""
         if len(user_data.encode()) > MAX_USER_DATA_BYTES:
             raise invalid_input(f"userData is limited to {MAX_USER_DATA_BYTES} bytes.")
-        zone = attachments.zone(self._config, asked["availabilityZone"])
+        zone = regions.zone(self._config, request, asked["availabilityZone"])
         key_name = asked.get("keyPairName") or key_pairs.DEFAULT_NAME
         public_key = key_pairs.public_key(connection, self._vault, request, key_name, self._clock.now())
         authority = accounts.ensure_authority(connection, self._vault, request.account_id, request.region)
@@ -133,11 +134,11 @@ class Instances:
                 user_data=user_data), origin, host))
         return made
 
-    def _image(self, connection: Connection, blueprint_id: str) -> RowMapping:
-        row = connection.execute(select(images).where(images.c.blueprint == blueprint_id)
-                                 .order_by(images.c.version.desc())).mappings().first()
+    def _image(self, connection: Connection, region: str, blueprint_id: str) -> RowMapping:
+        offered = select(images).where(images.c.blueprint == blueprint_id, images.c.host_id.in_(regions.serving(region)))
+        row = connection.execute(offered.order_by(images.c.version.desc())).mappings().first()
         if row is None:
-            raise invalid_input(f"The blueprint {blueprint_id} is not ready on this cloud.",
+            raise invalid_input(f"The blueprint {blueprint_id} is not ready in this region.",
                                 "GetBlueprints lists the ones that are; the operator builds more with "
                                 f"'skysail images build {blueprint_id}'.")
         return row
@@ -148,7 +149,7 @@ class Instances:
         memory_mib = round(bundle["ramSizeInGb"] * 1024)
         kind = address_types.of_launch(self._config, bundle, request.params.get("ipAddressType"))
         try:
-            host = placement.choose(self._candidates(connection, wanted_host, image["digest"]), zone=zone,
+            host = placement.choose(self._candidates(connection, wanted_host, image["digest"]), zone=request.region + zone,
                                     image=image["digest"], vcpus=bundle["cpuCount"], memory_mib=memory_mib,
                                     disk_gib=bundle["diskSizeInGb"])
         except placement.NoHost as full:
@@ -187,14 +188,14 @@ class Instances:
         promised = {row.host_id: row for row in connection.execute(
             select(guests.c.host_id, func.sum(guests.c.memory_mib).label("mib"), func.sum(guests.c.disk_gib).label("gib"))
             .group_by(guests.c.host_id))}
-        stored = attachments.promised_gib(connection)
+        stored, served = attachments.promised_gib(connection), regions.zones_of(connection)
         held: dict[str, set[str]] = {}
         for row in connection.execute(select(images.c.host_id, images.c.digest)):
             held.setdefault(row.host_id, set()).add(row.digest)
         if wanted:
             held.setdefault(wanted, set()).add(image)
         return [placement.Candidate(
-            id=row.id, zone=row.zone, vcpus=row.vcpus, memory_mib=row.memory_mib,
+            id=row.id, zones=served.get(row.id, frozenset()), vcpus=row.vcpus, memory_mib=row.memory_mib,
             promised_mib=promised[row.id].mib if row.id in promised else 0,
             disk_gib=round(row.disk_gib * self._config.disk_overcommit),
             promised_gib=(promised[row.id].gib if row.id in promised else 0) + stored.get(row.id, 0),

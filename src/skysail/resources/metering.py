@@ -79,7 +79,8 @@ def values(sample: GuestSample) -> dict[str, float]:
 def take_in(connection: Connection, host_id: str, samples: Sequence[Sample]) -> None:
     """Write what new samples of a host say."""
     known = {row["id"]: row for row in connection.execute(
-        select(guests.c.id, guests.c.instance_id, guests.c.instance_name, guests.c.account_id, instances.c.bundle_id)
+        select(guests.c.id, guests.c.instance_id, guests.c.instance_name, guests.c.account_id, instances.c.bundle_id,
+               instances.c.region)
         .outerjoin(instances, instances.c.id == guests.c.instance_id).where(guests.c.host_id == host_id)).mappings()}
     rolled: dict[tuple[str, int, int], Rolled] = {}
     for sample in samples:
@@ -120,7 +121,8 @@ def _count(connection: Connection, guest: RowMapping, measured: GuestSample, at:
         _increase(connection, meters, {"instance_id": guest["instance_id"]}, flow | {"cpu_seconds": measured.cpu_seconds},
                   {"sampled_at": at})
     if any(flow.values()):
-        bundle = {"bundle_id": guest["bundle_id"]} if guest["bundle_id"] else {}
+        # An instance that was deleted meanwhile has what was noted of it before.
+        bundle = {"bundle_id": guest["bundle_id"], "region": guest["region"]} if guest["bundle_id"] else {}
         _increase(connection, transfers, {"instance_id": guest["instance_id"], "month": month(at)}, flow,
                   {"instance_name": guest["instance_name"]} | bundle, {"account_id": guest["account_id"]})
 

@@ -33,7 +33,8 @@ _NUMBER = re.compile(r"[0-9]{1,5}", re.ASCII)
 @dataclass(frozen=True)
 class Entry:
     """One entry. ``target`` is as the customer wrote it; ``record`` is the RDATA in a master file's form, names absolute, an
-    IPv6 address with eight groups; an alias has the name of a resource in ``alias`` and no record."""
+    IPv6 address with eight groups; an alias has the name of a resource in ``alias``, its region in
+    ``alias_region``, and no record."""
 
     name: str
     type: str
@@ -41,11 +42,12 @@ class Entry:
     record: str = ""
     alias: str = ""
     ttl: int = TTL
+    alias_region: str = ""
 
     @property
-    def meaning(self) -> tuple[str, str, str, str]:
+    def meaning(self) -> tuple[str, ...]:
         """What no two entries of a domain have in common (RFC 2181, 5)."""
-        return self.name, self.type, self.record, self.alias
+        return self.name, self.type, self.record, self.alias, self.alias_region
 
 
 def malformed(subject: str, why: str, tip: str = "") -> ApiError:
@@ -98,7 +100,7 @@ def read(domain: str, name: str, type: str, target: str, ttl: int = TTL) -> Entr
 
 def together(entries: Sequence[Entry]) -> None:
     """Whether these entries, all of one name, can be together; raises InvalidInputException."""
-    seen: set[tuple[str, str, str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
     for entry in entries:
         subject = f"{entry.type} {entry.name}"
         if entry.meaning in seen:

@@ -1,14 +1,25 @@
-"""GetRegions: the region this cloud serves, with its zones when they are asked for."""
+"""Regions and their availability zones: GetRegions, where a zone is, and which host serves it.
+
+Source: Lightsail API reference, data type Region. What is in a region is known only there: names, key pairs, networks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, delete, insert, inspect, select
 
 from skysail.kit.config import Config
+from skysail.kit.errors import SkysailError, invalid_input
+from skysail.resources.names import GLOBAL
 from skysail.resources.request import Request
+from skysail.store.schema import contact_methods, disks, host_zones, instances, names
+
+# By the first part of a region's name.
+CONTINENTS = {"us": "NA", "ca": "NA", "sa": "SA", "eu": "EU", "ap": "AS"}
+# How many of the things that keep a region in the configuration are named.
+NAMED = 5
 
 
 class Regions:
@@ -21,11 +32,71 @@ class Regions:
         return {"GetRegions": self.list}
 
     def list(self, connection: Connection, request: Request) -> dict[str, Any]:
-        name = self._config.default_region
-        zones = [{"zoneName": name + letter, "state": "available"} for letter in self._config.zones]
+        zoned = request.params.get("includeAvailabilityZones")
         return {"regions": [{
-            "name": name, "displayName": "Skysail", "description": "This region runs on your own machines.",
-            "continentCode": "NA",
-            "availabilityZones": zones if request.params.get("includeAvailabilityZones") else [],
+            "name": name, "displayName": f"Skysail {name}", "description": "This region runs on your own machines.",
+            "continentCode": CONTINENTS[name.partition("-")[0]],
+            "availabilityZones": [{"zoneName": name + letter, "state": "available"} for letter in letters] if zoned else [],
             "relationalDatabaseAvailabilityZones": [],
-        }]}
+        } for name, letters in self._config.regions.items()]}
+
+
+def zone(config: Config, request: Request, name: str) -> str:
+    """The letter of the availability zone ``name`` of the caller's region; raises InvalidInputException."""
+    letters = config.regions[request.region]
+    there = ", ".join(request.region + letter for letter in letters)
+    for region, others in config.regions.items():
+        if name in {region + letter for letter in others}:
+            if region == request.region:
+                return name.removeprefix(region)
+            raise invalid_input(f"The availability zone {name} is in the region {region}; this request is for "
+                                f"{request.region}.", f"Zones of {request.region}: {there}")
+    raise invalid_input(f"The availability zone {name[:60]} does not exist here.", f"Zones of {request.region}: {there}")
+
+
+def zones_of(connection: Connection) -> dict[str, frozenset[str]]:
+    """The names of the zones that each host serves."""
+    found: dict[str, set[str]] = {}
+    for row in connection.execute(select(host_zones)):
+        found.setdefault(row.host_id, set()).add(row.region + row.zone)
+    return {host: frozenset(names) for host, names in found.items()}
+
+
+def serving(region: str) -> Any:
+    """The ids of the hosts that serve a zone of the region, as a query."""
+    return select(host_zones.c.host_id).where(host_zones.c.region == region)
+
+
+def serve(connection: Connection, host_id: str, regions: Mapping[str, Sequence[str]]) -> None:
+    """The host serves exactly these zones from now on. Raises SkysailError while rows hold something elsewhere."""
+    refuse_abandoning(connection, regions)
+    wanted = {(region, letter) for region, letters in regions.items() for letter in letters}
+    held = {(row.region, row.zone) for row in connection.execute(select(host_zones).where(host_zones.c.host_id == host_id))}
+    for region, letter in held - wanted:
+        connection.execute(delete(host_zones).where(host_zones.c.host_id == host_id, host_zones.c.region == region,
+                                                    host_zones.c.zone == letter))
+    for region, letter in sorted(wanted - held):
+        connection.execute(insert(host_zones).values(host_id=host_id, region=region, zone=letter))
+
+
+def refuse_abandoning(connection: Connection, regions: Mapping[str, Sequence[str]]) -> None:
+    """Raises SkysailError when a region or zone that is not among ``regions`` still holds what is somebody's. Reads databases
+    of older schemas too."""
+    known = set(inspect(connection).get_table_names())
+    held: dict[str, list[str]] = {}
+    if names.name in known:
+        for row in connection.execute(select(names).where(names.c.region.not_in((*regions, GLOBAL)))):
+            held.setdefault(f"the region {row.region}", []).append(f"{row.resource_type} {row.name}")
+    if contact_methods.name in known:
+        for row in connection.execute(select(contact_methods).where(contact_methods.c.region.not_in(regions))):
+            held.setdefault(f"the region {row.region}", []).append(f"contact method {row.protocol}")
+    for table in (instances, disks):
+        if table.name not in known:
+            continue
+        for row in connection.execute(select(table.c.region, table.c.zone, table.c.name)):
+            if row.zone not in regions.get(row.region, (row.zone,)):
+                held.setdefault(f"the zone {row.region}{row.zone}", []).append(row.name)
+    for place, found in sorted(held.items()):
+        told = ", ".join(sorted(found)[:NAMED]) + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
+        raise SkysailError(f"{place} cannot leave the configuration, for it holds {told}",
+                           "put it back into skysail.toml, or delete what is there first")

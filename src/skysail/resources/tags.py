@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, RowMapping, delete, insert, select
 
 from skysail.kit.clock import Clock
+from skysail.kit.config import Config
 from skysail.kit.errors import invalid_input, not_found
 from skysail.operations import history
 from skysail.resources import names
@@ -50,7 +51,8 @@ def of(connection: Connection, resource_ids: Sequence[str]) -> Tagged:
 class Tags:
     """The actions on tags."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, config: Config, clock: Clock) -> None:
+        self._config = config
         self._clock = clock
 
     def actions(self) -> dict[str, Callable[[Connection, Request], dict[str, Any]]]:
@@ -68,10 +70,12 @@ class Tags:
         return self._done(connection, request, resource)
 
     def _resource(self, connection: Connection, request: Request) -> RowMapping:
-        found = names.find(connection, request, request.params["resourceName"]) or names.find(
-            connection, names.everywhere(request), request.params["resourceName"])
+        name = request.params["resourceName"]
+        found = names.find(connection, request, name)
+        if found is None and request.region == self._config.default_region:  # where domains are managed
+            found = names.find(connection, names.everywhere(request), name)
         if found is None:
-            raise not_found(f"The resource does not exist: {request.params['resourceName']}")
+            raise not_found(f"The resource does not exist: {name}")
         return found
 
     def _done(self, connection: Connection, request: Request, resource: RowMapping) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """One instance's month. ``overage_usd`` is the list price of what it sent beyond its allowance."""
 
     instance: str
+    region: str
     month: str
     rx_bytes: int
     tx_bytes: int
@@ -39,12 +40,12 @@ def price(region: str) -> float:
     return OVERAGE_USD.get(region, OVERAGE_USD.get(region.partition("-")[0], OTHER_OVERAGE_USD))
 
 
-def usage(connection: Connection, month: str, region: str) -> list[Usage]:
+def usage(connection: Connection, month: str) -> list[Usage]:
     """Every instance that moved anything in ``month`` (as 2026-01), deleted ones too; by name."""
     rows = connection.execute(
         select(transfers, instances.c.created_at).outerjoin(instances, instances.c.id == transfers.c.instance_id)
         .where(transfers.c.month == month).order_by(transfers.c.instance_name, transfers.c.instance_id)).mappings()
-    return [_usage(row, price(region)) for row in rows]
+    return [_usage(row, price(row["region"])) for row in rows]
 
 
 def _usage(row: RowMapping, usd: float) -> Usage:
@@ -52,8 +53,9 @@ def _usage(row: RowMapping, usd: float) -> Usage:
     allowance = int(allowance_share(row["month"], row["created_at"]) * bundle["transferPerMonthInGb"] * GB) if bundle else 0
     # What came in uses the allowance up too, but never costs. Without a plan there is no allowance to be beyond of.
     beyond = max(0, min(row["tx_bytes"], row["rx_bytes"] + row["tx_bytes"] - allowance)) if bundle else 0
-    return Usage(instance=row["instance_name"], month=row["month"], rx_bytes=row["rx_bytes"], tx_bytes=row["tx_bytes"],
-                 allowance_bytes=allowance, overage_bytes=beyond, overage_usd=round(beyond / GB * usd, 2))
+    return Usage(instance=row["instance_name"], region=row["region"], month=row["month"], rx_bytes=row["rx_bytes"],
+                 tx_bytes=row["tx_bytes"], allowance_bytes=allowance, overage_bytes=beyond,
+                 overage_usd=round(beyond / GB * usd, 2))
 
 
 def allowance_share(month: str, created_at: float | None) -> float:

@@ -28,10 +28,21 @@ from skysail.hosts.collector import Collector
 from skysail.hosts.watch import Watch
 from skysail.kit.clock import Clock, SystemClock
 from skysail.kit.config import Config, load
+from skysail.kit.errors import SkysailError
 from skysail.notices.smtp import Smtp
 from skysail.notices.webhook import Webhook
 from skysail.operations.engine import Engine
-from skysail.resources import accounts, address_type_changes, disks, domains, lifecycle, metadata, metering, snapshot_rows
+from skysail.resources import (
+    accounts,
+    address_type_changes,
+    disks,
+    domains,
+    lifecycle,
+    metadata,
+    metering,
+    regions,
+    snapshot_rows,
+)
 from skysail.resources import alarms as alarm_rows
 from skysail.resources.access import Access
 from skysail.resources.address_type_changes import AddressTypes
@@ -69,8 +80,9 @@ SWEEP_SECONDS, SWEEP_PAUSE_SECONDS = 600.0, 0.2
 
 
 def initialise(config: Config, clock: Clock | None = None) -> None:
-    """Make the database, its keys, the endpoint's certificates and this machine's host row; idempotent. Touches nothing
-    outside of the controller's own folder."""
+    """Make the database, its keys, the endpoint's certificates and this machine's host row, which serves every zone of the
+    configuration; idempotent. Touches nothing outside of the controller's own folder. Raises SkysailError, with the rows as
+    they were, when the configuration no longer has a region or zone that is in use."""
     clock = clock or SystemClock()
     config.database.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     Vault.at(config.master_key)
@@ -81,10 +93,25 @@ def initialise(config: Config, clock: Clock | None = None) -> None:
     try:
         with database.transaction() as connection:
             if connection.execute(select(hosts.c.id).where(hosts.c.id == HOST)).first() is None:
-                connection.execute(insert(hosts).values(id=HOST, region=config.default_region, zone=config.zones[0],
-                                                        address=f"unix:{config.agent_socket}"))
+                connection.execute(insert(hosts).values(id=HOST, address=f"unix:{config.agent_socket}"))
+            regions.serve(connection, HOST, config.regions)
     finally:
         database.close()
+
+
+def refused(config: Config) -> tuple[str, str] | None:
+    """Why the cloud that is here cannot go on with this configuration, and the cure; None when it can. Changes nothing."""
+    if not config.database.exists():
+        return None
+    database = Database(config.database)
+    try:
+        with database.transaction(write=False) as connection:
+            regions.refuse_abandoning(connection, config.regions)
+    except SkysailError as unfit:
+        return unfit.what, unfit.cure
+    finally:
+        database.close()
+    return None
 
 
 def admin_credentials(config: Config, clock: Clock | None = None) -> dict[str, str]:
@@ -114,7 +141,7 @@ def action_table(config: Config, clock: Clock,
     nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), instances, disks.Disks(config, clock),
              InstanceSnapshots(config, clock, instances), DiskSnapshots(clock), PublicPorts(clock),
              InstanceMetadata(clock), AddressTypes(config, clock),
-             StaticIps(config, clock), Access(clock, vault), Tags(clock), Domains(config, clock), Metrics(clock),
+             StaticIps(config, clock), Access(clock, vault), Tags(config, clock), Domains(config, clock), Metrics(clock),
              Alarms(clock), ContactMethods(config, clock, confirmation_page(config)), OperationLog())
     return {name: action for noun in nouns for name, action in noun.actions().items()}
 
@@ -232,16 +259,23 @@ def build(config: Config, clock: Clock | None = None,
             committed()
 
     dispatcher = Dispatcher(action_table(config, clock, vault), transaction)
-    return application(dispatcher, find_secret, clock=clock, region=config.default_region, lifespan=lifespan,
+    return application(dispatcher, find_secret, clock=clock, regions=tuple(config.regions), lifespan=lifespan,
                        beside=(*confirmation.routes(database), prometheus.route(config, database)))
 
 
 def main() -> None:
     """Serve the cloud in ``$SKYSAIL_DATA`` until told to stop. With ``--prepare``, only make what is missing and print the
-    authority's certificate as JSON; with ``--prepare --admin-key`` a new admin key, too."""
+    authority's certificate as JSON; with ``--prepare --admin-key`` a new admin key, too. With ``--check``, change nothing,
+    and print as JSON what keeps the configuration from being used, and its cure, or null."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     config = load()
-    initialise(config)
+    if "--check" in sys.argv:
+        sys.stdout.write(json.dumps(refused(config)))
+        return
+    try:
+        initialise(config)
+    except SkysailError as unfit:
+        sys.exit(f"{unfit.what}; cure: {unfit.cure}")
     if "--prepare" in sys.argv:
         sys.stdout.write(json.dumps({
             "authority": Certificates(config.certificates).authority.read_text() if config.secure else "",

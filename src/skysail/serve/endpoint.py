@@ -36,8 +36,12 @@ def credentials(config: Config) -> tuple[str, str]:
 
 
 def environment(config: Config) -> dict[str, str]:
-    """What points any AWS client at this cloud."""
+    """What points any AWS client at this cloud, and ``dig`` at its name server."""
     key, secret = credentials(config)
-    trusted = authority(config)
-    return {"AWS_ENDPOINT_URL_LIGHTSAIL": url(config), "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret,
-            "AWS_DEFAULT_REGION": config.default_region} | ({"AWS_CA_BUNDLE": str(trusted)} if trusted else {})
+    told = {"AWS_ENDPOINT_URL_LIGHTSAIL": url(config), "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_DEFAULT_REGION": config.default_region}
+    if (trusted := authority(config)) is not None:
+        told["AWS_CA_BUNDLE"] = str(trusted)
+    if config.powerdns:
+        told |= {"SKYSAIL_DNS_ADDRESS": config.dns_listen, "SKYSAIL_DNS_PORT": str(config.dns_port)}
+    return told

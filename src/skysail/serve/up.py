@@ -42,6 +42,7 @@ def up(config: Config, progress: Progress) -> None:
     ensure_user(config)
     ensure_folders(config)
     digest = install_program(config)
+    check_configuration(config, digest)
     blueprints.ensure_first(config, progress)
     for name in programs.names(config):
         # The name server goes on through an upgrade of ours: only its own configuration makes it start again.
@@ -144,6 +145,16 @@ def install_program(config: Config) -> str:
         shutil.rmtree(target, ignore_errors=True)
         fresh.rename(target)
     return digest
+
+
+def check_configuration(config: Config, digest: str) -> None:
+    """Raises :class:`SkysailError` when this cloud cannot go on with its configuration, before anything of it is stopped.
+    Looked at as the controller's user, whose database it is."""
+    if config.database.exists() and not programs.current(config, "controller", digest):
+        told = json.loads(process.run([*programs.command(config, "controller"), "--check"], env=programs.environment(config),
+                                      timeout=300))
+        if told is not None:
+            raise SkysailError(*told)
 
 
 def initialise_store(config: Config, progress: Progress) -> None:

@@ -21,7 +21,7 @@ def of_month(config: Config, month: str = "") -> list[transfer.Usage]:
     database = Database(config.database)
     try:
         with database.transaction(write=False) as connection:
-            return transfer.usage(connection, month, config.default_region)
+            return transfer.usage(connection, month)
     finally:
         database.close()
 
@@ -30,6 +30,6 @@ def summary(used: transfer.Usage) -> dict[str, str]:
     """For a table: gigabytes and dollars."""
     def gigabytes(size: int) -> str:
         return f"{size / transfer.GB:.2f} GB"
-    return {"instance": used.instance, "in": gigabytes(used.rx_bytes), "out": gigabytes(used.tx_bytes),
+    return {"instance": used.instance, "region": used.region, "in": gigabytes(used.rx_bytes), "out": gigabytes(used.tx_bytes),
             "allowance": gigabytes(used.allowance_bytes), "overage": gigabytes(used.overage_bytes),
             "price": f"{used.overage_usd:.2f} USD"}

@@ -18,6 +18,7 @@ from skysail.store.schema import (
     domain_entries,
     domains,
     guests,
+    host_zones,
     measurements,
     metadata,
     meters,
@@ -42,7 +43,7 @@ def _operations_by_page(connection: Connection) -> None:
 
 def _guests_with_ipv6(connection: Connection) -> None:
     # A database made by this version has it from the foundation on; SQLite adds no unique column, so the index is apart.
-    if "public_ipv6" not in {row[1] for row in connection.exec_driver_sql("PRAGMA table_info(guests)")}:
+    if "public_ipv6" not in _columns(connection, "guests"):
         connection.exec_driver_sql("ALTER TABLE guests ADD COLUMN public_ipv6 VARCHAR(39)")
     next(index for index in guests.indexes if index.unique).create(connection, checkfirst=True)
 
@@ -75,16 +76,31 @@ def _metrics(connection: Connection) -> None:
 def _disks_and_snapshots(connection: Connection) -> None:
     for table in (disks, snapshots):
         table.create(connection, checkfirst=True)
-    held = {row[1] for row in connection.exec_driver_sql("PRAGMA table_info(guests)")}
+    held = _columns(connection, "guests")
     for column, words in (("origin", "JSON"), ("iops", "INTEGER DEFAULT '0' NOT NULL"),
                           ("observed_disks", "JSON DEFAULT '[]' NOT NULL")):
         if column not in held:
             connection.exec_driver_sql(f"ALTER TABLE guests ADD COLUMN {column} {words}")
 
 
+def _regions(connection: Connection) -> None:
+    host_zones.create(connection, checkfirst=True)
+    home = ""
+    if "zone" in _columns(connection, "hosts"):  # each host was in one zone of the only region
+        home = connection.exec_driver_sql("SELECT region FROM hosts ORDER BY id LIMIT 1").scalar() or ""
+        connection.exec_driver_sql("INSERT INTO host_zones (host_id, region, zone) SELECT id, region, zone FROM hosts")
+        for column in ("region", "zone"):
+            connection.exec_driver_sql(f"ALTER TABLE hosts DROP COLUMN {column}")
+    for table, column in (("domain_entries", "alias_region"), ("transfers", "region")):
+        if column not in _columns(connection, table):
+            connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} VARCHAR(32) DEFAULT '' NOT NULL")
+    connection.exec_driver_sql("UPDATE domain_entries SET alias_region = ? WHERE alias != '' AND alias_region = ''", (home,))
+    connection.exec_driver_sql("UPDATE transfers SET region = ? WHERE region = ''", (home,))
+
+
 def _metadata_options(connection: Connection) -> None:
     for table, column in (("instances", "metadata_options"), ("guests", "observed_metadata")):
-        if column not in {row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({table})")}:
+        if column not in _columns(connection, table):
             connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} JSON")
     # Documents say more of each guest from here on.
     connection.exec_driver_sql("UPDATE hosts SET generation = generation + 1")
@@ -106,9 +122,13 @@ def _guests_without_public_ipv4(connection: Connection) -> None:
     connection.exec_driver_sql("UPDATE hosts SET generation = generation + 1")
 
 
+def _columns(connection: Connection, table: str) -> set[str]:
+    return {row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({table})")}
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts,
-    _metrics, _disks_and_snapshots, _metadata_options,
+    _metrics, _disks_and_snapshots, _regions, _metadata_options,
     _guests_without_public_ipv4)
 
 

@@ -89,8 +89,6 @@ key_pairs = Table(
 hosts = Table(
     "hosts", metadata,
     Column("id", String(64), primary_key=True),
-    Column("region", String(32), nullable=False),
-    Column("zone", String(4), nullable=False),
     Column("address", String, nullable=False),
     Column("generation", Integer, nullable=False, default=1),
     Column("observed_generation", Integer, nullable=False, default=0),
@@ -99,6 +97,14 @@ hosts = Table(
     Column("disk_gib", Integer, nullable=False, default=0),
     Column("accelerator", String(16), nullable=False, default=""),
     Column("seen_at", Float),
+)
+
+# The availability zones that a host serves: one machine may serve all of a cloud's, and many machines one.
+host_zones = Table(
+    "host_zones", metadata,
+    Column("host_id", ForeignKey("hosts.id"), primary_key=True),
+    Column("region", String(32), primary_key=True),
+    Column("zone", String(4), primary_key=True),
 )
 
 images = Table(
@@ -259,7 +265,7 @@ domains = Table(
 )
 
 # ``target`` is what the customer wrote, ``record`` what it means to a name server; an alias has the name of a resource
-# in ``alias`` and no record of its own.
+# in ``alias``, its region in ``alias_region``, and no record of its own.
 domain_entries = Table(
     "domain_entries", metadata,
     Column("id", String(64), primary_key=True),
@@ -269,6 +275,7 @@ domain_entries = Table(
     Column("target", String, nullable=False),
     Column("record", String, nullable=False, default=""),
     Column("alias", String(255), nullable=False, default=""),
+    Column("alias_region", String(32), nullable=False, default="", server_default=""),
     Column("ttl", Integer, nullable=False),
     Index("ix_domain_entries_listing", "domain_id", "name", "type"),
 )
@@ -319,6 +326,7 @@ transfers = Table(
     Column("account_id", ForeignKey("accounts.id"), nullable=False),
     Column("instance_name", String(255), nullable=False),
     Column("bundle_id", String(64), nullable=False, default=""),
+    Column("region", String(32), nullable=False, default="", server_default=""),
     Column("rx_bytes", Integer, nullable=False, default=0),
     Column("tx_bytes", Integer, nullable=False, default=0),
 )

@@ -1,0 +1,73 @@
+"""A newcomer at an empty machine: a data folder with nothing but a configuration, and a shell that runs what the
+documentation says, letter by letter."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from clouds import RealCloud, ensure_image, taken_slot
+from conftest import keep_evidence
+from skysail.serve import processes
+
+ROOT = Path(__file__).parent.parent
+
+
+def commands(page: str, heading: str = "") -> str:
+    """The shell commands of ``page``, a path below the checkout; with a ``heading``, the first block below that one alone."""
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```$", text[text.index(f"\n## {heading}\n"):] if heading else text, re.M | re.S)
+    return blocks[0] if heading else "".join(blocks)
+
+
+class Newcomer(RealCloud):
+    """One cloud's owner to be, whose shell stands in the checkout."""
+
+    def shell(self, script: str, seconds: float = 900) -> str:
+        """What ``script`` prints; it ends at its first failure. ``sudo`` is not there where root works without it."""
+        desk = self.folder / "desk"
+        desk.mkdir(exist_ok=True)
+        for name in ("src", "bench"):
+            if (ROOT / name).exists() and not (desk / name).exists():
+                (desk / name).symlink_to(ROOT / name)
+        (desk / "skysail").unlink(missing_ok=True)
+        (desk / "skysail").symlink_to(ROOT / "skysail")
+        sudo = self.folder / "bin" / "sudo"
+        sudo.parent.mkdir(exist_ok=True)
+        sudo.write_text('#!/bin/sh\nexec "$@"\n')
+        sudo.chmod(0o755)
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=desk, capture_output=True, text=True,
+                              timeout=seconds, check=False, env={
+                                  **{name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
+                                  "PATH": f"{sudo.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+                                  "SKYSAIL_DATA": str(self.folder), "SKYSAIL_VENV": sys.prefix})
+        assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+
+@contextmanager
+def newcomer(*blueprints: str) -> Iterator[Newcomer]:
+    """Somebody with an empty data folder, beside whom the images of ``blueprints`` are there already; what was started goes
+    at the end, and evidence stays of what failed."""
+    for blueprint in ("debian_12", *blueprints):
+        ensure_image(blueprint)
+    folder = Path(tempfile.mkdtemp(prefix="sky"))
+    with taken_slot() as slot:
+        made = Newcomer(folder, slot, dns="powerdns")
+        try:
+            yield made
+        except BaseException:
+            keep_evidence(made, ROOT / "evidence" / "newcomer")
+            raise
+        finally:
+            for name in ("controller", "agent", "dns"):
+                processes.stop(made.config, name)
+            made.remove()
+            shutil.rmtree(folder, ignore_errors=True)
