@@ -44,7 +44,8 @@ PARSER = create_parser("json")
 PUBLIC = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIF2m8aRUjlgguGgM0SKcCUSWRFEGlsgghemMG8sJNa1f desk"
 # What a value may be by the name of its member (the end of it, in lower case): things that exist, or could.
 REAL = {"instancename": ["web-1", "web-2"], "instancenames": ["new-1", "new.2", "web-1"], "blueprintid": ["debian_12"],
-        "bundleid": ["nano_3_0", "micro_1_0"], "availabilityzone": ["us-east-1a", "us-east-1b"], "cidrs": ["192.0.2.0/24"],
+        "bundleid": ["nano_3_0", "micro_1_0", "nano_ipv6_3_0"],
+        "availabilityzone": ["us-east-1a", "us-east-1b"], "cidrs": ["192.0.2.0/24"],
         "keypairname": ["laptop", "desk", "LightsailDefaultKeyPair"],
         "resourcename": ["web-1", "web-2", "laptop", "example.com"],
         "publickeybase64": [PUBLIC], "ipv6cidrs": ["2001:db8::/32"], "cidrlistaliases": ["lightsail-connect"],

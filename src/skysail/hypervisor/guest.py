@@ -321,7 +321,7 @@ class QemuGuest:
         volume = await self._shop.make_volume(guest.volume, Path(parents[0]), guest.volume.size_gib << 30,
                                               self.record.uid)
         await self._cold(guest, volume)
-        self.save(made=True)
+        self.save(made=True, ipv6=self._shop.around().ipv6(guest))
 
     async def _write_seed(self, guest: Guest, image: Image) -> None:
         if image.ours:
@@ -350,6 +350,7 @@ class QemuGuest:
                                 memory_mib=qemu.TEMPLATE_MEMORY_MIB)
         monitor = await self._spawn(guest, machine)
         self._stages["spawned"] = time.monotonic() - began
+        around = self._shop.around()
         # Connected before the restore, as it was when the template was saved: the personaliser's read never ends.
         channel = await Channel.connect(self.folder / "run" / "clone.sock")
         try:
@@ -359,14 +360,13 @@ class QemuGuest:
             await disks.throttle(monitor, disks.SYSTEM, guest.iops)
             await monitor.execute("cont")
             self._stages["running"] = time.monotonic() - began
-            answer = await channel.ask(
-                personality.message(guest, self.record.identity, self._shop.around()), CLONE_SECONDS)
+            answer = await channel.ask(personality.message(guest, self.record.identity, around), CLONE_SECONDS)
         finally:
             channel.close()
         if not answer.get("ready"):
             raise SkysailError(f"the clone could not take its identity: {answer}")
         # From here on its identity is on its disk (the personaliser synced it): never again thrown away.
-        self.save(made=True, grown=False)
+        self.save(made=True, grown=False, ipv6=around.ipv6(guest))
         self._stages["personalised"] = time.monotonic() - began
         await self._grow(guest, monitor)
         self._stages["grown"] = time.monotonic() - began

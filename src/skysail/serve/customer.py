@@ -85,6 +85,8 @@ def login(access: dict[str, Any], folder: Path, command: list[str]) -> list[str]
     _private(hosts, "\n".join(lines))
     return ["ssh", "-F", "none", "-i", str(identity), "-o", f"CertificateFile={identity}-cert.pub",
             "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none", "-o", f"UserKnownHostsFile={hosts}",
+            # ssh would look for an IPv6 address in its shortest form.
+            "-o", f"HostKeyAlias={address}",
             "-o", f"StrictHostKeyChecking={'yes' if lines else 'accept-new'}", "-o", "LogLevel=ERROR",
             f"{access['username']}@{address}", *command]
 
