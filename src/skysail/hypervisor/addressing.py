@@ -16,7 +16,8 @@ from skysail.hypervisor.qmp import Gone, Refused
 
 FILE = "/etc/systemd/network/10-skysail.network"
 APPLY_SECONDS = 60.0
-# Replaced by a rename. networkd applies a changed file to its link, and leaves what did not change as it is.
+# Replaced by a rename. networkd leaves the addresses that a file had before (KeepConfiguration), so those go by hand, and the
+# new ones come at once.
 _SCRIPT = """set -e
 test -e {file}
 cat > {file}.skysail <<'END'
@@ -25,6 +26,8 @@ chmod 644 {file}.skysail
 mv {file}.skysail {file}
 sync
 networkctl reload
+set +e
+{steps}exit 0
 """
 
 
@@ -39,15 +42,28 @@ def network(guest: Guest, around: Surroundings) -> str:
     return text
 
 
-async def tell(agent: Path, text: str) -> bool:
-    """Have the guest behind the socket ``agent`` go by this configuration from now on; whether it does. A guest whose owner
-    removed the agent, or keeps it from running programs, does not."""
+def _script(guest: Guest, around: Surroundings, former: str) -> str:
+    ipv6, route = around.ipv6(guest), f"default via {around.gateway_ipv6 or 'fe80::1'} dev eth0"
+    steps = ""
+    if former and former != ipv6:
+        steps += f"ip -6 address del {former} dev eth0\n"
+    if ipv6:
+        steps += ("echo 0 > /proc/sys/net/ipv6/conf/eth0/disable_ipv6\n"
+                  f"ip -6 address replace {ipv6} dev eth0 nodad\nip -6 route replace {route} onlink\n")
+    else:
+        steps += f"ip -6 route del {route}\n"
+    return _SCRIPT.format(file=FILE, text=network(guest, around), steps=steps)
+
+
+async def tell(agent: Path, guest: Guest, around: Surroundings, former: str) -> bool:
+    """Have the guest behind the socket ``agent`` go by its present configuration, in place of one with the IPv6 address
+    ``former``; whether it does. One whose owner removed the agent, or keeps it from running programs, does not."""
     channel = await reach(agent)
     if channel is None:
         return False
     try:
         started = await channel.ask({"execute": "guest-exec", "arguments": {
-            "path": "/bin/sh", "arg": ["-c", _SCRIPT.format(file=FILE, text=text)]}}, ANSWER_SECONDS)
+            "path": "/bin/sh", "arg": ["-c", _script(guest, around, former)]}}, ANSWER_SECONDS)
         end = time.monotonic() + APPLY_SECONDS
         while time.monotonic() < end:
             seen = await channel.ask({"execute": "guest-exec-status", "arguments": {"pid": started["pid"]}}, ANSWER_SECONDS)

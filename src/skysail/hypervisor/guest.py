@@ -206,8 +206,9 @@ class QemuGuest:
         wanted = around.ipv6(guest)
         if self.record.ipv6 == wanted:
             return
-        told = self.record.ipv6 is None or not self.image(guest.volume.image).ours
-        if told or await addressing.tell(self.agent, addressing.network(guest, around)):
+        former = self.record.ipv6
+        told = former is None or not self.image(guest.volume.image).ours
+        if told or await addressing.tell(self.agent, guest, around, former or ""):
             self.save(ipv6=wanted)
         else:
             log.warning("guest %s does not take on the address %s: its agent does not do it", guest.id, wanted or "''")
