@@ -135,23 +135,23 @@ class RealCloud(Cloud):
     def __init__(self, folder: Path, slot: int, more: str = "", dns: str = "sim") -> None:
         super().__init__(folder, real_settings(slot, dns) + more)
 
-    def launch(self, *names: str, blueprint: str = "debian_12", bundle: str = "nano_3_0",
+    def launch(self, *names: str, blueprint: str = "debian_12", bundle: str = "nano_3_0", region: str = "us-east-1",
                **more: Any) -> list[dict[str, Any]]:
         """Create instances, wait until all run, and return them in the order of ``names``."""
-        client = self.client()
+        client = self.client(region=region)
         eventually(lambda: blueprint in {found["blueprintId"] for found in client.get_blueprints()["blueprints"]}, 30,
                    f"{blueprint} is ready")
         operations = client.create_instances(
-            instanceNames=list(names), availabilityZone="us-east-1a", blueprintId=blueprint, bundleId=bundle,
+            instanceNames=list(names), availabilityZone=f"{region}a", blueprintId=blueprint, bundleId=bundle,
             **more)["operations"]
         for operation in operations:
-            self.settled(operation["id"], 300)
+            self.settled(operation["id"], 300, region)
         return [client.get_instance(instanceName=name)["instance"] for name in names]
 
-    def settled(self, operation: str, seconds: float = 120) -> None:
+    def settled(self, operation: str, seconds: float = 120, region: str = "us-east-1") -> None:
         """The operation ends well."""
         def ended() -> dict[str, Any] | None:
-            found: dict[str, Any] = self.client().get_operation(operationId=operation)["operation"]
+            found: dict[str, Any] = self.client(region=region).get_operation(operationId=operation)["operation"]
             return found if found["isTerminal"] else None
         found = eventually(ended, seconds, f"operation {operation} ends")
         assert found["status"] == "Succeeded", found
@@ -175,10 +175,10 @@ class RealCloud(Cloud):
             for operation in self.client().delete_instance(instanceName=name)["operations"]:
                 self.settled(operation["id"])
 
-    def ssh(self, name: str, command: str, seconds: float = 120) -> str:
+    def ssh(self, name: str, command: str, seconds: float = 120, region: str = "us-east-1") -> str:
         """What ``command`` prints in the guest, logged in to by certificate; the login is tried for ``seconds``."""
         def tried() -> str | None:
-            done = subprocess.run([sys.executable, "-m", "skysail.cli.main", "ssh", name, "--", command],
+            done = subprocess.run([sys.executable, "-m", "skysail.cli.main", "ssh", "--region", region, name, "--", command],
                                   env={**os.environ, "SKYSAIL_DATA": str(self.folder)}, capture_output=True, text=True,
                                   timeout=seconds)
             # 255 is ssh's own failure; anything else is the command's. An instance may not be back yet.
@@ -199,7 +199,8 @@ def real_settings(slot: int, dns: str = "sim") -> str:
     """The configuration of a cloud of real guests in ``slot``, beside others on this machine; tests that need a name server
     start one."""
     return (f'engines = "real"\ndns = "{dns}"\nnamespace = "skytest{slot}"\nlink = "skytest{slot}"\n'
-            f'transit = "100.115.90.{4 * slot}/30"\npublic_pool = "100.115.{100 + slot}.0/24"\n'
+            f'transit = "100.115.90.{4 * slot}/30"\n'
+            f'private_network = "172.26.{16 * slot}.0/20"\npublic_pool = "100.115.{100 + slot}.0/24"\n'
             f'dns_port = {5310 + 2 * slot}\ndns_api_port = {5311 + 2 * slot}\n'
             f'public_ipv6 = "fd53:6b79:7361:{0x100 + slot:x}::/64"\n'
             f'guest_uid_base = {2_000_000 + 100_000 * slot}\nimages = "{CACHE}/images"\ntemplates = "{CACHE}/templates"\n')

@@ -24,7 +24,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from clouds import Cloud, RealCloud, eventually, running_real_cloud
 from skysail.hypervisor import confinement
-from skysail.hypervisor.guest import Record
+from skysail.hypervisor.record import Record
 from skysail.images import foreign
 from skysail.images.library import Library
 from skysail.kit.config import load
@@ -38,9 +38,10 @@ TINY = bytes.fromhex("fabaf803b042eeb00aeeba0206b80001efba0006eda900017410baf803
 
 
 @contextlib.contextmanager
-def running_tiny_cloud() -> Iterator[RealCloud]:
-    """A cloud of real QEMU processes with the tiny system, from an image library of its own."""
-    with running_real_cloud() as made:
+def running_tiny_cloud(more: str = "") -> Iterator[RealCloud]:
+    """A cloud of real QEMU processes with the tiny system, from an image library of its own; ``more`` goes to
+    skysail.toml."""
+    with running_real_cloud(more=more) as made:
         made.stop()
         settings = (made.folder / "skysail.toml").read_text()
         for name, former in (("images", made.config.images_dir), ("templates", made.config.templates_dir)):
@@ -72,9 +73,9 @@ def rows(cloud: Cloud, query: str, *values: object) -> list[dict[str, Any]]:
         return [dict(row) for row in connection.execute(query, values)]
 
 
-def inventory(cloud: Cloud) -> dict[str, list[str]]:
+def inventory(cloud: Cloud) -> dict[str, Any]:
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(cloud.config.agent_socket)), timeout=30) as http:
-        found: dict[str, list[str]] = http.get("http://agent/inventory").json()
+        found: dict[str, Any] = http.get("http://agent/inventory").json()
         return found
 
 
@@ -109,6 +110,12 @@ def leaks(cloud: Cloud) -> list[str]:
     wanted = {"guests": set(guests), "snapshots": snapshots}
     if isinstance(cloud, RealCloud):
         wanted["volumes"] = set(guests) | disks
+    peered = {row["number"]: row["account_id"] for row in rows(cloud, "SELECT * FROM networks WHERE peered")}
+    for guest, numbers in held["reached_by"].items():
+        own = guests[guest]["network"] if guest in guests else 0
+        joined = {own, *(number for number in peered if own in peered and peered[number] == peered[own])}
+        if set(numbers) != joined:
+            found.append(f"{guest} is reached by networks {numbers}, by the rows by {joined}")
     found += [f"{kind} {held[kind]} for rows {sorted(rows)}" for kind, rows in wanted.items() if set(held[kind]) != rows]
     if not running <= set(held["ports"]) <= set(guests):
         found.append(f"ports {held['ports']} for rows {sorted(guests)}, of which run {sorted(running)}")

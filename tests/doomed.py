@@ -28,17 +28,23 @@ from typing import Any
 DATA = Path(os.environ["SKYSAIL_DATA"])
 # In this order: a function is wrapped before other modules take its name.
 EFFECTS = (
-    "skysail.kit.process:run", "skysail.kit.process:kill", "shutil:rmtree", "os:chown", "os:chmod", "os:unlink", "os:rename",
-    "os:replace", "os:mkdir", "skysail.kit.durable:replace",
+    "skysail.kit.process:run", "skysail.kit.process:run_while_wanted", "skysail.kit.process:kill",
+    "shutil:rmtree", "os:chown", "os:chmod", 
+    "os:unlink", "os:rename", "os:replace", "os:mkdir",
+    "os:link",
+    "skysail.kit.durable:replace",
     "skysail.agent.ledger:Ledger.write", "skysail.agent.traffic:Traffic._write",
     "skysail.agent.samples:SampleLog.append", "skysail.agent.keeper:Keeper._say",
     "skysail.storage.files:_finish", "skysail.storage.files:FilePool.remove",
     "skysail.network.linux:LinuxFabric.apply", "skysail.network.links:ensure_taps", "skysail.network.links:open_tap",
     "skysail.hypervisor.confinement:spawn", "skysail.hypervisor.confinement:limit",
-    "skysail.hypervisor.confinement:release", "skysail.metadata.process:spawn", "skysail.metadata.process:Answerer._tell",
+    "skysail.hypervisor.confinement:release",
+    "skysail.metadata.process:spawn", "skysail.metadata.process:Answerer._tell",
+    "skysail.hypervisor.confinement:unbound", "skysail.hypervisor.confinement:rebind",
     "skysail.hypervisor.process:prepare", "skysail.hypervisor.process:trim_serial",
     "skysail.hypervisor.personality:write_seed", "skysail.hypervisor.qmp:Monitor.execute",
-    "skysail.hypervisor.qmp:Channel.ask", "skysail.hypervisor.guest:QemuGuest.save",
+    "skysail.hypervisor.qmp:Channel.ask", "skysail.hypervisor.qmp:Channel.ask_all",
+    "skysail.hypervisor.guest:QemuGuest.save",
 )
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.chown", "os.link", "os.symlink", "os.truncate",
            "os.utime", "os.kill", "subprocess.Popen", "shutil.rmtree", "shutil.copyfile"}
@@ -78,7 +84,9 @@ def _named(function: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str 
     if function.endswith(("Monitor.execute", "Channel.ask")):
         command = args[1] if isinstance(args[1], str) else args[1].get("execute", "a message")
         return None if command.startswith("query-") or command == "guest-ping" else f"{function} {command}"
-    if function.endswith("process:run"):
+    if function.endswith("Channel.ask_all"):
+        return " ".join([function, *(request["execute"] for request in args[1:])])
+    if function.endswith(("process:run", "process:run_while_wanted")):
         return f"{function} {args[0][0]}"
     # A record is named by what changes in it.
     return " ".join([function, *kwargs]) if function.endswith("save") else function

@@ -17,12 +17,12 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 from pyroute2 import IPRoute
 
-from skysail.contract.document import Port
+from skysail.contract.document import Network, Port
 from skysail.network import links
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import GATEWAY_IPV6, MTU, Layout
@@ -264,8 +264,8 @@ class Stage:
         made.address("eth0", there6, 64)
         return made
 
-    def apply(self, *ports: Port) -> None:
-        within(self.machine.namespace, lambda: self.fabric.apply(ports))
+    def apply(self, *ports: Port, networks: Sequence[Network] = ()) -> None:
+        within(self.machine.namespace, lambda: self.fabric.apply(ports, networks))
 
     def guest(self, port: Port) -> Guest:
         """Start a guest at a port that was applied."""

@@ -28,7 +28,7 @@ def bench(*words: str) -> dict[str, Any]:
 def test_an_unknown_benchmark_is_refused_with_the_names_of_those_there_are() -> None:
     done = subprocess.run([ROOT / "skysail", "bench", "../skysail"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "api density launch" in done.stderr
+    assert "address api density dns firewall launch" in done.stderr
 
 
 def test_api() -> None:
@@ -56,3 +56,38 @@ def test_density() -> None:
     figures = bench("density", "--clones", "2", "--idle", "1")
     assert 0 < figures["private_mib"] < figures["cold"]["private"]
     assert figures["shared_mib"] > 0
+
+
+@pytest.mark.real
+def test_firewall() -> None:
+    figures = bench("firewall", "--instances", "20", "--changes", "3")
+    assert figures["instances"] == 20
+    assert 0 < figures["skysail"]["median_ms"] <= figures["skysail"]["max_ms"]
+
+
+@pytest.mark.real
+def test_dns() -> None:
+    figures = bench("dns", "--changes", "20", "--clients", "2", "--single", "2", "--entries", "50", "--rounds", "1")
+    for peer in ("skysail", "powerdns"):
+        assert figures[peer]["changes_per_second"] > 0
+        assert 0 < figures[peer]["seen_median_ms"] <= figures[peer]["seen_max_ms"]
+        assert figures[peer]["large_zone_ms"] > 0
+
+
+@pytest.mark.real
+def test_address() -> None:
+    figures = bench("address", "--moves", "2", "--instances", "6", "--others", "3")
+    assert figures["broken"] == 0
+    assert 0 < figures["skysail"]["gap_ms_median"] <= figures["gap_ms_max"]
+    assert figures["iproute2"]["asked"] > 0
+
+
+@pytest.mark.real
+def test_snapshot() -> None:
+    figures = bench("snapshot", "--gib", "1", "--written", "0.2", "--snapshots", "1", "--restores", "1")
+    (taken,) = figures["by_gib"].values()
+    assert 0 < taken["freeze_ms"] == figures["freeze_ms_max"]
+    assert 0 < taken["guest_stall_ms"] == figures["guest_stall_ms_max"]
+    assert taken["freeze_ms"] < 1000 * taken["snapshot_seconds"]
+    assert (taken["disk_gib"], taken["written_gib"]) == (8, 0.2)
+    assert figures["ratio"] == figures["plain_seconds"] / figures["restore_seconds"]

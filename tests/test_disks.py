@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from clouds import Cloud, eventually, running_cloud
+from crashing import rows
 from test_instances import error, launch, state
 
 GOOD = {"availabilityZone": "us-east-1a", "sizeInGb": 8}
@@ -63,8 +64,8 @@ def test_the_life_of_a_disk(cloud: Cloud) -> None:
     assert {one["status"] for one in answer["operations"]} == {"Started"}
     ended(client, answer)
     held = disk(client, "data")
-    assert (held["state"], held["attachedTo"], held["path"], held["attachmentState"]) == (
-        "in-use", "one", "/dev/xvdf", "attached")
+    assert (held["state"], held["attachedTo"], held["path"], held["attachmentState"], held["autoMountStatus"]) == (
+        "in-use", "one", "/dev/xvdf", "attached", "NotMounted")
     shown = client.get_instance(instanceName="one")["instance"]["hardware"]["disks"]
     assert [(one["path"], one["isSystemDisk"]) for one in shown] == [("/dev/vda", True), ("/dev/xvdf", False)]
 
@@ -75,9 +76,10 @@ def test_the_life_of_a_disk(cloud: Cloud) -> None:
     stopped(client, "one")
     ended(client, client.detach_disk(diskName="data"))
     assert disk(client, "data")["state"] == "available" and "path" not in disk(client, "data")
-    ended(client, client.attach_disk(diskName="data", instanceName="one", diskPath="/dev/xvdz"))
+    ended(client, client.attach_disk(diskName="data", instanceName="one", diskPath="/dev/xvdz", autoMounting=True))
+    assert disk(client, "data")["autoMountStatus"] == "Pending"
     ended(client, client.start_instance(instanceName="one"))
-    assert disk(client, "data")["attachmentState"] == "attached"
+    assert (disk(client, "data")["attachmentState"], disk(client, "data")["autoMountStatus"]) == ("attached", "Mounted")
 
     answer = client.delete_instance(instanceName="one")
     assert [one["operationType"] for one in answer["operations"]] == ["DeleteInstance", "DetachDisk"]
@@ -152,6 +154,9 @@ def test_a_snapshot_and_what_is_made_of_it(cloud: Cloud) -> None:
     ended(client, client.start_instance(instanceName="two"))
     again = snapshot(client, "two", "snap")
     assert again["state"] == "available"
+    # And what they need of it moves up to them.
+    eventually(lambda: len(rows(cloud, "SELECT id FROM snapshots")) == 1, 60, "what nobody wants any more goes")
+    assert {row["origin"] for row in rows(cloud, "SELECT origin FROM guests UNION SELECT origin FROM disks")} == {"null"}
 
 
 def test_a_smaller_disk_is_refused(cloud: Cloud) -> None:

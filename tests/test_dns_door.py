@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from clouds import eventually
 from name_servers import NameServer, free_port
 from skysail.agent.zones import ZoneKeeper
-from skysail.contract.document import RecordSet, Zone
+from skysail.contract.document import SOA_TIMES, RecordSet, Zone
 from skysail.dns import NameServerAway, Zones
 from skysail.dns.powerdns import PowerDns
 from skysail.dns.sim import SimZones
@@ -214,6 +214,39 @@ def test_a_zone_of_which_only_the_beginning_is_there_is_made_whole(power: NameSe
     assert power.dig("www.half.test", "A") == "192.0.2.1\n"
     assert run(power.zones().apply(whole)).serial == 100
     run(power.zones().remove("half.test."))
+
+
+@pytest.mark.real
+def test_a_zone_with_the_serial_that_it_was_left_with_is_believed_when_asked_to(power: NameServer) -> None:
+    def stranger(address: str, serial: int) -> None:
+        soa = f"ns1.skysail.internal. hostmaster.believed.test. {serial} {SOA_TIMES}"
+        httpx.patch(f"http://127.0.0.1:{power.config.dns_api_port}/api/v1/servers/localhost/zones/believed.test.", timeout=30,
+                    headers={"X-API-Key": power.config.dns_key_file.read_text()}, json={"rrsets": [
+                        {"name": name, "type": kind, "ttl": 60, "changetype": "REPLACE", "records": [
+                            {"content": content, "disabled": False}]} for name, kind, content in (
+                            ("www.believed.test.", "A", address), ("believed.test.", "SOA", soa))]}).raise_for_status()
+
+    async def look() -> None:
+        zones, mine = power.zones(), a("www.believed.test.", "192.0.2.1")
+        for believing in (True, False, True):  # the first time there is nothing to believe
+            assert (await zones.apply(zone("believed.test.", mine), believing)).serial == 100
+        stranger("198.51.100.1", 100)
+        more = zone("believed.test.", mine, a("more.believed.test.", "192.0.2.2"), serial=101)
+        await zones.apply(more, True)
+        assert power.dig("more.believed.test", "A") == "192.0.2.2\n"
+        assert power.dig("www.believed.test", "A") == "198.51.100.1\n", "believed"
+        await zones.apply(more)
+        assert power.dig("www.believed.test", "A") == "192.0.2.1\n", "it was read"
+        stranger("198.51.100.1", 500)
+        assert (await zones.apply(more, True)).serial == 501
+        assert power.dig("www.believed.test", "A") == "192.0.2.1\n", "another serial is not believed"
+        await zones.apply(zone("believed.test.", mine, serial=600), True)
+        assert power.dig("more.believed.test", "A") == ""
+        await zones.remove("believed.test.")
+        await zones.apply(zone("believed.test.", mine), True)
+        assert power.dig("www.believed.test", "A") == "192.0.2.1\n"
+        await zones.remove("believed.test.")
+    run(look())
 
 
 @pytest.mark.real

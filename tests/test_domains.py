@@ -16,12 +16,13 @@ import boto3
 import httpx
 import pytest
 from botocore.exceptions import ClientError
-from sqlalchemy import insert, select
+from sqlalchemy import delete, insert, select
 
 from clouds import Cloud, eventually, running_cloud
 from name_servers import NameServer, free_port
 from skysail.cli.main import main
 from skysail.hosts import desired
+from skysail.hosts.zones import ZoneCompiler
 from skysail.inspect.verify import verify
 from skysail.kit.config import load
 from skysail.kit.errors import SkysailError
@@ -29,7 +30,7 @@ from skysail.resources import accounts, domains, zone_files
 from skysail.resources.records import Entry
 from skysail.serve import endpoint
 from skysail.store.database import Database
-from skysail.store.schema import hosts
+from skysail.store.schema import hosts, static_ips
 from skysail.store.vault import Vault
 
 LONG = "a" * 64
@@ -327,7 +328,38 @@ def test_hosts_get_a_document_when_what_an_alias_follows_moves_on_another(tmp_pa
         domains.replace_entries(connection, row, [Entry("a.example.com", "A", "web-1", alias="web-1")], 100.0)
         desired.bump(connection, "one")
         assert generations() == [6, 5]
-        assert [one.name for one in next(desired.zones(connection, Vault(bytes(32)))).record_sets] == ["example.com."]
+        assert [one.name for one in next(ZoneCompiler().zones(connection, Vault(bytes(32)))).record_sets] == ["example.com."]
+    database.close()
+
+
+def test_a_zone_is_made_again_only_when_something_in_it_changed(tmp_path: Path) -> None:
+    database, vault, compiler = Database(tmp_path / "skysail.sqlite"), Vault(bytes(32)), ZoneCompiler()
+    database.migrate()
+    with database.transaction() as connection:
+        account = accounts.create_account(connection, "first", 0.0)
+        connection.execute(insert(hosts).values(id="one", address="x"))
+        rows = [domains.create(connection, account, f"{name}.example", ["ns1.example.net"], 100.0) for name in "abc"]
+        alias = Entry("www.b.example", "A", "front", alias="front", alias_region="us-east-1")
+        domains.replace_entries(connection, rows[1], [alias], 100.0)
+
+        def made() -> list[Any]:
+            return [*compiler.zones(connection, vault)]
+
+        first = made()
+        assert all(one is other for one, other in zip(first, made(), strict=True))
+        domains.replace_entries(connection, rows[0], [Entry("a.example", "A", "192.0.2.1", "192.0.2.1")], 200.0)
+        second = made()
+        assert [one is other for one, other in zip(first, second, strict=True)] == [False, True, True]
+        # An alias follows what it names, although nothing in its domain changed.
+        for address in ("192.0.2.8", "192.0.2.9"):
+            connection.execute(delete(static_ips))
+            connection.execute(insert(static_ips).values(id="s", account_id=account, region="us-east-1", name="front",
+                                                         ipv4=address, created_at=0.0))
+            third = made()
+            assert [one is other for one, other in zip(second, third, strict=True)] == [True, False, True]
+            assert third[1].record_sets[1].records == (address,)
+        assert [one.name for one in third] == ["a.example.", "b.example.", "c.example."]
+        assert third == [*ZoneCompiler().zones(connection, vault)]
     database.close()
 
 
@@ -340,7 +372,7 @@ def test_a_database_from_before_domains_gets_their_tables(tmp_path: Path) -> Non
         connection.exec_driver_sql("PRAGMA user_version = 2")
     database.migrate()
     with database.transaction(write=False) as connection:
-        assert [*desired.zones(connection, Vault(bytes(32)))] == []
+        assert [*ZoneCompiler().zones(connection, Vault(bytes(32)))] == []
     database.close()
 
 

@@ -29,8 +29,8 @@ real = (pytest.mark.real, pytest.mark.skipif(os.geteuid() != 0, reason="namespac
 Call = Callable[[], Coroutine[Any, Any, Any]]
 
 
-def port(number: int, tenant: int = 1) -> Port:
-    return Port(id=f"g-{number}", mac=f"52:54:00:00:00:{number:02x}", tenant=tenant, private_ipv4=f"172.26.0.{number}",
+def port(number: int, network: int = 1) -> Port:
+    return Port(id=f"g-{number}", mac=f"52:54:00:00:00:{number:02x}", network=network, private_ipv4=f"172.26.0.{number}",
                 public_ipv4=f"100.115.93.{number}", public_ipv6=f"fd53:6b79:7361::{number:x}",
                 firewall=(FirewallRule(protocol="tcp", from_port=22, to_port=22),))
 
@@ -136,7 +136,7 @@ def test_a_port_that_was_not_applied_is_not_opened(door: Door, first: tuple[Port
 
 @pytest.mark.parametrize("wrong", [{"mac": ONE.mac}, {"private_ipv4": ONE.private_ipv4}, {"public_ipv4": ONE.public_ipv4},
                                    {"public_ipv6": ONE.public_ipv6}, {"public_ipv6": ONE.public_ipv4},
-                                   {"public_ipv4": "100.115.93.256"}, {"tenant": 0}])
+                                   {"public_ipv4": "100.115.93.256"}, {"network": 0}])
 def test_a_port_that_cannot_be_changes_nothing(door: Door, wrong: dict[str, Any]) -> None:
     door.apply(ONE)
     with pytest.raises(SkysailError):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import secrets
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -15,13 +17,14 @@ import pytest
 from clouds import ensure_image, real_settings, taken_slot
 from skysail.contract.document import Guest, Personality, Port, Volume
 from skysail.contract.report import GuestReport
-from skysail.hypervisor import Hypervisor
+from skysail.hypervisor import Hypervisor, confinement
 from skysail.hypervisor.accelerator import probe
 from skysail.hypervisor.confinement import kill
 from skysail.hypervisor.engine import Qemu
-from skysail.hypervisor.guest import Record, Workshop
+from skysail.hypervisor.record import Record
 from skysail.hypervisor.sim import SimHypervisor
 from skysail.hypervisor.template import Image, Templates
+from skysail.hypervisor.workshop import Workshop
 from skysail.images.library import Library
 from skysail.kit.config import load
 from skysail.network.linux import LinuxFabric
@@ -47,7 +50,7 @@ class SimHouse:
             id="g-1", instance="one", role="run", starts=1, reboots=0,
             vcpus=BUNDLES["nano_3_0"]["cpuCount"], memory_mib=512,  # one template for all tests
             volume=Volume(id="g-1", image="0" * 64, size_gib=20), personality=Personality(hostname="one", user="admin"),
-            port=Port(id="g-1", mac="52:54:00:00:00:0a", tenant=1, private_ipv4="172.26.0.10", public_ipv4="192.0.2.10"))
+            port=Port(id="g-1", mac="52:54:00:00:00:0a", network=1, private_ipv4="172.26.0.10", public_ipv4="192.0.2.10"))
 
     def cut_off(self, identifier: str) -> None:
         """The guest dies by itself."""
@@ -249,3 +252,26 @@ def test_a_guest_that_dies_is_told_of(house: SimHouse) -> None:
         assert seen([report]) == {guest.id: ("crashed", first.host_keys)}
         assert seen(await hypervisor.observe()) == {guest.id: ("crashed", first.host_keys)}
     runs(house, body)
+
+
+@pytest.mark.real
+def test_a_guest_that_is_not_to_be_held_up_is_bound_again_as_it_was() -> None:
+    name = f"g-{secrets.token_hex(5)}"
+
+    def bound() -> list[str]:
+        return [file.read_text() for folder in confinement._folders(name)
+                for file in (folder / "cpu.max", folder / "cpu.cfs_quota_us") if file.exists()]
+
+    with subprocess.Popen(["sleep", "600"]) as process:
+        try:
+            confinement.limit(name, process.pid, vcpus=1, memory_mib=64)
+            confinement.bound(name, 0.1)
+            before = bound()
+            former = confinement.unbound(name)
+            assert before and all(text.split()[0] in ("max", "-1") for text in bound())
+            confinement.rebind(former)
+            assert bound() == before
+        finally:
+            process.kill()
+    confinement.release(name)
+    assert confinement.unbound(name) == {}

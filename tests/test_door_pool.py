@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from skysail.contract.document import Origin, Volume
-from skysail.kit.errors import SkysailError
+from skysail.kit.errors import ProcessFailed, SkysailError
 from skysail.kit.process import run
-from skysail.storage import Copy, Manifest, Pool, Shelf
+from skysail.storage import Copy, Manifest, Pool, Shelf, chains
 from skysail.storage.files import FilePool
 from skysail.storage.shelf import FileShelf
 from skysail.storage.sim import SimPool, SimShelf
@@ -182,6 +183,103 @@ def test_a_snapshot_that_another_stands_on_stays(shelf: Shelf) -> None:
     assert asyncio.run(shelf.observe()) == []
 
 
+def test_a_snapshot_is_lifted_off_one_that_leaves(shelf: Shelf) -> None:
+    take(shelf, "s-1")
+    for name, below in (("s-2", "s-1"), ("s-3", "s-2")):
+        chain = asyncio.run(shelf.chain(Origin(snapshot=below, volume="g-1")))
+        take(shelf, name, *chain, standing=tuple(sorted(shelf.standing(chain))))
+    assert asyncio.run(shelf.lift("s-4", ["s-1"], os.getuid())) is None
+    for name in ("s-3", "s-2"):
+        made = asyncio.run(shelf.lift(name, ["s-1"], os.getuid()))
+        assert made is not None and made == asyncio.run(shelf.find(name)) and "s-1" not in made.parents
+    asyncio.run(shelf.remove("s-1"))
+    chain = asyncio.run(shelf.chain(Origin(snapshot="s-3", volume="g-1")))
+    assert shelf.standing(chain) == {"s-2", "s-3"} and len(chain) == 2
+    assert asyncio.run(shelf.current(chain)) == chain
+    with pytest.raises(SkysailError):
+        asyncio.run(shelf.remove("s-2"))
+
+
+def test_a_lifted_snapshot_reads_as_before_also_where_it_was_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = FileShelf(tmp_path / "snapshots")
+    origins = [Origin(snapshot=f"s-{number}", volume="g-1") for number in range(1, 4)]
+    chain: tuple[str, ...] = ()
+    for number, origin in enumerate(origins, 1):
+        copies = plan(*chain)
+        path = asyncio.run(shelf.draft(origin.snapshot, copies, os.getuid()))["g-1"]
+        # Each writes a mebibyte of its own, and hides a quarter of the one below.
+        run(["qemu-io", "-c", f"write -P {number} {number}M 1M", "-c", f"write -z {number - 1}M 256k", chains.named(
+            [str(path), *chain])])
+        asyncio.run(shelf.finish(Manifest(id=origin.snapshot, consistency="off", copies=copies,
+                                          parents=tuple(sorted(shelf.standing(chain)))), os.getuid()))
+        chain = asyncio.run(shelf.chain(origin))
+
+    def reads() -> str:
+        for origin in origins[1:]:
+            held = asyncio.run(shelf.find(origin.snapshot))
+            assert held is not None
+            path = tmp_path / "snapshots" / origin.snapshot / held.copies[0].file
+            assert run(["sha256sum", str(path)]).split()[0].decode() == held.copies[0].sha256
+        now = asyncio.run(shelf.chain(origins[2]))
+        return run(["qemu-img", "compare", chains.named(now), str(tmp_path / "before")]).decode()
+
+    run(["qemu-img", "create", "-q", "-f", "qcow2", str(tmp_path / "before"), "1G"])
+    chains.convert(chain, tmp_path / "before", os.getuid())
+    for effect in ("skysail.storage.shelf._own_copy", "skysail.storage.shelf.rebase", "skysail.storage.shelf._seal",
+                   "skysail.kit.durable.replace"):
+        with monkeypatch.context() as patched:
+            def cut_off(*_args: object, **_more: object) -> None:
+                raise KeyboardInterrupt
+            patched.setattr(effect, cut_off)
+            with pytest.raises(KeyboardInterrupt):
+                asyncio.run(shelf.lift("s-2", ["s-1"], os.getuid()))
+        assert "identical" in reads()
+    for name in ("s-2", "s-3"):
+        asyncio.run(shelf.lift(name, ["s-1"], os.getuid()))
+        assert "identical" in reads()
+    asyncio.run(shelf.remove("s-1"))
+    assert "identical" in reads()
+    assert sorted(path.name for path in (tmp_path / "snapshots" / "s-3").iterdir()) == ["g-1.qcow2", "manifest.json"]
+    assert len(list((tmp_path / "snapshots" / "s-2").iterdir())) == 2
+
+
+def test_a_volume_that_is_half_flattened_reads_as_before(tmp_path: Path) -> None:
+    files = [str(tmp_path / name) for name in ("volume", "snapshot", "image")]
+    for number, file in enumerate(files):
+        run(["qemu-img", "create", "-q", "-f", "qcow2", file, "1G"])
+        run(["qemu-io", "-f", "qcow2", "-c", f"write -P {number + 1} {number * 64}M 128M", file])
+    volume, chain = Path(files[0]), files[1:]
+    run(["qemu-img", "create", "-q", "-f", "qcow2", str(tmp_path / "before"), "1G"])
+    chains.convert(files, tmp_path / "before", os.getuid())
+
+    def reads(*now: str) -> bool:
+        return b"identical" in run(["qemu-img", "compare", chains.named(now), str(tmp_path / "before")])
+
+    async def called_off(seconds: float) -> bool:
+        """Whether the work was still under way after so long."""
+        work = asyncio.create_task(chains.rebase(volume, chain, chain[1:], os.getuid()))
+        await asyncio.sleep(seconds)
+        through = work.done()
+        work.cancel()
+        await asyncio.wait((work,))
+        return not through
+
+    seconds = 0.01
+    while asyncio.run(called_off(seconds)):
+        assert not [words for words in Path("/proc").glob("[0-9]*/cmdline") if str(volume).encode() in _read(words)]
+        assert reads(*files)
+        seconds *= 2
+    assert seconds > 0.01 and reads(*files) and reads(files[0], files[2])
+    with pytest.raises(ProcessFailed):
+        reads(files[0])  # the image is needed still
+
+
+def _read(path: Path) -> bytes:
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    return b""
+
+
 def test_a_volume_grows_from_a_snapshot(tmp_path: Path) -> None:
     shelf, pool = FileShelf(tmp_path / "snapshots"), FilePool(tmp_path / "volumes")
     files = asyncio.run(shelf.draft("s-1", plan(), os.getuid()))
@@ -219,3 +317,73 @@ def test_a_file_that_is_not_what_was_asked_for_is_no_snapshot(tmp_path: Path, ha
     with pytest.raises(SkysailError):
         asyncio.run(shelf.finish(Manifest(id="s-1", consistency="frozen", copies=plan()), os.getuid()))
     assert asyncio.run(shelf.observe()) == []
+
+
+def test_a_duplicate_goes_on_without_its_source(shelf: Shelf) -> None:
+    take(shelf, "s-1")
+    asyncio.run(shelf.duplicate("s-2", "s-1"))
+    one, two = asyncio.run(shelf.find("s-1")), asyncio.run(shelf.find("s-2"))
+    assert one is not None and two is not None and (one.copies, one.parents) == (two.copies, two.parents)
+    asyncio.run(shelf.remove("s-1"))
+    asyncio.run(shelf.verify(Origin(snapshot="s-2", volume="g-1")))
+    assert asyncio.run(shelf.observe()) == ["s-2"]
+    with pytest.raises(SkysailError):
+        asyncio.run(shelf.duplicate("s-3", "s-1"))
+    with pytest.raises(SkysailError):
+        asyncio.run(shelf.verify(Origin(snapshot="s-1", volume="g-1")))
+    with pytest.raises(SkysailError):
+        asyncio.run(shelf.arrive("s-4"))
+
+
+def test_a_duplicate_that_was_interrupted_is_made_anew(tmp_path: Path) -> None:
+    shelf = FileShelf(tmp_path / "snapshots")
+    take(shelf, "s-1")
+    half = tmp_path / "snapshots" / ".s-2"
+    half.mkdir()
+    (half / "g-1.qcow2").write_bytes(b"half")
+    asyncio.run(shelf.duplicate("s-2", "s-1"))
+    assert (tmp_path / "snapshots" / "s-2" / "g-1.qcow2").samefile(tmp_path / "snapshots" / "s-1" / "g-1.qcow2")
+    assert not half.exists()
+
+
+@pytest.mark.parametrize("harmed", ["s-1", "s-2"])
+@pytest.mark.parametrize("harm", ["changed", "replaced", "gone"])
+def test_a_file_that_changed_is_noticed_wherever_it_is_in_the_chain(tmp_path: Path, harmed: str, harm: str) -> None:
+    shelf, folder = FileShelf(tmp_path / "snapshots"), tmp_path / "snapshots"
+    take(shelf, "s-1")
+    take(shelf, "s-2", *asyncio.run(shelf.chain(Origin(snapshot="s-1", volume="g-1"))), standing=("s-1",))
+    top = Origin(snapshot="s-2", volume="g-1")
+    for _ in range(2):
+        asyncio.run(shelf.verify(top))
+    path = folder / harmed / "g-1.qcow2"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.unlink()
+    if harm != "gone":
+        path.write_bytes(bytes(content))
+    if harm == "changed":  # at the very place, and as large as before
+        os.utime(path, ns=(0, 0))
+    with pytest.raises(SkysailError):
+        asyncio.run(shelf.verify(top))
+    with pytest.raises(SkysailError):
+        asyncio.run(shelf.duplicate("s-3", "s-2"))
+    assert asyncio.run(shelf.observe()) == ["s-1", "s-2"]
+
+
+def test_a_file_is_read_once(tmp_path: Path) -> None:
+    """Until it is another one by what stat(2) says, its checksum is remembered."""
+    shelf = FileShelf(tmp_path / "snapshots")
+    take(shelf, "s-1")
+    origin, path = Origin(snapshot="s-1", volume="g-1"), tmp_path / "snapshots" / "s-1" / "g-1.qcow2"
+    asyncio.run(shelf.verify(origin))
+    held = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(bytes(content))
+    with pytest.raises(SkysailError):
+        asyncio.run(shelf.verify(origin))
+    os.utime(path, ns=(held.st_atime_ns, held.st_mtime_ns))  # as no honest writer would leave it
+    asyncio.run(shelf.verify(origin))
+    with pytest.raises(SkysailError):
+        asyncio.run(FileShelf(tmp_path / "snapshots").verify(origin))

@@ -110,10 +110,13 @@ def foreign(real_cloud: RealCloud, tmp_path: Path) -> Iterator[tuple[str, str]]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with served.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+        # As a publisher shows it, too.
+        (tmp_path / "ubuntu-24.04-server-cloudimg-amd64.img").hardlink_to(served)
+        (tmp_path / "SHA256SUMS").write_text(f"{digest} *ubuntu-24.04-server-cloudimg-amd64.img\n")
         yield f"http://127.0.0.1:{server.server_address[1]}/foreign.qcow2", digest
         server.shutdown()
     for one in library.list():
-        if one.blueprint == "foreign":
+        if one.blueprint in ("foreign", "ubuntu_24_04"):
             library.path(one.digest).with_suffix(".json").unlink()
             library.path(one.digest).unlink()
 
@@ -186,6 +189,23 @@ def test_a_foreign_image_boots_cold_into_the_state_of_a_clone(real_cloud: RealCl
         assert runs_of(real_cloud, "cold") == "said-by-root\n"
     finally:
         real_cloud.delete("warm", "cold")
+
+
+def test_an_image_is_imported_by_its_name(real_cloud: RealCloud, foreign: tuple[str, str]) -> None:
+    address, sha256 = foreign
+    mirror = address.rpartition("/")[0]
+    done = real_cloud.operator("images", "import", "ubuntu_24_04", "--mirror", mirror)
+    assert done.returncode == 0, done.stderr
+    held = Library(real_cloud.config.images_dir).latest("ubuntu_24_04")
+    assert held is not None and held.origin == (f"{mirror}/ubuntu-24.04-server-cloudimg-amd64.img", sha256)
+    shown = {one["blueprintId"]: one for one in real_cloud.client().get_blueprints()["blueprints"]}["ubuntu_24_04"]
+    assert (shown["name"], shown["version"], shown["type"]) == ("Ubuntu", "24.04", "os")
+    (made,) = real_cloud.launch("noble", blueprint="ubuntu_24_04")
+    try:
+        assert made["username"] == "ubuntu"
+        assert real_cloud.ssh("noble", "hostname; id -un", PATIENCE_SECONDS).split() == ["noble", "ubuntu"]
+    finally:
+        real_cloud.delete("noble")
 
 
 def runs_of(cloud: RealCloud, name: str) -> str:

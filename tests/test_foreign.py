@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import os
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from skysail.images import foreign
+from skysail.images import fetch, foreign
 from skysail.images.foreign import Blueprint, Origin, take_in, virtual_size
 from skysail.images.library import Library, Manifest, file_digest
 from skysail.kit.errors import SkysailError
@@ -192,13 +193,76 @@ def test_an_image_is_fetched(library: Library, tmp_path: Path, site: str, monkey
     assert one.origin == (origin.source, origin.sha256)
     assert said == [f"mine: downloading {origin.source}", f"{len(_Site.image) >> 20} MiB of {len(_Site.image) >> 20}",
                     "mine: converting from qcow2"]
-    monkeypatch.setattr(foreign, "MAX_BYTES", 300_000)
+    monkeypatch.setattr(fetch, "MAX_BYTES", 300_000)
     for name, why in (("none.qcow2", "404"), ("short.qcow2", "could not be fetched"), ("endless.raw", "larger than")):
         with pytest.raises(SkysailError, match=why):
             take_in(Origin(source=f"{site}/{name}", sha256="0" * 64), MINE, library, UID)
     with pytest.raises(SkysailError, match="could not be fetched"):
         take_in(Origin(source="http://127.0.0.1:1/x.raw", sha256="0" * 64), MINE, library, UID)
     assert not list(library.directory.glob(".work-*"))
+
+
+class _Shaky(http.server.BaseHTTPRequestHandler):
+    """Lets go of each connection after a third of the image; knows ranges unless told otherwise."""
+
+    image = b""
+    ranges = True
+    asked: list[str | None] = []
+
+    def do_GET(self) -> None:
+        told = self.headers.get("Range")
+        self.asked.append(told)
+        begin = int(told.removeprefix("bytes=").rstrip("-")) if told and self.ranges else 0
+        if begin >= len(self.image):
+            self.send_error(416)
+            return
+        self.send_response(206 if begin else 200)
+        self.send_header("Content-Length", str(len(self.image) - begin))
+        self.end_headers()
+        self.wfile.write(self.image[begin:begin + len(self.image) // 3 + 1])
+
+    def log_message(self, format: str, *words: Any) -> None:
+        return
+
+
+def test_a_download_goes_on_where_it_was_cut_off(library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "PAUSE_SECONDS", 0.0)
+    _Shaky.image = image = made(tmp_path / "x.qcow2", "-f", "qcow2", "1M").read_bytes()
+    third = len(image) // 3 + 1
+    digest = hashlib.sha256(image).hexdigest()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Shaky) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/x.qcow2"
+        one = take_in(Origin(source=address, sha256=digest), MINE, library, UID)
+        assert one.origin == (address, digest)
+        assert _Shaky.asked == [None, f"bytes={third}-", f"bytes={2 * third}-"]
+        # What a process left that died: the rest is asked for, and what is not the image goes.
+        for left, wanted in ((image[:third], digest), (image, digest), (b"x" * third, digest), (image, "0" * 64)):
+            (library.directory / f".part-{wanted}").write_bytes(left)
+            _Shaky.asked.clear()
+            got = fetch.download(address, wanted, tmp_path / "got", library.directory)
+            assert _Shaky.asked[0] == f"bytes={len(left)}-"
+            assert (got == wanted) == (left != b"x" * third and wanted == digest)
+            if got == wanted:
+                assert (tmp_path / "got").read_bytes() == image
+            assert not list(library.directory.glob(".part-*"))
+        # A server that knows no ranges never comes to the end; what it brought once more is no progress.
+        monkeypatch.setattr(_Shaky, "ranges", False)
+        with pytest.raises(SkysailError, match="could not be fetched"):
+            fetch.download(address, digest, tmp_path / "got", library.directory)
+        (part,) = library.directory.glob(".part-*")
+        assert part.read_bytes() == image[:third]
+        server.shutdown()
+
+
+def test_a_packed_image_is_unpacked(library: Library, tmp_path: Path) -> None:
+    plain = made(tmp_path / "x.qcow2", "-f", "qcow2", "3M")
+    run(["xz", "--keep", str(plain)])
+    one = taken(library, tmp_path / "x.qcow2.xz")
+    assert one.size_bytes == 3 << 20
+    (tmp_path / "y.qcow2.xz").write_bytes(b"no xz")
+    with pytest.raises(SkysailError, match="xz does not take the image"):
+        taken(library, tmp_path / "y.qcow2.xz")
 
 
 def test_the_work_of_a_killed_process_goes_with_the_next(library: Library, tmp_path: Path) -> None:

@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from conftest import GOLDEN
-from skysail.contract.document import FirewallRule, Port
+from skysail.contract.document import FirewallRule, Network, Port
 from skysail.hypervisor import qemu
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
@@ -72,8 +74,8 @@ def rule(protocol: str, first: int, last: int, *cidrs: str) -> FirewallRule:
                         ipv6_cidrs=tuple(one for one in cidrs if ":" in one))
 
 
-def port(number: int, tenant: int, *rules: FirewallRule, ipv6: bool = True, ipv4: bool = True) -> Port:
-    return Port(id=f"g-{number}", mac=f"52:54:00:00:00:{number:02x}", tenant=tenant, private_ipv4=f"172.26.0.{number}",
+def port(number: int, network: int, *rules: FirewallRule, ipv6: bool = True, ipv4: bool = True) -> Port:
+    return Port(id=f"g-{number}", mac=f"52:54:00:00:00:{number:02x}", network=network, private_ipv4=f"172.26.0.{number}",
                 public_ipv4=f"100.115.93.{number}" if ipv4 else "", public_ipv6=f"fd53:6b79:7361::{number:x}" if ipv6 else "",
                 firewall=rules)
 
@@ -94,7 +96,13 @@ PLANES = {
                             rule("tcp", 22, 22, "192.0.2.7/32", "2001:db8::7/128"))),
 }
 LAYOUTS = {"default": LAYOUT, "public_prefix": msgspec.structs.replace(LAYOUT, public_ipv6="2001:db8:1::/64"),
-           "ipv4_only": msgspec.structs.replace(LAYOUT, public_ipv6="")}
+           "ipv4_only": msgspec.structs.replace(LAYOUT, public_ipv6=""),
+           "peered": msgspec.structs.replace(LAYOUT, peer_subnets=("192.0.2.0/24", "198.51.100.0/25"))}
+
+
+# Users that every Debian has, so that nft finds them.
+SHARED = msgspec.structs.replace(LAYOUT, single_address="203.0.113.5", ingress_user="daemon", jump_user="nobody")
+SHARING = tuple(msgspec.structs.replace(one, ssh_port=22000 + number) for number, one in enumerate(PLANES["several_tenants"]))
 
 
 @pytest.mark.parametrize("name", PLANES)
@@ -107,10 +115,24 @@ def test_the_machines_ruleset(golden: Golden, name: str) -> None:
     golden(f"nftables/machine_{name}.nft", nftables.machine(LAYOUTS[name]))
 
 
+def test_the_rulesets_of_a_single_address(golden: Golden) -> None:
+    golden("nftables/shared.nft", nftables.data_plane(SHARED, SHARING))
+    golden("nftables/machine_shared.nft", nftables.machine(SHARED, SHARING))
+    with pytest.raises(SkysailError, match="SSH port 22000"):
+        nftables.data_plane(SHARED, [msgspec.structs.replace(one, ssh_port=22000) for one in SHARING])
+
+
 def test_without_a_prefix_no_ipv6_passes(golden: Golden) -> None:
     text = nftables.data_plane(LAYOUTS["ipv4_only"], PLANES["several_tenants"])
     golden("nftables/ipv4_only.nft", text)
     assert "fd53" not in text and "fe80" not in text and "ip6 saddr @" not in text
+
+
+def test_peered_networks(golden: Golden) -> None:
+    joined = (Network(number=1, peers=(3,), routed=True), Network(number=3, peers=(1,), routed=True))
+    text = nftables.data_plane(LAYOUTS["peered"], PLANES["several_tenants"], joined)
+    golden("nftables/peered.nft", text)
+    assert "@peered" not in nftables.data_plane(LAYOUT, PLANES["several_tenants"], joined), "no subnets, nothing routed"
 
 
 def test_the_order_of_ports_and_rules_does_not_change_the_ruleset() -> None:
@@ -121,12 +143,54 @@ def test_the_order_of_ports_and_rules_does_not_change_the_ruleset() -> None:
 
 @pytest.mark.parametrize("wrong", [
     {"mac": "52:54:00:00:00:zz"}, {"mac": '52:54:00:00:00:01" accept'}, {"private_ipv4": "172.26.0.300"},
-    {"public_ipv4": "10.0.0.1; drop"}, {"tenant": 0}, {"tenant": 2**32}, {"firewall": (rule("gre", 0, 0),)},
+    {"public_ipv4": "10.0.0.1; drop"}, {"network": 0}, {"network": 2**32}, {"firewall": (rule("gre", 0, 0),)},
     {"mac": "52:54:00:00:00:0b"}, {"private_ipv4": "172.26.0.11"}, {"public_ipv4": "100.115.93.11"},
     {"public_ipv6": "100.115.93.10"}, {"public_ipv6": "fd53::1 } drop"}, {"public_ipv6": "fd53:6b79:7361::b"}])
 def test_a_port_that_cannot_be_written_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(SkysailError):
         nftables.data_plane(LAYOUT, [msgspec.structs.replace(port(10, 1), **wrong), port(11, 1)])
+
+
+def in_force(*texts: str) -> list[str]:
+    """What the kernel has when these are loaded one after the other, in no order, without its numbers."""
+    script = 'for text; do printf %s "$text" | nft -f -; done; nft -j list ruleset'
+    done = subprocess.run(["unshare", "--net", "sh", "-ec", script, "sh", *texts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    def plain(item: dict[str, Any]) -> dict[str, Any]:
+        (kind, value), = item.items()
+        value = {key: found for key, found in value.items() if key != "handle"}
+        if isinstance(value.get("elem"), list):
+            value["elem"] = sorted(value["elem"], key=json.dumps)
+        return {kind: value}
+
+    return sorted(json.dumps(plain(item)) for item in json.loads(done.stdout)["nftables"])
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("layout", [LAYOUT, LAYOUTS["ipv4_only"], SHARED], ids=["default", "ipv4_only", "shared"])
+@pytest.mark.parametrize(("before", "after"), [
+    ((DEFAULTS, DEFAULTS), (DEFAULTS, (*DEFAULTS, rule("tcp", 443, 443)))),
+    ((DEFAULTS, (rule("tcp", 443, 443),)), (DEFAULTS, DEFAULTS)),
+    ((DEFAULTS, DEFAULTS), ((), ())),
+    (((), (rule("all", 0, 65535),)), ((rule("udp", 53, 53, "192.0.2.0/24", "2001:db8::/32"),), ())),
+    ((DEFAULTS, (rule("icmp", 8, 0),)), ((rule("icmp", 8, 0),), (rule("icmpv6", 128, 0),))),
+])
+def test_a_change_of_firewalls_leads_to_what_the_whole_ruleset_says(
+        layout: Layout, before: tuple[tuple[FirewallRule, ...], ...], after: tuple[tuple[FirewallRule, ...], ...]) -> None:
+    former, wanted = ([port(10 + number, 1, *rules) for number, rules in enumerate((*some, DEFAULTS))]
+                      for some in (before, after))
+    change = nftables.firewall_changes(layout, former, wanted)
+    assert change is not None
+    assert in_force(nftables.data_plane(layout, former), change) == in_force(nftables.data_plane(layout, wanted))
+    assert nftables.firewall_changes(layout, former, former) == ""
+
+
+def test_more_than_firewalls_is_no_change_of_firewalls() -> None:
+    ports = [port(10, 1, *DEFAULTS), port(11, 1)]
+    for other in (ports[:1], [*ports, port(12, 1)], [], [ports[0], msgspec.structs.replace(ports[1], network=2)],
+                  [ports[0], msgspec.structs.replace(ports[1], public_ipv4="100.115.93.99")]):
+        assert nftables.firewall_changes(LAYOUT, ports, other) is None
 
 
 @pytest.mark.real
@@ -156,5 +220,6 @@ def test_the_network_plan(golden: Golden) -> None:
 def test_every_golden_file_is_held() -> None:
     """A file that no test compares any more is dead weight that looks like proof."""
     held = {*(f"qemu/{name}.txt" for name in MACHINES), *(f"nftables/{name}.nft" for name in PLANES),
-            *(f"nftables/machine_{name}.nft" for name in LAYOUTS), "nftables/ipv4_only.nft", "plan.txt"}
+            *(f"nftables/machine_{name}.nft" for name in LAYOUTS), "nftables/ipv4_only.nft", "nftables/peered.nft",
+            "nftables/shared.nft", "nftables/machine_shared.nft", "plan.txt"}
     assert {str(path.relative_to(GOLDEN)) for path in GOLDEN.rglob("*") if path.is_file()} == held

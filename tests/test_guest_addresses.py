@@ -26,7 +26,7 @@ AROUND = Surroundings(prefix=16, gateway="172.26.0.1", gateway_ipv6="fe80::1", r
 GUEST = Guest(
     id="g-1", instance="one", role="run", starts=1, reboots=0, vcpus=1, memory_mib=512,
     volume=Volume(id="g-1", image="0" * 64, size_gib=20), personality=Personality(hostname="one", user="admin"),
-    port=Port(id="g-1", mac="52:54:00:00:00:0a", tenant=1, private_ipv4="172.26.0.10", public_ipv4="192.0.2.10",
+    port=Port(id="g-1", mac="52:54:00:00:00:0a", network=1, private_ipv4="172.26.0.10", public_ipv4="192.0.2.10",
               public_ipv6="fd53::a"))
 IPV4_GUEST = msgspec.structs.replace(GUEST, port=msgspec.structs.replace(GUEST.port, public_ipv6=""))
 IDENTITY = personality.make()

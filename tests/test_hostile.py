@@ -42,10 +42,12 @@ from skysail.store.vault import Vault
 MODEL = service_model()
 PARSER = create_parser("json")
 PUBLIC = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIF2m8aRUjlgguGgM0SKcCUSWRFEGlsgghemMG8sJNa1f desk"
+REGIONS = ("us-east-1", "eu-west-2")
 # What a value may be by the name of its member (the end of it, in lower case): things that exist, or could.
 REAL = {"instancename": ["web-1", "web-2"], "instancenames": ["new-1", "new.2", "web-1"], "blueprintid": ["debian_12"],
         "bundleid": ["nano_3_0", "micro_1_0", "nano_ipv6_3_0"],
-        "availabilityzone": ["us-east-1a", "us-east-1b"], "cidrs": ["192.0.2.0/24"],
+        "availabilityzone": ["us-east-1a", "us-east-1b", "eu-west-2a"],
+        "cidrs": ["192.0.2.0/24"],
         "keypairname": ["laptop", "desk", "LightsailDefaultKeyPair"],
         "resourcename": ["web-1", "web-2", "laptop", "example.com"],
         "publickeybase64": [PUBLIC], "ipv6cidrs": ["2001:db8::/32"], "cidrlistaliases": ["lightsail-connect"],
@@ -64,7 +66,9 @@ class Controller:
     """The real controller's application, called in this process."""
 
     def __init__(self, folder: Path) -> None:
-        (folder / "skysail.toml").write_text('engines = "sim"\npublic_pool = "198.18.0.0/16"\nzones = ["a", "b"]\n')
+        (folder / "skysail.toml").write_text('engines = "sim"\npublic_pool = "198.18.0.0/16"\n'
+                                             'peer_subnets = ["192.0.2.0/24"]\n'
+                                             '[regions]\n"us-east-1" = ["a", "b"]\n"eu-west-2" = ["a"]\n')
         self.config = load(str(folder))
         initialise(self.config)
         self.held = admin_credentials(self.config)
@@ -75,8 +79,8 @@ class Controller:
         self.loop = asyncio.Runner()
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(build(self.config), raise_app_exceptions=True),
                                       base_url="http://sky")
-        self.signer = SigV4Auth(Credentials(self.held["access_key_id"], self.held["secret_access_key"]), "lightsail",
-                                "us-east-1")
+        key = Credentials(self.held["access_key_id"], self.held["secret_access_key"])
+        self.signers = {region: SigV4Auth(key, "lightsail", region) for region in REGIONS}
         self.settle()
         self.restock()
         with self.database.transaction(write=False) as connection:
@@ -86,11 +90,11 @@ class Controller:
         self.known = [*KNOWN, *found, *prints, *identifiers, self.held["account_id"]]
         self.real = {**REAL, "operationid": found, "expectedfingerprint": prints}
 
-    def ask(self, action: str, body: bytes) -> httpx.Response:
+    def ask(self, action: str, body: bytes, region: str = "us-east-1") -> httpx.Response:
         """One signed call."""
         request = AWSRequest("POST", "http://sky/", data=body, headers={
             "X-Amz-Target": TARGET + action, "Content-Type": "application/x-amz-json-1.1"})
-        self.signer.add_auth(request)
+        self.signers[region].add_auth(request)
         return self.loop.run(self.http.post("/", content=body, headers=dict(request.headers.items())))
 
     def must(self, action: str, **params: Any) -> None:
@@ -119,8 +123,8 @@ class Controller:
             document = msgspec.json.decode(sent, type=HostDocument)
             state = {"run": "running", "stop": "stopped", "gone": "gone"}
             write_report(connection, HOST, HostReport(
-                host=HOST, boot="b", sequence=1, generation=document.generation, vcpus=8, memory_mib=2**24,
-                disk_gib=2**20, accelerator="sim",
+                host=HOST, boot="b", sequence=1, generation=document.generation, networked=document.generation, vcpus=8,
+                memory_mib=2**24, disk_gib=2**20, accelerator="sim",
                 images=(ImageReport(digest="0" * 64, blueprint="debian_12", name="Debian", user="admin", version="12",
                                     size_gib=2, templated=True),),
                 guests=tuple(GuestReport(id=guest.id, state=state[guest.role], starts=guest.starts,
@@ -285,10 +289,10 @@ def test_no_input_breaks_the_controller(controller: Controller, request: pytest.
     # Requests change the store, so an input found bad is not always bad alone: nothing is shrunk, it is shown as it is.
     @settings(max_examples=count, deadline=None, database=None, derandomize=count < 1000, phases=[Phase.generate],
               suppress_health_check=list(HealthCheck))
-    @given(calls(controller.known, controller.real, offered))
-    def hostile(call: tuple[str, bytes]) -> None:
+    @given(calls(controller.known, controller.real, offered), st.sampled_from(["us-east-1", *REGIONS]))
+    def hostile(call: tuple[str, bytes], region: str) -> None:
         action, body = call
-        answer = controller.ask(action, body)
+        answer = controller.ask(action, body, region)
         judge(action, answer)
         if answer.status_code == 200 and not action.startswith("Get"):
             controller.settle()

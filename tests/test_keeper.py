@@ -50,10 +50,10 @@ class Fabric(SimFabric):
 
     broken = False
 
-    async def apply(self, ports: Any) -> None:
+    async def apply(self, ports: Any, networks: Any = ()) -> None:
         if self.broken:
             raise SkysailError("no network")
-        await super().apply(ports)
+        await super().apply(ports, networks)
 
 
 class Host:
@@ -81,7 +81,7 @@ class Host:
 def guest(name: str = "g-1", role: Any = "run", starts: int = 1, address: int = 10, **more: Any) -> Guest:
     return Guest(id=name, instance=name, role=role, starts=starts, reboots=0, vcpus=1, memory_mib=512,
                  volume=Volume(id=name, image="0" * 64, size_gib=20),
-                 port=Port(id=name, mac=f"52:54:00:00:00:{address:02x}", tenant=1, private_ipv4=f"172.26.0.{address}",
+                 port=Port(id=name, mac=f"52:54:00:00:00:{address:02x}", network=1, private_ipv4=f"172.26.0.{address}",
                            public_ipv4=f"100.115.93.{address}"),
                  personality=Personality(hostname=name, user="admin"), **more)
 
@@ -241,9 +241,9 @@ def test_a_guest_that_went_before_a_crash_gives_its_addresses_free(tmp_path: Pat
         applied: list[list[str]] = []
         plain = host.fabric.apply
 
-        async def apply(ports: Any) -> None:
+        async def apply(ports: Any, networks: Any = ()) -> None:
             applied.append([port.public_ipv4 for port in ports])
-            await plain(ports)
+            await plain(ports, networks)
         host.fabric.apply = apply  # type: ignore[method-assign]
         await started(host)
         await host.keeper.accept(document(5, guest("g-2")))  # the same addresses

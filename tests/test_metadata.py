@@ -38,7 +38,7 @@ def guest(number: int = 10, user_data: str = "", **options: Any) -> Guest:
     return Guest(
         id=f"g-{number}", instance="web_1", role="run", starts=1, reboots=0, vcpus=2, memory_mib=512,
         volume=Volume(id=f"g-{number}", image="ab" * 32, size_gib=20),
-        port=Port(id=f"g-{number}", mac=f"52:54:ac:1a:00:{number:02x}", tenant=1, private_ipv4=f"127.0.0.{number}",
+        port=Port(id=f"g-{number}", mac=f"52:54:ac:1a:00:{number:02x}", network=1, private_ipv4=f"127.0.0.{number}",
                   public_ipv4=f"100.115.93.{number}", public_ipv6=f"fd53:6b79:7361::{number:x}"),
         personality=Personality(hostname="web-1", user="admin", authorized_keys=("ssh-ed25519 AAAA me",),
                                 user_data=user_data),

@@ -28,8 +28,7 @@ CREATE TABLE guests (
     (private_ipv4), CONSTRAINT uq_guests_public_ipv4 UNIQUE (public_ipv4));
 CREATE INDEX ix_guests_instance_id ON guests (instance_id);
 CREATE INDEX ix_guests_host_id ON guests (host_id);
-INSERT INTO accounts VALUES ('9', 9, 'old', 0.0);
-INSERT INTO guests VALUES ('g-1', 'i-1', 'one', '9', 'host-1', 'run', 1, 0, 0, 1, 512, 20, '', '52:54:00:00:00:01',
+INSERT INTO guests VALUES ('g-1', 'i-1', 'one', '1', 'host-1', 'run', 1, 0, 0, 1, 512, 20, '', '52:54:00:00:00:01',
     '172.26.0.10', '192.0.2.10', '{}', '', 0, 0, '', '[]', NULL, 0, 0);
 PRAGMA user_version = 2;
 """
@@ -53,6 +52,17 @@ INSERT INTO hosts VALUES ('host-1', 'eu-west-1', 'b', 'unix:x', 7, 7, 4, 8192, 1
 """
 
 
+# Accounts as version 8 had them: each with the number of its only network.
+ACCOUNTS_8 = """
+CREATE TABLE accounts (
+    id VARCHAR(12) NOT NULL, tenant INTEGER NOT NULL, name VARCHAR(64) NOT NULL, created_at FLOAT NOT NULL,
+    CONSTRAINT pk_accounts PRIMARY KEY (id), CONSTRAINT uq_accounts_tenant UNIQUE (tenant),
+    CONSTRAINT uq_accounts_name UNIQUE (name));
+INSERT INTO accounts VALUES ('1', 7, 'admin', 1.0), ('2', 3, 'other', 2.0);
+INSERT INTO access_keys VALUES ('AKIA1', '1', x'00', 1.0, NULL);
+"""
+
+
 def grown(path: Path) -> Path:
     """A database of version 2, with a guest in it."""
     made = Database(path)
@@ -61,7 +71,9 @@ def grown(path: Path) -> Path:
     with sqlite3.connect(path) as file:
         file.execute("DROP TABLE guests")
         file.execute("DROP TABLE hosts")
-        file.execute("DROP TABLE host_zones")
+        for table in ("host_zones", "networks", "accounts"):
+            file.execute(f"DROP TABLE {table}")
+        file.executescript(ACCOUNTS_8)
         file.executescript(HOSTS_8)
         file.executescript(GUESTS_2)
     return path
@@ -79,6 +91,11 @@ def test_an_old_database_becomes_what_a_fresh_one_is(tmp_path: Path) -> None:
         assert file.execute("SELECT id, public_ipv4, public_ipv6 FROM guests").fetchall() == [("g-1", "192.0.2.10", None)]
         assert file.execute("SELECT * FROM host_zones").fetchall() == [("host-1", "eu-west-1", "b")]
         assert file.execute("SELECT id, vcpus FROM hosts").fetchall() == [("host-1", 4)]
+        assert file.execute("SELECT number, account_id, region, peered FROM networks ORDER BY number").fetchall() == [
+            (3, "2", "eu-west-1", 0), (7, "1", "eu-west-1", 0)]
+        assert file.execute("SELECT network FROM guests").fetchall() == [(7,)], "it stays in the network that it is in"
+        assert file.execute("SELECT * FROM accounts ORDER BY id").fetchall() == [("1", "admin", 1.0), ("2", "other", 2.0)]
+        assert file.execute("PRAGMA foreign_key_check").fetchall() == []
 
 
 def test_a_table_that_is_made_anew_keeps_its_rows_and_takes_guests_without_ipv4(tmp_path: Path) -> None:
@@ -87,7 +104,7 @@ def test_a_table_that_is_made_anew_keeps_its_rows_and_takes_guests_without_ipv4(
     made = Database(path)
     made.migrate()
     with made.transaction() as connection:
-        connection.execute(insert(accounts).values(id="1", tenant=1, name="a", created_at=0.0))
+        connection.execute(insert(accounts).values(id="1", name="a", created_at=0.0))
         connection.execute(insert(hosts).values(id="h", address=""))
     made.close()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as file:
@@ -126,13 +143,13 @@ def test_an_ipv6_address_is_one_guests_alone(tmp_path: Path, old: bool) -> None:
     database.migrate()
 
     def values(number: int, ipv6: str | None) -> dict[str, object]:
-        return {"id": f"g-{number}", "instance_id": "i", "instance_name": "i", "account_id": "1", "host_id": "h",
+        return {"id": f"g-{number}", "instance_id": "i", "instance_name": "i", "account_id": "9", "host_id": "h",
                 "role": "run", "vcpus": 1, "memory_mib": 1, "disk_gib": 1, "image": "",
                 "mac": str(number), "private_ipv4": str(number),
                 "public_ipv4": str(number), "public_ipv6": ipv6, "personality": {}}
 
     with database.transaction() as connection:
-        connection.execute(insert(accounts).values(id="1", tenant=1, name="a", created_at=0.0))
+        connection.execute(insert(accounts).values(id="9", name="a", created_at=0.0))
         connection.execute(insert(hosts).values(id="h", address=""))
         for number, ipv6 in ((2, None), (3, None), (4, "fd53::a")):
             connection.execute(insert(guests).values(**values(number, ipv6)))
@@ -148,10 +165,11 @@ def test_the_regions_authority_becomes_that_of_the_first_account(tmp_path: Path)
     made = Database(path)
     made.migrate()
     with made.transaction() as connection:
-        connection.execute(insert(accounts).values(id="1", tenant=1, name="admin", created_at=0.0))
+        connection.execute(insert(accounts).values(id="1", name="admin", created_at=0.0))
     made.close()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as file:
-        file.executescript("DROP TABLE account_authorities; CREATE TABLE authorities (region VARCHAR(32) PRIMARY KEY, "
+        file.executescript("ALTER TABLE accounts ADD COLUMN tenant INTEGER; UPDATE accounts SET tenant = 1; "
+                           "DROP TABLE account_authorities; CREATE TABLE authorities (region VARCHAR(32) PRIMARY KEY, "
                            "public_key VARCHAR NOT NULL, private_sealed BLOB NOT NULL); "
                            "INSERT INTO authorities VALUES ('us-east-1', 'ssh-ed25519 A', x'00'); PRAGMA user_version = 5;")
     again = Database(path)

@@ -15,6 +15,7 @@ import stage as staged
 from clouds import eventually, taken_slot
 from skysail.contract.document import FirewallRule, Port
 from skysail.kit.config import Config
+from skysail.network import links
 from skysail.network.plan import Layout
 from stage import Guest, Stage, arp, frame, udp4, within
 
@@ -24,8 +25,8 @@ DEFAULTS = (FirewallRule(protocol="tcp", from_port=22, to_port=22), FirewallRule
 ADA, BOB = 1, 2  # tenants
 
 
-def port(number: int, tenant: int, *rules: FirewallRule) -> Port:
-    return Port(id=f"g-{number}", mac=f"52:54:00:00:00:{number:02x}", tenant=tenant, private_ipv4=f"172.26.0.{number}",
+def port(number: int, network: int, *rules: FirewallRule) -> Port:
+    return Port(id=f"g-{number}", mac=f"52:54:00:00:00:{number:02x}", network=network, private_ipv4=f"172.26.0.{number}",
                 public_ipv4=f"100.115.93.{number}", public_ipv6=f"fd53:6b79:7361::{number:x}", firewall=rules)
 
 
@@ -90,6 +91,20 @@ def test_a_changed_rule_acts_at_once(stage: Stage, guests: tuple[Guest, Guest, G
         assert stage.stranger.pings(address)
         stage.apply(*with_rules(10, FirewallRule(protocol="all", from_port=0, to_port=65535)))
         assert stage.stranger.pings(address) and stage.stranger.reaches(address, 80)
+
+
+def test_rules_that_another_program_took_are_put_back_by_the_next_change(
+        stage: Stage, guests: tuple[Guest, Guest, Guest]) -> None:
+    first, _, _ = guests
+    with first.serves("0.0.0.0", 80):
+        assert stage.stranger.reaches(first.port.public_ipv4, 80)
+        links.inside(stage.layout.namespace, lambda: links.load("flush ruleset\n"))
+        stage.apply(*with_rules(11, FirewallRule(protocol="tcp", from_port=443, to_port=443)))
+        assert stage.stranger.reaches(first.port.public_ipv4, 80)
+        assert stage.stranger.cut_off(first.port.public_ipv4, 81)
+        links.inside(stage.layout.namespace, lambda: links.load("flush ruleset\n"))
+        stage.apply(*with_rules(11, FirewallRule(protocol="tcp", from_port=443, to_port=443)))
+        assert stage.stranger.reaches(first.port.public_ipv4, 80), "without a change, too"
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -170,7 +185,7 @@ def test_a_port_that_goes_takes_its_flows_along(
         lines = flow.makefile()
         assert lines.readline().strip().endswith(staged.STRANGER6 if version == 6 else staged.STRANGER)
         stage.apply(*PORTS)
-        heir = msgspec.structs.replace(newcomer, tenant=BOB, id="g-heir", firewall=())
+        heir = msgspec.structs.replace(newcomer, network=BOB, id="g-heir", firewall=())
         stage.leave(guest)
         stage.apply(*PORTS, heir)
         second = stage.guest(heir)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +36,12 @@ def cloud() -> Iterator[Cloud]:
     with running_cloud(TWO) as made:
         eventually(lambda: made.client().get_blueprints()["blueprints"], 20)
         yield made
+
+
+def run(cloud: Cloud, *words: str) -> subprocess.CompletedProcess[str]:
+    """``python -m WORDS`` over the cloud's folder."""
+    return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False,
+                          env={**os.environ, "SKYSAIL_DATA": str(cloud.folder), "COLUMNS": "200"})
 
 
 def launch(cloud: Cloud, region: str, *names: str, zone: str = "a") -> dict[str, dict[str, Any]]:
@@ -210,3 +220,41 @@ def test_a_region_comes_to_a_living_cloud_and_does_not_go_while_it_is_used() -> 
         restart(f'[regions]\n"{HERE}" = ["a", "b"]\n')
         refused(cloud.client(region=THERE).get_instances)
         assert [one["name"] for one in cloud.client().get_regions()["regions"]] == [HERE]
+        (cloud.folder / "skysail.toml").write_text('engines = "sim"\n[regions]\n"us-east-2" = ["a"]\n')
+        what, cure = json.loads(run(cloud, "skysail.serve.controller", "--check").stdout)
+        assert "the region us-east-1 cannot leave" in what and "old" in what and "skysail.toml" in cure
+        begun = run(cloud, "skysail.serve.controller", "--prepare")
+        assert begun.returncode == 1 and "cannot leave" in begun.stderr and "Traceback" not in begun.stderr
+
+
+def operator(cloud: Cloud, *words: str) -> subprocess.CompletedProcess[str]:
+    """``skysail WORDS`` on this cloud."""
+    return run(cloud, "skysail.cli.main", *words)
+
+
+def test_the_operator_works_in_a_region_and_searches_all(cloud: Cloud) -> None:
+    made = json.loads(operator(cloud, "launch", "seeker", "--region", THERE, "--json").stdout)
+    assert made["location"]["availabilityZone"] == f"{THERE}a"
+    operator(cloud, "launch", "seeker")
+    for region, expected in ((THERE, {THERE}), (HERE, {HERE}), ("", {HERE, THERE})):
+        listed = json.loads(operator(cloud, "list", "--json", *(["--region", region] if region else [])).stdout)
+        assert {one["location"]["regionName"] for one in listed if one["name"] == "seeker"} == expected
+    assert "region" in operator(cloud, "list").stdout
+    refused_ = operator(cloud, "list", "--region", "mars-north-1")
+    assert refused_.returncode == 1 and "no region mars-north-1" in refused_.stderr and HERE in refused_.stderr
+    cloud.client(region=THERE).tag_resource(resourceName="seeker", tags=[{"key": "purpose", "value": "Needle in hay"}])
+
+    def found(text: str) -> list[tuple[str, str, str]]:
+        told = json.loads(operator(cloud, "search", text, "--json").stdout)
+        return [(one["region"], one["type"], one["name"]) for one in told]
+    both = [(THERE, "Instance", "seeker"), (HERE, "Instance", "seeker")]
+    assert found("SEEK") == both
+    assert found("needle") == found(made["publicIpAddress"]) == found(made["privateIpAddress"]) == both[:1]
+    assert found(made["arn"].rpartition("/")[2]) == found(made["ipv6Addresses"][0]) == both[:1]
+    assert found("nothing of that kind") == []
+    shown = operator(cloud, "search", "seeker").stdout
+    assert "admin" in shown and made["publicIpAddress"] in shown and "running" in shown
+    assert operator(cloud, "search", "").returncode == 1
+    # What belongs to the command stays the command's.
+    said = operator(cloud, "ssh", "--region", "mars-north-1", "seeker", "--", "true", "--region", THERE)
+    assert "no region mars-north-1" in said.stderr

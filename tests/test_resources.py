@@ -87,7 +87,22 @@ def test_blueprints_are_active_once_a_host_has_the_image(shop: Shop) -> None:
         "blueprintId": "debian_12", "name": "Debian", "group": "debian_12", "type": "os", "version": "12.1",
         "platform": "LINUX_UNIX", "isActive": True}
     found = shop("GetBlueprints", includeInactive=True)["blueprints"]
-    assert {b["blueprintId"]: b["isActive"] for b in found} == {"debian_12": True, "debian_13": False, "nginx": False}
+    assert {b["blueprintId"]: b["isActive"] for b in found} == {name: name == "debian_12" for name in catalog.RECIPES}
+    blog = next(b for b in found if b["blueprintId"] == "wordpress")
+    assert (blog["name"], blog["type"], blog["minPower"], blog["version"]) == ("WordPress", "app", 0, "")
+    assert blog["productUrl"] == "https://wordpress.org/" and blog["licenseUrl"] and blog["description"]
+
+
+def test_a_bundle_without_the_power_for_an_application_is_refused(shop: Shop) -> None:
+    shop.connection.execute(insert(hosts).values(id="h", address="x", vcpus=4, memory_mib=8192, disk_gib=10))
+    regions.serve(shop.connection, "h", {REGION: ["a"]})
+    shop.connection.execute(insert(images).values(
+        host_id="h", digest="0" * 64, blueprint="redmine", name="Redmine", user="admin", version="5", size_gib=4))
+    asked = {"instanceNames": ["tracker"], "availabilityZone": f"{REGION}a", "blueprintId": "redmine"}
+    refused = shop.refused("CreateInstances", bundleId="nano_3_0", **asked)
+    assert refused.what == ("The blueprint redmine needs a bundle with a power of 500 or more, the bundle nano_3_0 has 300.")
+    assert refused.cure == "Choose micro_3_0 or a larger one."
+    assert shop("CreateInstances", bundleId="micro_3_0", **asked)["operations"][0]["status"] == "Started"
 
 
 def test_an_image_that_does_not_fit_the_bundles_disk_is_refused(shop: Shop) -> None:

@@ -35,7 +35,8 @@ NOW = 1_800_000_000.0  # a full five minutes
 def guest(role: Any = "run", starts: int = 1, **more: Any) -> Guest:
     return Guest(id="g-1", instance="one", role=role, starts=starts, reboots=0, vcpus=2, memory_mib=512,
                  volume=Volume(id="g-1", image="0" * 64, size_gib=20),
-                 port=Port(id="g-1", mac="52:54:00:00:00:0a", tenant=1, private_ipv4="172.26.0.10", public_ipv4="192.0.2.10"),
+                 port=Port(id="g-1", mac="52:54:00:00:00:0a", network=1, private_ipv4="172.26.0.10",
+                           public_ipv4="192.0.2.10"),
                  personality=Personality(hostname="one", user="admin", user_data="#load cpu=0.5 rx=1000 tx=100"), **more)
 
 
@@ -44,7 +45,7 @@ def store(path: Path) -> Database:
     database = Database(path)
     database.migrate()
     with database.transaction() as connection:
-        connection.execute(insert(accounts).values(id="1", tenant=1, name="a", created_at=0.0))
+        connection.execute(insert(accounts).values(id="1", name="a", created_at=0.0))
         connection.execute(insert(hosts).values(id="h", address=""))
         connection.execute(insert(instances).values(
             id="i-1", account_id="1", region="us-east-1", zone="a", name="one", blueprint_id="debian_12",

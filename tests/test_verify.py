@@ -27,15 +27,23 @@ def count(cloud: Cloud, table: str) -> int:
         return int(connection.execute(f"select count(*) from {table}").fetchone()[0])
 
 
+REGIONS = 'peer_subnets = ["192.0.2.0/24"]\n[regions]\n"us-east-1" = ["a", "b"]\n"eu-west-2" = ["a"]\n'
+
+
 @pytest.fixture(scope="module")
 def lived() -> Iterator[Cloud]:
-    """A cloud with two instances and a deleted one, whose controller is stopped: nothing is repaired meanwhile."""
-    with running_cloud() as cloud:
+    """A cloud with two instances, one in another region and a deleted one, whose controller is stopped: nothing is repaired
+    meanwhile."""
+    with running_cloud(REGIONS) as cloud:
         client = cloud.client()
         eventually(lambda: client.get_blueprints()["blueprints"], 20)
         client.create_instances(instanceNames=["one", "two", "gone"], availabilityZone="us-east-1a",
                                 blueprintId="debian_12", bundleId="nano_3_0", tags=[{"key": "stage", "value": "test"}])
         eventually(lambda: {found["state"]["name"] for found in client.get_instances()["instances"]} == {"running"})
+        elsewhere = cloud.client(region="eu-west-2")
+        elsewhere.create_instances(instanceNames=["far"], availabilityZone="eu-west-2a", blueprintId="debian_12",
+                                   bundleId="nano_3_0")
+        elsewhere.peer_vpc()
         client.download_default_key_pair()
         client.create_domain(domainName="example.com", tags=[{"key": "stage"}])
         client.create_domain_entry(domainName="example.com",
@@ -50,12 +58,15 @@ def lived() -> Iterator[Cloud]:
         client.create_disk_snapshot(diskName="data", diskSnapshotName="copy")
         eventually(lambda: client.get_disk_snapshot(diskSnapshotName="copy")["diskSnapshot"]["state"] == "completed")
         client.create_disk_from_snapshot(diskName="child", diskSnapshotName="copy", availabilityZone="us-east-1a", sizeInGb=8)
+        client.enable_add_on(resourceName="one", addOnRequest={"addOnType": "AutoSnapshot"})
+        change(cloud, "update add_ons set hour = 0, last_day = ''")  # due now
+        eventually(lambda: "Success" in str(client.get_auto_snapshots(resourceName="one")["autoSnapshots"]))
         client.untag_resource(resourceName="one", tagKeys=["none"])
         client.stop_instance(instanceName="two")
         client.delete_instance(instanceName="gone")
         eventually(lambda: client.get_instance_state(instanceName="two")["state"]["name"] == "stopped")
         # What was deleted is gone to its last row: verify lets it be as long as it is leaving.
-        eventually(lambda: count(cloud, "guests") == 2 and count(cloud, "domains") == 1)
+        eventually(lambda: count(cloud, "guests") == 3 and count(cloud, "domains") == 1)
         eventually(lambda: verify(cloud.config, 0.1) == [])
         cloud.kill("controller")
         yield cloud
@@ -86,6 +97,19 @@ PLANTED = {
     "snapshot unknown": ("delete from snapshots where name = 'snap'", "there on host-1, but no row knows it"),
     "snapshot needed": ("update snapshots set id = 's-lost' where name = 'copy'", "which is not there"),
     "snapshot lost": ("update snapshots set id = 's-lost' where name = 'snap'", "snapshot s-lost: not there"),
+    "copy without its source": ("update snapshots set duplicates = 's-lost', observed_state = '' where name = 'snap'",
+                                "to be made of s-lost, which is not there"),
+    "add-on left": ("update add_ons set resource_id = 'nobody'", "add-on of nobody: its resource is gone"),
+    "automatic snapshot left": ("update snapshots set source_id = 'nobody' where auto_day != ''", "its source is gone"),
+    "automatic snapshot twice": ("update snapshots set auto_day = (select max(auto_day) from snapshots), "
+                                 "source_id = (select id from instances where name = 'one')", "3 of 20"),
+    "automatic snapshots kept": (
+        "insert into snapshots (id, account_id, region, name, kind, host_id, guest_id, volumes, source, size_gib, role, "
+        "deleted, state, created_at, observed_state, progress, consistency, frozen_ms, parents, reason, source_id, auto_day) "
+        "select id || n, account_id, region, name, kind, host_id, guest_id, volumes, source, size_gib, role, deleted, "
+        "state, created_at, observed_state, progress, consistency, frozen_ms, parents, reason, source_id, n "
+        "from snapshots, (select value as n from json_each('[1, 2, 3, 4, 5, 6, 7]')) where auto_day != ''",
+        "8 kept; wanted: 7 at the most"),
     "name kept": ("update names set name = 'ghost' where name = 'one'", "name ghost: taken, but nothing has it"),
     "size": ("update guests set memory_mib = 9999 where instance_name = 'one'", "instance one: 2 processors, 9999 MiB"),
     "role": ("update guests set role = 'stop' where instance_name = 'one'", "its guest's role is stop"),
@@ -94,7 +118,13 @@ PLANTED = {
     "document": ("update guests set private_ipv4 = '172.26.9.9' where instance_name = 'one'", "is another document"),
     "generation": ("update hosts set generation = generation + 1", "its agent holds generation"),
     "guest unknown": ("delete from guests where instance_name = 'one'", "there on host-1, but no row knows it"),
-    "guest twice": ("update guests set instance_id = (select id from instances where name = 'one')", "2 guests"),
+    "guest twice": ("update guests set instance_id = (select id from instances where name = 'one')", "3 guests"),
+    "network of nobody": ("update guests set network = 99 where instance_name = 'one'", "in network 99 of nobody"),
+    "network elsewhere": ("update guests set network = (select network from guests where instance_name = 'far')",
+                          "in eu-west-2; wanted: the network of account"),
+    "network apart": ("update networks set peered = 1", "reached by guests of networks [1]; wanted: networks [1, 2]"),
+    "network routed": ("update networks set peered = 0", "of far: joined with the peer subnets; wanted: apart from them"),
+    "network not routed": ("update networks set peered = 1", "of one: apart from the peer subnets; wanted: joined"),
     "instance lost": ("delete from instances where name = 'one'", "no instance owns it"),
     "tags left": ("update tags set resource_id = 'nobody' where rowid = (select min(rowid) from tags)", "tags of nobody"),
     "reference": ("update access_keys set account_id = 'nobody'", "points at a row of accounts"),

@@ -72,7 +72,8 @@ def application(keeper: Keeper, sampler: Sampler) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         await keeper.start()
-        tasks = [asyncio.create_task(work) for work in (keeper.follow(), keeper.tend_network(), keeper.zones.run(),
+        tasks = [asyncio.create_task(work) for work in (keeper.follow(), keeper.tend_network(), keeper.flatten(),
+                                                          keeper.zones.run(), keeper.entrance.run(),
                                                           keeper.metadata.run(), sampler.run())]
         try:
             yield

@@ -87,6 +87,10 @@ class Chores(Generic[W, R]):
     def reports(self) -> tuple[R, ...]:
         return tuple(self._reports.values())
 
+    def find(self, identifier: str) -> R | None:
+        """How the thing stands, if anything was said of it."""
+        return self._reports.get(identifier)
+
     async def settled(self, identifier: str) -> None:
         """Once the thing, if it is wanted at all, has been brought to its role or has failed to."""
         while identifier in self._wanted and identifier not in self._reports:

@@ -9,19 +9,21 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import msgspec
 
 from skysail.agent.blocks import Blocks
+from skysail.agent.entrance import EntranceKeeper
 from skysail.agent.ledger import Ledger
 from skysail.agent.metadata import MetadataKeeper
 from skysail.agent.traffic import Traffic
 from skysail.agent.zones import ZoneKeeper
-from skysail.contract.document import Guest, HostDocument, Port
+from skysail.contract.document import Guest, HostDocument, Network, Port
 from skysail.contract.report import GuestReport, GuestState, HostReport, ImageReport, Inventory
 from skysail.dns import Zones
 from skysail.hypervisor import Hypervisor
+from skysail.ingress import Ingress
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread
 from skysail.metadata import Responder
@@ -42,20 +44,24 @@ class StaleGeneration(Exception):
 
 
 class Keeper:
-    """Holds one host. ``capacity`` carries what the machine has; its lists of guests and images are filled in here."""
+    """Holds one host. ``capacity`` carries what the machine has; its lists of guests and images are filled in here.
+    ``renews`` says of an image, by digest, whether its guests take on another identity in a copy; all do unless told."""
 
     def __init__(self, capacity: HostReport, hypervisor: Hypervisor, pool: Pool, shelf: Shelf, fabric: Fabric,
                  images: Callable[[], list[ImageReport]], ledger: Ledger, traffic: Traffic, zones: Zones,
-                 responder: Responder) -> None:
+                 responder: Responder, renews: Callable[[str], Awaitable[bool]] | None = None,
+                 ingress: Sequence[Ingress] = ()) -> None:
         self._hypervisor = hypervisor
         self._pool = pool
         self._shelf = shelf
-        self._blocks = Blocks(hypervisor, pool, shelf, self._changed)
+        self._blocks = Blocks(hypervisor, pool, shelf, self._changed, self._look)
         self._fabric = fabric
         self._images = images
+        self._renews = renews
         self._ledger = ledger
         self._traffic = traffic
         self.zones = ZoneKeeper(zones, self._changed)
+        self.entrance = EntranceKeeper(ingress, self._apply_network, self._changed)
         self.metadata = MetadataKeeper(responder, self._retell)
         self._report = msgspec.structs.replace(capacity, boot=str(uuid.uuid4()), sequence=0, generation=0)
         self._guests: dict[str, GuestReport] = {}
@@ -65,8 +71,12 @@ class Keeper:
         self._work: dict[str, asyncio.Task[GuestReport]] = {}
         self._falls: dict[str, list[float]] = {}
         self._departed: set[str] = set()
+        self._applied: tuple[list[Port], tuple[Network, ...]] | None = None
+        self._networks: tuple[Network, ...] = ()
+        # The networks that are joined now; None as long as we do not know.
+        self._joined: tuple[Network, ...] | None = None
+        self._rewired = asyncio.Event()
         self._addresses: dict[str, tuple[str, ...]] = {}
-        self._applied: list[Port] | None = None
         self._news = asyncio.Condition()
         self._network = asyncio.Lock()
         self._accepting = asyncio.Lock()
@@ -99,6 +109,10 @@ class Keeper:
         self._report = msgspec.structs.replace(self._report, generation=document.generation)
         self._blocks.take(document)
         self.zones.take(document.zones)
+        self.entrance.take(document)
+        if self._networks != document.networks:
+            self._networks = document.networks
+            self._rewired.set()
         for guest in document.guests:
             known = self._wanted.get(guest.id)
             self._wanted[guest.id] = guest
@@ -144,17 +158,23 @@ class Keeper:
         await self._say(report)
 
     async def tend_network(self) -> None:
-        """Now and then: put back what another program took from the network (a reload of the machine's own firewall flushes
-        ours too), and read the counters; runs until cancelled."""
+        """Now and then, and when networks are joined or parted: put back what another program took from the network (a reload
+        of the machine's own firewall flushes ours too), and read the counters; runs until cancelled."""
         while True:
+            self._rewired.clear()
             try:
-                if self._wanted:
+                if self._wanted or self._networks:
                     await self._apply_network(again=True)
+                elif self._joined is None:  # nobody is here who could be let through
+                    self._joined = ()
+                    await self._changed()
                 if self._traffic.take(await self._fabric.observe()):
                     await self._retell()
             except (SkysailError, OSError) as failure:
                 log.warning("the network could not be looked after: %s", failure)
-            await asyncio.sleep(NETWORK_SECONDS)
+            pause = NETWORK_SECONDS if self._joined == self._networks else BACK_OFF_SECONDS[1]
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._rewired.wait(), pause)
 
     async def prepare(self, image: str, vcpus: int) -> None:
         """Make ready what a launch of this image needs, and report the images that are here; raises SkysailError."""
@@ -221,15 +241,17 @@ class Keeper:
         else:
             # It never ran for this start: its owner learns that it cannot, and why, after some tries.
             state = "failed" if failures >= TRIES else "preparing"
-        return GuestReport(
-            id=guest.id, state=state, starts=guest.starts if state == "failed" or seen is None else seen.starts,
-            reboots=seen.reboots if seen else 0, reason=reason, host_keys=seen.host_keys if seen else ())
+        # One that cannot be looked at holds what it held: a disk that is taken for let go would be given to another guest.
+        held = seen or self._guests.get(guest.id) or GuestReport(id=guest.id, state=state)
+        return msgspec.structs.replace(
+            held, state=state, starts=guest.starts if state == "failed" or seen is None else seen.starts, reason=reason)
 
     async def _converge(self, guest: Guest) -> GuestReport:
         if guest.role == "run":
             await self._apply_network()
             for one in guest.disks:
                 await self._blocks.ready(one.volume.id)
+            await self._refuse_unsound(guest)
         report = await self._hypervisor.ensure(guest)
         if guest.role == "stop":
             try:
@@ -246,19 +268,44 @@ class Keeper:
             self._falls.pop(guest.id, None)
         return report
 
+    async def _refuse_unsound(self, guest: Guest) -> None:
+        """Raises SkysailError for a guest that cannot be made of what it is to begin as."""
+        if guest.volume.origin is None or guest.volume.id in await self._pool.observe():
+            return
+        await self._blocks.sound(guest.volume)
+        if self._renews is not None and not await self._renews(guest.volume.image):
+            raise SkysailError(
+                f"the image {guest.volume.image[:12]} was built before copies took on an identity of their own: this one "
+                "would have the keys and addresses of its source; make a disk of its system disk's snapshot instead")
+
     async def _apply_network(self, again: bool = False) -> None:
         async with self._network:
             # A guest that is going keeps its port until its process is gone: several launches and deletions share one
             # pass of the whole network.
             ports = [guest.port for guest in self._wanted.values() if guest.id not in self._departed]
-            if again or ports != self._applied:
+            networks = self._networks
+            if again or (ports, networks) != self._applied:
                 self._applied = None
-                await self._fabric.apply(ports)
-                self._applied = ports
+                await self._fabric.apply(ports, networks)
+                self._applied = (ports, networks)
+            news, self._joined = self._joined != networks, networks
+        if news:
+            await self._changed()
 
     async def _say(self, report: GuestReport) -> None:
         if self._hold(report):
             await self._changed()
+
+    async def _look(self, guest_id: str) -> None:
+        """Tell of a guest as it stands now."""
+        for report in await self._hypervisor.observe():
+            if report.id == guest_id and guest_id in self._guests:
+                held = self._guests[guest_id]
+                await self._say(msgspec.structs.replace(held, alone=report.alone))
+
+    async def flatten(self) -> None:
+        """Move what stands on deleted snapshots off them; runs until cancelled."""
+        await self._blocks.flatten()
 
     async def _retell(self) -> None:
         """Tell of the guests what is known of them beside their reports."""
@@ -280,9 +327,11 @@ class Keeper:
     async def _changed(self) -> None:
         async with self._news:
             disks, snapshots = self._blocks.reports()
+            networked = self._report.generation if self._joined == self._networks else self._report.networked
             self._report = msgspec.structs.replace(
                 self._report, sequence=self._report.sequence + 1, guests=tuple(self._guests.values()),
-                images=tuple(self._images()), disks=disks, snapshots=snapshots, zones=self.zones.reports())
+                images=tuple(self._images()), disks=disks, snapshots=snapshots, zones=self.zones.reports(),
+                networked=networked, entrance=self.entrance.report())
             self._news.notify_all()
 
     def report(self) -> HostReport:
@@ -306,12 +355,14 @@ class Keeper:
     async def inventory(self) -> Inventory:
         """What the machine really holds; no effects."""
         seen = await self._hypervisor.observe()
+        joined = await self._fabric.joined()
         return Inventory(
             guests=tuple(sorted(report.id for report in seen)),
             running=tuple(sorted(report.id for report in seen if report.state == "running")),
             volumes=tuple(sorted(await self._pool.observe())), ports=tuple(sorted(await self._fabric.observe())),
             snapshots=tuple(await self._shelf.observe()), strays=tuple(await self._hypervisor.strays()),
-            zones=await self.zones.inventory(), metadata=await self.metadata.inventory())
+            zones=await self.zones.inventory(), reached_by=joined.reached_by, routed=joined.routed,
+            names=await self.entrance.inventory(), metadata=await self.metadata.inventory())
 
     def wanted(self) -> dict[str, Guest]:
         """The guests that documents named, as the last one wants them."""

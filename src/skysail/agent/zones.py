@@ -38,6 +38,9 @@ class ZoneKeeper:
         # Names of zones to look at, the latest change first: it does not wait for all that a starting agent has to see.
         self._queue: deque[str] = deque()
         self._failed: set[str] = set()
+        # Those written since they were last read whole: it is done once they rest, and not while somebody waits for a change.
+        self._unread: set[str] = set()
+        self._reading: set[str] = set()
         self._wake = asyncio.Event()
 
     def take(self, zones: Iterable[Zone]) -> None:
@@ -103,8 +106,12 @@ class ZoneKeeper:
             try:
                 if zone.role == "gone":
                     await self._zones.remove(name)
+                    self._unread.discard(name)
                 else:
-                    held = await self._zones.apply(zone)
+                    believing = self._reports[name].serial > 0 and name not in self._reading
+                    held = await self._zones.apply(zone, believing)
+                    (self._unread.add if believing else self._unread.discard)(name)
+                    self._reading.discard(name)
                     report = ZoneReport(id=zone.id, name=name, state="served", serial=held.serial, ds=held.ds)
                 self._applied[name] = zone
             except NameServerAway as gone:
@@ -134,6 +141,10 @@ class ZoneKeeper:
             serials = await self._zones.serials()
         except SkysailError:
             return  # it is away; what it holds did not change
+        for name in self._unread & self._applied.keys():
+            del self._applied[name]
+            self._queue.append(name)
+            self._reading.add(name)
         for name, zone in self._wanted.items():
             left = self._reports[name].serial if zone.role == "serve" else None
             if self._applied.get(name) == zone and serials.get(name) != left:

@@ -11,22 +11,27 @@ from cyclopts import Parameter
 
 from skysail import doctor as doctors
 from skysail.cli import show
-from skysail.images import foreign
+from skysail.images import foreign, published
 from skysail.kit import config as configuration
 from skysail.kit.errors import SkysailError
-from skysail.serve import blueprints, customer, endpoint, tour
+from skysail.serve import blueprints, customer, endpoint, proof, tour
 from skysail.serve import up as machine
 from skysail.serve import usage as transfers
 
 app = cyclopts.App(name="skysail", help="A VPS cloud that you own: the Lightsail API over real QEMU guests.")
 images = cyclopts.App(name="images", help="The images that instances are made of.")
+catalogue = cyclopts.App(name="blueprints", help="What instances start as: what is ready, what can be, and whether it works.")
 keys = cyclopts.App(name="keys", help="Access keys of the admin account.")
+snapshots = cyclopts.App(name="snapshots", help="Snapshots, as files that another Skysail takes in.")
 zones = cyclopts.App(name="zones", help="Zones of domains: as files, and signed.")
 app.command(images)
+app.command(catalogue)
 app.command(keys)
+app.command(snapshots)
 app.command(zones)
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
+Region = Annotated[str, Parameter(help="The region; the default one unless told.")]
 
 
 @app.command
@@ -75,38 +80,53 @@ def verify(*, json: Json = False) -> int:
 
 
 @app.command
-def launch(name: str, *, blueprint: str = "debian_12", bundle: str = "nano_3_0", json: Json = False) -> None:
+def launch(name: str, *, blueprint: str = "debian_12", bundle: str = "nano_3_0", region: Region = "",
+           json: Json = False) -> None:
     """Create an instance and wait until it runs."""
-    instance = customer.launch(configuration.load(), name, blueprint, bundle)
+    instance = customer.launch(configuration.load(), name, blueprint, bundle, region=region)
     show.as_json(instance) if json else show.line(f"{name} runs at {customer.address(instance)}")
 
 
 @app.command(name="list")
-def list_instances(*, json: Json = False) -> None:
-    """Every instance."""
-    found = customer.instances(configuration.load())
+def list_instances(*, region: str = "", json: Json = False) -> None:
+    """Every instance, of every region unless one is told."""
+    config = configuration.load()
+    found = customer.listed(config, region)
     show.as_json(found) if json else show.table(
-        [customer.summary(instance) for instance in found], ["name", "state", "address", "blueprint", "bundle"])
+        [customer.summary(instance) for instance in found],
+        ["name", *(["region"] if len(config.regions) > 1 else []), "state", "address",
+         *(["ssh port"] if config.single_address else []), "blueprint", "bundle"])
+
+
+@app.command
+def search(text: str, *, json: Json = False) -> None:
+    """What has TEXT in its name, address, tags or id, in every region and account."""
+    from skysail.inspect import search as finding
+
+    found = finding.search(configuration.load(), text)
+    show.as_json(found) if json else show.table(found, ["region", "type", "name", "state", "address", "account"])
 
 
 @app.command
 def usage(month: str = "", *, json: Json = False) -> None:
     """What each instance moved in a month (2026-01; this one unless told), its allowance and the price of the rest."""
-    found = transfers.of_month(configuration.load(), month)
+    config = configuration.load()
+    found = transfers.of_month(config, month)
     show.as_json([{name: getattr(one, name) for name in one.__struct_fields__} for one in found]) if json else show.table(
-        [transfers.summary(one) for one in found], ["instance", "in", "out", "allowance", "overage", "price"])
+        [transfers.summary(one) for one in found],
+        ["instance", *(["region"] if len(config.regions) > 1 else []), "in", "out", "allowance", "overage", "price"])
 
 
 @app.command
-def ssh(name: str, *command: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
-    """Log in to an instance, or run a command there."""
-    return customer.ssh(configuration.load(), name, list(command))
+def ssh(name: str, *command: Annotated[str, Parameter(allow_leading_hyphen=True)], region: Region = "") -> int:
+    """Log in to an instance, or run a command there; one with a --region of its own goes behind a --."""
+    return customer.ssh(configuration.load(), name, list(command), region)
 
 
 @app.command
-def logs(name: str) -> None:
+def logs(name: str, *, region: Region = "") -> None:
     """What an instance's serial console said."""
-    show.console(customer.serial_log(configuration.load(), name))
+    show.console(customer.serial_log(configuration.load(), name, region))
 
 
 @app.command
@@ -157,12 +177,73 @@ def build_image(blueprint: str = "debian_12") -> None:
 
 
 @images.command(name="import")
-def import_image(source: str, *, sha256: str, blueprint: str, name: str = "", user: str = "debian",
-                 format: Literal["raw", "qcow2"] | None = None) -> None:
-    """Make a blueprint of a qcow2 or raw cloud image: a file, or an http(s) address."""
-    blueprints.bring_in(
-        configuration.load(), foreign.Origin(source=source, sha256=sha256, format=format),
-        foreign.Blueprint(id=blueprint, name=name or blueprint, user=user), show.step, show.detail)
+def import_image(source: str, *, sha256: str = "", blueprint: str = "", name: str = "", user: str = "debian",
+                 format: Literal["raw", "qcow2"] | None = None, mirror: str = "") -> None:
+    """Make a blueprint of a qcow2 or raw cloud image: one that is known by name (ubuntu_24_04), or a file or an http(s)
+    address with --sha256 and --blueprint. --mirror asks another address than the publisher's for a known one."""
+    if sha256 or blueprint:
+        origin, made = foreign.Origin(source=source, sha256=sha256, format=format), foreign.Blueprint(
+            id=blueprint, name=name or blueprint, user=user)
+    else:
+        show.step(f"{source}: asking its publisher for the checksum")
+        origin, made = published.resolve(published.find(source), mirror)
+    blueprints.bring_in(configuration.load(), origin, made, show.step, show.detail)
+
+
+@catalogue.command(name="list")
+def list_blueprints(*, json: Json = False) -> None:
+    """Every blueprint: ready, can be built from Debian packages, or needs a download."""
+    found = blueprints.offers(configuration.load())
+    show.as_json(found) if json else show.table(found, ["blueprint", "name", "version", "type", "state", "how"])
+
+
+@catalogue.command(name="build")
+def build_blueprint(*names: str, all: Annotated[bool, Parameter(negative="")] = False) -> None:
+    """Build the images of blueprints from Debian packages; --all of every one that has a recipe."""
+    for one in blueprints.named(names, all):
+        blueprints.build(configuration.load(), one, show.step)
+
+
+@catalogue.command(name="prove")
+def prove_blueprints(*names: str, all: Annotated[bool, Parameter(negative="")] = False, json: Json = False) -> int:
+    """Build, template and launch blueprints, ask for their pages, compare the secrets of two clones; exit status 1 when one
+    does not hold."""
+    found = [*proof.prove(configuration.load(), blueprints.named(names, all), show.step)]
+    if json:
+        show.as_json([{name: getattr(one, name) for name in one.__struct_fields__} for one in found])
+    else:
+        show.finish()
+        show.table([proof.summary(one) for one in found], [
+            "blueprint", "version", "image", "build s", "template s", "launch s", "first page s", "verdict"])
+    return 1 if any(one.failure for one in found) else 0
+
+
+@snapshots.command(name="list")
+def list_snapshots(*, json: Json = False) -> None:
+    """Snapshots of every account."""
+    from skysail.serve import snapshots as operator
+
+    found = operator.listed(configuration.load())
+    show.as_json(found) if json else show.table(
+        [operator.summary(one) for one in found], ["name", "of", "kind", "state", "size", "region", "created (UTC)"])
+
+
+@snapshots.command(name="export")
+def export_snapshot(name: str, *, to: Path, region: str = "", account: str = "admin") -> None:
+    """Write a snapshot to one file, with all that its disks stand on."""
+    from skysail.serve import snapshots as operator
+
+    size = operator.export(configuration.load(), name, to, region, account, show.step, show.detail)
+    show.line(f"{to}: {size >> 20} MiB")
+
+
+@snapshots.command(name="import")
+def import_snapshot(file: Path, *, name: str = "", region: str = "", account: str = "admin") -> None:
+    """Make a snapshot of a file that was exported here or elsewhere."""
+    from skysail.serve import snapshots as operator
+
+    made = operator.bring_in(configuration.load(), file, name, region, account, show.step, show.detail)
+    show.line(f"{made} is there: CreateInstancesFromSnapshot and CreateDiskFromSnapshot take it")
 
 
 @zones.command(name="list")

@@ -31,20 +31,38 @@ class FirewallRule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Port(msgspec.Struct, frozen=True, kw_only=True):
-    """A guest's place in the network. ``tenant`` numbers the account: guests of one tenant reach each other privately.
-    A guest without ``public_ipv6`` has IPv4 alone, one without ``public_ipv4`` reaches nobody by IPv4 but its neighbours."""
+    """A guest's place in the network. ``network`` numbers its private network: guests of one reach each other privately.
+    A guest without ``public_ipv6`` has IPv4 alone, one without ``public_ipv4`` reaches nobody by IPv4 but its neighbours.
+    ``ssh_port`` of the machine's single address leads to its port 22, where the machine has one."""
 
     id: Id
     mac: str
-    tenant: int
+    # Records of guests that earlier versions made have it by the older name.
+    network: int = msgspec.field(name="tenant")
     private_ipv4: str
     public_ipv4: str = ""
     public_ipv6: str = ""
     firewall: tuple[FirewallRule, ...] = ()
+    ssh_port: int = 0
 
     @property
     def public_addresses(self) -> tuple[str, ...]:
         return tuple(filter(None, (self.public_ipv4, self.public_ipv6)))
+
+    def sources(self, tcp_port: int) -> tuple[str, ...]:
+        """The IPv4 networks to which its firewall opens a TCP port, none where it is closed."""
+        return tuple(sorted({cidr for rule in self.firewall for cidr in rule.cidrs if rule.protocol == "all" or (
+            rule.protocol == "tcp" and rule.from_port <= tcp_port <= rule.to_port)}))
+
+
+class Network(msgspec.Struct, frozen=True, kw_only=True):
+    """A private network that is joined with others; one that no document names is alone. Its guests and those of its
+    ``peers`` reach each other privately; when it is ``routed``, so do its guests and the peer subnets of the host's
+    configuration."""
+
+    number: int
+    peers: tuple[int, ...] = ()
+    routed: bool = False
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,10 +83,12 @@ class Volume(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Attachment(msgspec.Struct, frozen=True, kw_only=True):
-    """A block-storage disk in a guest, which finds it by its serial ``name``."""
+    """A block-storage disk in a guest, which finds it by its serial ``name``. ``mount``: it is mounted there, and formatted
+    first when it is blank."""
 
     volume: Volume
     name: Annotated[str, msgspec.Meta(pattern=r"\Axvd[f-z]\Z")]
+    mount: bool = False
 
 
 class Personality(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,12 +163,17 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """A copy of ``volumes``, all of one moment, that shall exist (or not). ``guest`` has them; '' when none does."""
+    """A copy of ``volumes``, all of one moment, that shall exist (or not). ``guest`` has them; '' when none does. One that
+    ``duplicates`` another is made of that one's files; one that ``arrived`` was laid on the host by an import. Neither looks
+    at the volumes. One that is ``leaving`` is wanted by nobody but those that stand on it: they are moved off."""
 
     id: Id
     role: Kept
     guest: str
     volumes: tuple[Volume, ...]
+    duplicates: Id | None = None
+    arrived: bool = False
+    leaving: bool = False
 
 
 class RecordSet(msgspec.Struct, frozen=True, kw_only=True):
@@ -177,6 +202,29 @@ class Zone(msgspec.Struct, frozen=True, kw_only=True):
     signing_key: str = ""
 
 
+class HostName(msgspec.Struct, frozen=True, kw_only=True):
+    """A name by which guest ``guest`` is asked for: in lower case, without a final dot; ``*.`` before it stands for one
+    label."""
+
+    name: Annotated[str, msgspec.Meta(pattern=r"\A(\*\.)?[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\Z", max_length=255)]
+    guest: Id
+
+
+class JumpAccount(msgspec.Struct, frozen=True, kw_only=True):
+    """Who may jump to the guests of these private networks: the holders of these public keys (in OpenSSH's form)."""
+
+    networks: tuple[int, ...]
+    keys: tuple[str, ...]
+
+
+class Entrance(msgspec.Struct, frozen=True, kw_only=True):
+    """How guests are reached where all share the machine's one public address: on ports 80 and 443 by name, and by the
+    SSH jump."""
+
+    names: tuple[HostName, ...] = ()
+    accounts: tuple[JumpAccount, ...] = ()
+
+
 class HostDocument(msgspec.Struct, frozen=True, kw_only=True):
     """All that one host shall hold. The agent refuses a ``generation`` older than the one that it has."""
 
@@ -186,4 +234,6 @@ class HostDocument(msgspec.Struct, frozen=True, kw_only=True):
     disks: tuple[Disk, ...] = ()
     snapshots: tuple[Snapshot, ...] = ()
     zones: tuple[Zone, ...] = ()
+    entrance: Entrance | None = None
+    networks: tuple[Network, ...] = ()
     version: int = VERSION

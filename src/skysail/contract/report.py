@@ -12,6 +12,8 @@ from skysail.contract.document import MetadataOptions, RecordSet
 GuestState = Literal["preparing", "starting", "running", "rebooting", "stopping", "stopped", "halted", "crashed",
                      "failed", "gone"]
 
+# Lightsail's words for a disk that mounts by itself.
+Mount = Literal["Mounted", "Pending", "Failed"]
 
 # ``waiting``: not begun. ``copying``: the moment that it holds is past, and it is being written.
 SnapshotState = Literal["waiting", "copying", "available", "failed", "gone"]
@@ -20,8 +22,10 @@ SnapshotState = Literal["waiting", "copying", "available", "failed", "gone"]
 class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
     """One guest as seen on its host. ``halted``: it powered itself off; ``crashed``: it died and will be restarted after
     a back-off; ``failed``: it could not be made at all, ``reason`` says why. ``stages`` maps a launch stage to the
-    seconds since its start. ``disks`` are the block-storage disks that it holds. ``metadata_options`` are those by which its
-    metadata are answered now; None while they are not. ``public_addresses``: those that lead to it now."""
+    seconds since its start. ``disks`` are the block-storage disks that it holds; ``refused`` maps one that could not be
+    plugged in while it runs to the reason, ``mounts`` one that mounts by itself to how that went. ``alone``: its system
+    disk stands on no snapshot, or not any more. ``metadata_options`` are those by which its metadata are answered
+    now; None while they are not. ``public_addresses``: those that lead to it now."""
 
     id: str
     state: GuestState
@@ -33,16 +37,20 @@ class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
     tx_bytes: int = 0
     stages: dict[str, float] = {}
     disks: tuple[str, ...] = ()
+    refused: dict[str, str] = {}
+    mounts: dict[str, Mount] = {}
+    alone: bool = False
     metadata_options: MetadataOptions | None = None
     public_addresses: tuple[str, ...] = ()
 
 
 class DiskReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One block-storage disk."""
+    """One block-storage disk. ``alone``: it stands on no snapshot any more."""
 
     id: str
     state: Literal["preparing", "available", "failed", "gone"]
     reason: str = ""
+    alone: bool = False
 
 
 class SnapshotReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,9 +92,18 @@ class ZoneReport(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class EntranceReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The shared address's entrance. ``pending``: not as the document says yet; ``failed``: it could not be made so,
+    ``reason`` says why, and it is tried again."""
+
+    state: Literal["pending", "served", "failed"]
+    reason: str = ""
+
+
 class HostReport(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a host observes, at one moment. ``sequence`` grows by one with every change, within one agent's life
-    (``boot``): a reader keeps the pair to know what it has seen."""
+    (``boot``): a reader keeps the pair to know what it has seen. ``networked`` is the newest generation whose networks are
+    joined as it says."""
 
     host: str
     boot: str
@@ -101,6 +118,8 @@ class HostReport(msgspec.Struct, frozen=True, kw_only=True):
     disks: tuple[DiskReport, ...] = ()
     snapshots: tuple[SnapshotReport, ...] = ()
     zones: tuple[ZoneReport, ...] = ()
+    entrance: EntranceReport | None = None
+    networked: int = 0
     version: int = VERSION
 
 
@@ -116,8 +135,9 @@ class HeldZone(msgspec.Struct, frozen=True, kw_only=True):
 class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     """What a host really holds at this moment, by id: guests, those of them that have a process, volumes (block storage
     too), ports, snapshots. ``strays`` says in words what is there of guests that the host does not hold.
-    ``zones``: what its name server has. ``metadata``: a digest of what each guest is told of itself, by id; None when nobody
-    answers guests that ask."""
+    ``zones``: what its name server has. ``reached_by`` has the numbers of the networks whose guests reach each port,
+    ``routed`` the ports that peer subnets do; ``names`` the host names that lead to guests, with the private address of
+    each. ``metadata``: a digest of what each guest is told of itself, by id; None when nobody answers guests that ask."""
 
     guests: tuple[str, ...] = ()
     running: tuple[str, ...] = ()
@@ -126,4 +146,7 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     snapshots: tuple[str, ...] = ()
     strays: tuple[str, ...] = ()
     zones: tuple[HeldZone, ...] = ()
+    reached_by: dict[str, tuple[int, ...]] = {}
+    routed: tuple[str, ...] = ()
+    names: dict[str, str] = {}
     metadata: dict[str, str] | None = None

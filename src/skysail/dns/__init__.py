@@ -17,9 +17,10 @@ class NameServerAway(SkysailError):
 class Zones(Protocol):
     """Holds zones. Every method raises :class:`NameServerAway`, or SkysailError when the name server refuses."""
 
-    async def apply(self, zone: Zone) -> HeldZone:
+    async def apply(self, zone: Zone, believing: bool = False) -> HeldZone:
         """Make the zone answer exactly what ``zone`` says, and say what is held then. All record sets that differ change
-        together, with the serial, or none does; what is as it should be is not written. Idempotent."""
+        together, with the serial, or none does; what is as it should be is not written. Idempotent. ``believing``: a zone
+        that has the serial with which it was left is taken to be as it was left: a change costs what it changes."""
         ...
 
     async def remove(self, name: str) -> None:

@@ -17,7 +17,7 @@ class SimZones:
     def __init__(self) -> None:
         self._zones: dict[str, HeldZone] = {}
 
-    async def apply(self, zone: Zone) -> HeldZone:
+    async def apply(self, zone: Zone, believing: bool = False) -> HeldZone:
         held = self._zones.get(zone.name)
         sets = tuple(sorted(zone.record_sets, key=lambda found: (found.name, found.type)))
         serial = zone.serial if held is None else next_serial(zone, held.serial, held.record_sets != sets)

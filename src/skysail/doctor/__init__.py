@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import os
 import re
@@ -21,6 +22,7 @@ import msgspec
 
 from skysail.dns.powerdns import PowerDns
 from skysail.hypervisor.accelerator import probe
+from skysail.ingress.haproxy import HaProxy
 from skysail.kit import process
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
@@ -144,6 +146,36 @@ def name_server(config: Config) -> Finding:
     return Finding(subject="dns", verdict="good", saw="PowerDNS is installed, its address is free", where=where)
 
 
+def single_address(config: Config) -> Finding:
+    """Is the address that instances share this machine's own, and does nobody else answer on the ports that they take?"""
+    address = config.single_address
+    where = f"{address}, ports 80, 443 and {config.jump_port}" if address else "skysail.toml"
+    if not address:
+        return Finding(subject="ingress", verdict="good", saw="each instance has an address of its own", where=where)
+    problems = asyncio.run(HaProxy(config.ingress_dir / "haproxy", namespace=config.namespace, address=address,
+                                   ports=(80, 443), user=config.ingress_user, log=Path(os.devnull)).check())
+    if problems:
+        return Finding(subject="ingress", verdict="bad", saw="; ".join(problems), where=where, cure="as said")
+    hidden = []
+    for port in (80, 443, config.jump_port):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((address, port))
+            except PermissionError:
+                return Finding(subject="ingress", verdict="weak", saw="not looked at", where=where, cure="run with sudo")
+            except OSError as refused:
+                if refused.errno == errno.EADDRNOTAVAIL:
+                    return Finding(subject="ingress", verdict="bad", saw="it is not an address of this machine", where=where,
+                                   cure="set single_address in skysail.toml to one that `ip address` shows")
+                hidden.append(str(port))
+    if hidden:
+        return Finding(subject="ingress", verdict="weak", where=where,
+                       saw=f"a program of this machine listens on {', '.join(hidden)}: nobody outside reaches it there",
+                       cure="move it to another port or address, or set jump_port in skysail.toml")
+    return Finding(subject="ingress", verdict="good", saw="HAProxy is installed, the address is this machine's", where=where)
+
+
 def disk(config: Config) -> Finding:
     """Room for images and guests."""
     place = config.root
@@ -191,5 +223,6 @@ def clock(_config: Config) -> Finding:
 
 LOOKS: tuple[tuple[str, Callable[[Config], Finding]], ...] = (
     ("qemu", qemu_version), ("accelerator", accelerator), ("namespaces", namespaces), ("network", network),
-    ("metadata", metadata), ("dns", name_server), ("disk", disk), ("memory", memory), ("cgroups", cgroups), ("time", clock),
+    ("metadata", metadata), ("dns", name_server), ("ingress", single_address), ("disk", disk), ("memory", memory),
+    ("cgroups", cgroups), ("time", clock),
 )

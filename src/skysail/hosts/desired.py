@@ -15,39 +15,39 @@ from skysail.contract.document import (
     HostDocument,
     Metadata,
     MetadataOptions,
+    Network,
     Origin,
     Personality,
     Port,
-    RecordSet,
     Snapshot,
     Volume,
-    Zone,
 )
-from skysail.hosts import plans
+from skysail.hosts import entrance, plans, reverse
+from skysail.hosts.zones import ZoneCompiler
 from skysail.store.schema import (
-    accounts,
     disks,
     domain_entries,
-    domains,
     guests,
     hosts,
     instances,
+    networks,
     ports,
+    reverse_zones,
     snapshots,
-    static_ips,
 )
 from skysail.store.vault import Vault
 
-NAME_SERVER_TTL = 3600
 _OF_INSTANCE = (instances.c.bundle_id, instances.c.region, instances.c.zone, instances.c.key_pair_name,
-                instances.c.created_at, instances.c.metadata_options)
+                instances.c.created_at, instances.c.metadata_options, instances.c.ssh_port)
 
 
 def bump(connection: Connection, host_id: str) -> None:
-    """The host's document changed: give it the next generation. Where there are aliases, every host's did: they may follow
-    what changed."""
+    """The host's document changed: give it the next generation. Where there are aliases or reverse zones, every host's did:
+    they may follow what changed."""
     aliases = select(domain_entries.c.id).where(domain_entries.c.alias != "").exists()
-    connection.execute(update(hosts).where(or_(hosts.c.id == host_id, aliases)).values(generation=hosts.c.generation + 1))
+    reversed_ = select(reverse_zones.c.id).exists()
+    connection.execute(update(hosts).where(or_(hosts.c.id == host_id, aliases, reversed_)).values(
+        generation=hosts.c.generation + 1))
 
 
 def bump_zones(connection: Connection) -> None:
@@ -55,10 +55,16 @@ def bump_zones(connection: Connection) -> None:
     connection.execute(update(hosts).values(generation=hosts.c.generation + 1))
 
 
-def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
-    """The desired document of ``host_id`` at its current generation; ``vault`` opens the zones' signing keys."""
-    generation = connection.execute(select(hosts.c.generation).where(hosts.c.id == host_id)).scalar_one()
-    tenants = {row.id: row.tenant for row in connection.execute(select(accounts.c.id, accounts.c.tenant))}
+def bump_networks(connection: Connection) -> dict[str, int]:
+    """Networks were joined or parted: every host gets its next generation; which each has now."""
+    bump_zones(connection)
+    return {row.id: row.generation for row in connection.execute(select(hosts.c.id, hosts.c.generation))}
+
+
+def compile(connection: Connection, host_id: str, vault: Vault, zones: ZoneCompiler | None = None) -> HostDocument:
+    """The desired document of ``host_id`` at its current generation; ``vault`` opens the zones' signing keys. ``zones`` keeps
+    those that do not change from one document to the next."""
+    host = connection.execute(select(hosts).where(hosts.c.id == host_id)).mappings().one()
     rules: dict[str, list[FirewallRule]] = {}
     for port in connection.execute(select(ports).order_by(ports.c.protocol, ports.c.from_port, ports.c.to_port)):
         rules.setdefault(port.instance_id, []).append(FirewallRule(
@@ -69,31 +75,46 @@ def compile(connection: Connection, host_id: str, vault: Vault) -> HostDocument:
     for disk in stored:
         if disk["instance_id"] is not None:
             attached.setdefault(disk["instance_id"], []).append(
-                Attachment(volume=disk_volume(disk), name=disk["path"].removeprefix("/dev/")))
+                Attachment(volume=disk_volume(disk), name=disk["path"].removeprefix("/dev/"), mount=disk["auto_mount"]))
     found = tuple(
         Guest(
             id=row["id"], instance=row["instance_name"], role=row["role"], starts=row["starts"],
             reboots=row["reboots"], force=row["force"], vcpus=row["vcpus"], memory_mib=row["memory_mib"],
             volume=system_volume(row), disks=tuple(attached.get(row["instance_id"], ())),
             iops=row["iops"],
-            port=Port(id=row["id"], mac=row["mac"], tenant=tenants[row["account_id"]],
+            port=Port(id=row["id"], mac=row["mac"], network=row["network"],
                       private_ipv4=row["private_ipv4"], public_ipv4=row["public_ipv4"] or "",
                       public_ipv6=row["public_ipv6"] or "",
-                      firewall=tuple(rules.get(row["instance_id"], ()))),
+                      firewall=tuple(rules.get(row["instance_id"], ())),
+                      ssh_port=(row["ssh_port"] or 0) if host["shared_address"] else 0),
             personality=msgspec.convert(row["personality"], Personality),
             baseline_percent=plans.baseline_percent(row["bundle_id"]), metadata=_metadata(row))
         for row in connection.execute(
             select(guests, *_OF_INSTANCE).outerjoin(instances, instances.c.id == guests.c.instance_id)
             .where(guests.c.host_id == host_id).order_by(guests.c.id)).mappings())
     return HostDocument(
-        host=host_id, generation=generation, guests=found,
+        host=host_id, generation=host["generation"], guests=found, entrance=entrance.compile(connection, host),
         disks=tuple(Disk(volume=disk_volume(row), role=row["role"], made=row["made"]) for row in stored),
         snapshots=tuple(
-            Snapshot(id=row["id"], role=row["role"], guest=row["guest_id"],
+            Snapshot(id=row["id"], role=row["role"], guest=row["guest_id"], duplicates=row["duplicates"] or None,
+                     arrived=row["arrived"], leaving=row["deleted"],
                      volumes=msgspec.convert(row["volumes"], tuple[Volume, ...]))
             for row in connection.execute(select(snapshots).where(snapshots.c.host_id == host_id).order_by(snapshots.c.id))
             .mappings()),
-        zones=tuple(zones(connection, vault)))
+        zones=(*(zones or ZoneCompiler()).zones(connection, vault), *reverse.zones(connection)),
+        networks=tuple(joined(connection)))
+
+
+def joined(connection: Connection) -> Iterator[Network]:
+    """The peered networks, by number: each is joined with the peer subnets, and with those of its account's others that are
+    peered too."""
+    rows = connection.execute(select(networks).where(networks.c.peered).order_by(networks.c.number)).all()
+    of_account: dict[str, list[int]] = {}
+    for row in rows:
+        of_account.setdefault(row.account_id, []).append(row.number)
+    for row in rows:
+        peers = tuple(number for number in of_account[row.account_id] if number != row.number)
+        yield Network(number=row.number, peers=peers, routed=True)
 
 
 def metadata_options(instance: RowMapping) -> MetadataOptions:
@@ -121,42 +142,3 @@ def disk_volume(disk: RowMapping) -> Volume:
 
 def _origin(row: RowMapping) -> Origin | None:
     return msgspec.convert(row["origin"], Origin | None)
-
-
-def zones(connection: Connection, vault: Vault) -> Iterator[Zone]:
-    """Every zone that name servers shall answer for or let go, by name; aliases are what they point at now."""
-    entries: dict[str, dict[tuple[str, str], tuple[int, list[str]]]] = {}
-    addresses = _addresses(connection)
-    owners = {row.id: row.account_id for row in connection.execute(select(domains.c.id, domains.c.account_id))}
-    columns = (domain_entries.c.domain_id, domain_entries.c.name, domain_entries.c.type, domain_entries.c.ttl,
-               domain_entries.c.record, domain_entries.c.alias, domain_entries.c.alias_region)
-    for domain, name, kind, ttl, record, alias, region in connection.execute(select(*columns)):
-        records = [record] if not alias else addresses.get((owners[domain], region, alias, kind), [])
-        if records:
-            entries.setdefault(domain, {}).setdefault((name, kind), (ttl, []))[1].extend(records)
-    for row in connection.execute(select(domains).order_by(domains.c.name)):
-        apex = row.name + "."
-        servers = tuple(f"{name}." for name in row.name_servers)
-        sets = [RecordSet(name=name + ".", type=kind, ttl=ttl, records=tuple(sorted(records)))
-                for (name, kind), (ttl, records) in sorted(entries.get(row.id, {}).items())]
-        yield Zone(
-            id=row.id, name=apex, role=row.role, serial=row.serial, primary=servers[0], hostmaster=f"hostmaster.{apex}",
-            record_sets=() if row.role == "gone" else (
-                RecordSet(name=apex, type="NS", ttl=NAME_SERVER_TTL, records=tuple(sorted(servers))), *sets),
-            signing_key=vault.open(row.signing_sealed, f"zone:{row.id}") if row.signing_sealed else "")
-
-
-def _addresses(connection: Connection) -> dict[tuple[str, str, str, str], list[str]]:
-    """What an alias may point at, by account, region, name and type of record: public addresses of instances, and static
-    IPs."""
-    found: dict[tuple[str, str, str, str], list[str]] = {}
-    for row in connection.execute(
-            select(instances.c.account_id, instances.c.region, instances.c.name, guests.c.public_ipv4, guests.c.public_ipv6)
-            .join(guests, guests.c.instance_id == instances.c.id)):
-        if row.public_ipv4:
-            found[row.account_id, row.region, row.name, "A"] = [row.public_ipv4]
-        if row.public_ipv6:
-            found[row.account_id, row.region, row.name, "AAAA"] = [row.public_ipv6]
-    for row in connection.execute(select(static_ips)):
-        found[row.account_id, row.region, row.name, "A"] = [row.ipv4]
-    return found

@@ -15,16 +15,18 @@ from skysail.contract.document import HostDocument
 from skysail.contract.report import HostReport
 from skysail.hosts import desired
 from skysail.hosts.client import AgentClient
+from skysail.hosts.zones import ZoneCompiler
 from skysail.kit.clock import Clock
 from skysail.store.database import Database
-from skysail.store.schema import disks, domains, guests, hosts, images, snapshots, zone_reports
+from skysail.store.schema import disks, domains, guests, hosts, images, reverse_zones, snapshots, zone_reports
 from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 0.5
 # What a report may change of a guest's row.
 _OBSERVED = (guests.c.id, guests.c.observed_state, guests.c.observed_starts, guests.c.observed_reboots, guests.c.reason,
-             guests.c.rx_bytes, guests.c.tx_bytes, guests.c.host_keys, guests.c.observed_disks, guests.c.observed_metadata,
+             guests.c.rx_bytes, guests.c.tx_bytes, guests.c.host_keys, guests.c.observed_disks,
+             guests.c.observed_refused, guests.c.observed_mounts, guests.c.origin, guests.c.observed_metadata,
              guests.c.observed_addresses)
 
 
@@ -38,6 +40,7 @@ class Watch:
         self._database = database
         self._clock = clock
         self._vault = vault
+        self._zones = ZoneCompiler()
         self._observed = observed
         self._changed = asyncio.Event()
         self._changed.set()
@@ -85,7 +88,7 @@ class Watch:
         with self._database.transaction(write=False) as connection:
             generation = connection.execute(
                 select(hosts.c.generation).where(hosts.c.id == self._host_id)).scalar_one()
-            return desired.compile(connection, self._host_id, self._vault) if generation > sent else None
+            return desired.compile(connection, self._host_id, self._vault, self._zones) if generation > sent else None
 
     def _overtake(self) -> None:
         # After a restored database our generation may be behind the agent's; the rows are the truth, so move ahead.
@@ -120,8 +123,10 @@ class Watch:
 def write_report(connection: Connection, host_id: str, report: HostReport, now: float) -> None:
     """Write what the host observes into the rows; states of instances follow in the workflows, not here."""
     connection.execute(update(hosts).where(hosts.c.id == host_id).values(
-        observed_generation=report.generation, vcpus=report.vcpus, memory_mib=report.memory_mib,
-        disk_gib=report.disk_gib, accelerator=report.accelerator, seen_at=now))
+        observed_generation=report.generation, networked_generation=report.networked, vcpus=report.vcpus,
+        memory_mib=report.memory_mib, disk_gib=report.disk_gib, accelerator=report.accelerator, seen_at=now,
+        entrance_state=report.entrance.state if report.entrance else "",
+        entrance_reason=report.entrance.reason if report.entrance else ""))
     known = {row["id"]: row for row in connection.execute(select(*_OBSERVED).where(guests.c.host_id == host_id)).mappings()}
     for guest in report.guests:
         row = known.get(guest.id)
@@ -130,15 +135,20 @@ def write_report(connection: Connection, host_id: str, report: HostReport, now: 
         values: dict[str, object] = {
             "observed_state": guest.state, "observed_starts": guest.starts, "observed_reboots": guest.reboots,
             "reason": guest.reason, "rx_bytes": guest.rx_bytes, "tx_bytes": guest.tx_bytes,
-            "observed_disks": list(guest.disks), "observed_metadata": msgspec.to_builtins(guest.metadata_options),
+            "observed_disks": list(guest.disks), "observed_refused": guest.refused, "observed_mounts": guest.mounts,
+            "observed_metadata": msgspec.to_builtins(guest.metadata_options),
             "observed_addresses": list(guest.public_addresses)}
+        if guest.alone and row["origin"] is not None:
+            values["origin"] = None
         if guest.host_keys and list(guest.host_keys) != row["host_keys"]:
             values |= {"host_keys": list(guest.host_keys), "witnessed_at": now}
         # A report names every guest of its host, most of them as they were.
         if any(row[name] != value for name, value in values.items()):
             connection.execute(update(guests).where(guests.c.id == guest.id).values(**values))
     for disk in report.disks:
-        _write(connection, disks, disk.id, {"observed_state": disk.state, "reason": disk.reason})
+        # It was flattened: whatever is asked of it from here on has nothing to do with the snapshot that it was made of.
+        alone: dict[str, object] = {"origin": None} if disk.alone else {}
+        _write(connection, disks, disk.id, {"observed_state": disk.state, "reason": disk.reason} | alone)
     for snapshot in report.snapshots:
         _write(connection, snapshots, snapshot.id, {
             "observed_state": snapshot.state, "progress": snapshot.progress, "consistency": snapshot.consistency,
@@ -166,7 +176,8 @@ def _write_zones(connection: Connection, host_id: str, report: HostReport) -> No
     """Only what changed is written: a report comes with every guest's news, and zones may be many."""
     held = {row["domain_id"]: row for row in connection.execute(
         select(zone_reports).where(zone_reports.c.host_id == host_id)).mappings()}
-    known = set(connection.execute(select(domains.c.id)).scalars()) if report.zones or held else set()
+    known = {identifier for table in (domains, reverse_zones) if report.zones or held
+             for identifier in connection.execute(select(table.c.id)).scalars()}
     for zone in report.zones:
         values = {"state": zone.state, "serial": zone.serial, "ds": list(zone.ds), "reason": zone.reason}
         row = held.get(zone.id)

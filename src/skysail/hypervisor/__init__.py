@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Protocol
 
 import msgspec
 
-from skysail.contract.document import Guest, Snapshot
+from skysail.contract.document import Guest, Snapshot, Volume
 from skysail.contract.report import GuestReport, SnapshotReport
 
 
@@ -36,6 +36,15 @@ class Hypervisor(Protocol):
 
     async def snapshots(self) -> list[SnapshotReport]:
         """Every snapshot that is here whole; no effects."""
+        ...
+
+    async def flatten(self, volume: Volume, guest_id: str) -> bool:
+        """Let a volume, which the guest of this id has ('' for none), stand on no snapshot any more, and read the same. Its
+        guest goes on meanwhile. False when it cannot be now, because something else is done with it: ask again."""
+        ...
+
+    async def lift(self, snapshot_id: str, leaving: Collection[str]) -> SnapshotReport | None:
+        """Let a snapshot stand on none of those ``leaving``; how it stands, None when it is not here whole."""
         ...
 
     async def observe(self) -> list[GuestReport]:

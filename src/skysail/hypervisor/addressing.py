@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from skysail.contract.document import Guest
-from skysail.hypervisor.freezing import ANSWER_SECONDS, reach
+from skysail.hypervisor.guest_agent import ANSWER_SECONDS, reach
 from skysail.hypervisor.personality import Surroundings
 from skysail.hypervisor.qmp import Gone, Refused
 

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from skysail.kit.errors import SkysailError
-from skysail.kit.process import kill, started_at
+from skysail.kit.process import kill as kill
+from skysail.kit.process import started_at
 
 CGROUPS = Path("/sys/fs/cgroup")
 PERIOD_MICROSECONDS = 100_000
@@ -116,6 +117,26 @@ def bound(name: str, processors: float) -> None:
     except OSError as refused:
         raise SkysailError(f"the cgroup of guest {name} could not be set: {refused}",
                            "see: sudo ./skysail doctor") from refused
+
+
+def unbound(name: str) -> dict[str, str]:
+    """Let the guest use as many processors as it can get; what :func:`rebind` takes. For moments in which it is not to be
+    held up: a guest that has used up its share stands still for the rest of the period."""
+    former = {}
+    for folder in _folders(name):
+        for file, value in (("cpu.max", "max"), ("cpu.cfs_quota_us", "-1")):
+            with contextlib.suppress(OSError):
+                held = (folder / file).read_text()
+                (folder / file).write_text(value)
+                former[str(folder / file)] = held
+    return former
+
+
+def rebind(former: dict[str, str]) -> None:
+    """The guest is bound again as it was before :func:`unbound`."""
+    for file, value in former.items():
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            Path(file).write_text(value)
 
 
 def used_seconds(name: str, pid: int) -> float | None:

@@ -7,20 +7,38 @@ The guest sees each as a SCSI disk whose serial is its name (``xvdf``), the same
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from skysail.hypervisor import qemu
 from skysail.hypervisor.qmp import Monitor, Refused
+from skysail.kit.errors import SkysailError
 
 # The device that QEMU knows the system disk's backend by.
 SYSTEM = "/machine/peripheral/vda/virtio-backend"
 # Long enough to boot at full speed.
 BURST_SECONDS = 120
+_DEVICE = re.compile("disk|xvd[f-z]")
 
 
 async def plugged(monitor: Monitor) -> set[str]:
     """The names of the disks that the guest has."""
     return {str(one.get("qdev", "")) for one in await monitor.execute("query-block")}
+
+
+async def find(monitor: Monitor, volume_id: str) -> tuple[str, dict[str, str]]:
+    """QEMU's node of the volume, and the nodes of its parents by their files; raises SkysailError when it does not have it.
+
+    Drafts of snapshots have files of the same name: the volume's node is the one that a device has.
+    """
+    seen = {one["node-name"].removesuffix("-file"): one["file"]
+            for one in await monitor.execute("query-named-block-nodes", {"flat": True}) if one["drv"] == "file"}
+    for name, file in seen.items():
+        if _DEVICE.fullmatch(name) and Path(file).stem == volume_id:
+            prefix = "parent" if name == "disk" else f"{name}-"
+            return name, {under: other for other, under in seen.items() if other.startswith(prefix)}
+    raise SkysailError(f"the guest does not have the volume {volume_id}")
 
 
 async def throttle(monitor: Monitor, name: str, iops: int) -> None:
@@ -33,12 +51,13 @@ async def throttle(monitor: Monitor, name: str, iops: int) -> None:
 
 
 async def plug(monitor: Monitor, name: str, chain: Sequence[str]) -> None:
-    """Plug in the disk whose file is the first of ``chain``, its parents behind it; raises Refused."""
+    """Plug in the disk whose file is the first of ``chain``, its parents behind it; raises Refused, and nothing of it is left
+    in the guest then."""
     present = {one["node-name"] for one in await monitor.execute("query-named-block-nodes", {"flat": True})}
-    for node in qemu.nodes(name, chain):
-        if node["node-name"] not in present:  # it may be there from an attempt that was cut off
-            await monitor.execute("blockdev-add", node)
     try:
+        for node in qemu.nodes(name, chain):
+            if node["node-name"] not in present:  # it may be there from an attempt that was cut off
+                await monitor.execute("blockdev-add", node)
         await monitor.execute("device_add", {"driver": "scsi-hd", "id": name, "bus": f"{qemu.DISKS}.0", "drive": name,
                                              "serial": name, "device_id": name})
     except Refused:

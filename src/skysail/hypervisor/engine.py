@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 
 import msgspec
 
-from skysail.contract.document import Guest, Snapshot
+from skysail.contract.document import Guest, Snapshot, Volume
 from skysail.contract.report import GuestReport, SnapshotReport
-from skysail.hypervisor import Usage, confinement, personality, process
-from skysail.hypervisor.guest import QemuGuest, Record, Workshop, remove
+from skysail.hypervisor import Usage, confinement, flattening, personality, process
+from skysail.hypervisor.guest import QemuGuest, remove
 from skysail.hypervisor.qmp import Gone
+from skysail.hypervisor.record import Record
 from skysail.hypervisor.snapshot import Copying, abandon, report
+from skysail.hypervisor.workshop import Workshop
 from skysail.kit.config import GUEST_UIDS
 from skysail.kit.errors import ProcessFailed, SkysailError
 from skysail.kit.process import in_thread, run_async
@@ -34,6 +36,8 @@ class Qemu:
         self._locks: dict[str, asyncio.Lock] = {}
         self._seen: dict[str, str] = {}
         self._damaged: dict[str, int] = {}
+        self._copied: dict[str, set[str]] = {}
+        self._moves: dict[str, asyncio.Task[bool]] = {}
         # A template that an earlier agent was booting is worth nothing without that agent.
         workshop.templates.sweep()
         for path in sorted(workshop.guests.glob("*/guest.json")):
@@ -50,6 +54,7 @@ class Qemu:
     async def ensure(self, guest: Guest) -> GuestReport:
         """See :class:`skysail.hypervisor.Hypervisor`; raises SkysailError when the guest cannot be brought there."""
         async with self._lock(guest.id):
+            await self._call_off(guest.volume, *(one.volume for one in guest.disks))
             if guest.role == "gone":
                 held = self._guests.get(guest.id)
                 if held is not None:
@@ -94,8 +99,43 @@ class Qemu:
         if manifest is None:
             if guest is None and snapshot.guest:
                 raise SkysailError(f"the guest {snapshot.guest} is not on this host")
-            manifest = await Copying(self._shop, snapshot, guest, lock, self._uid_base, progress).take()
+            self._copied[snapshot.id] = {one.id for one in snapshot.volumes}
+            try:
+                await self._call_off(*snapshot.volumes)
+                manifest = await Copying(self._shop, snapshot, guest, lock, self._uid_base, progress).take()
+            finally:
+                del self._copied[snapshot.id]
         return report(manifest)
+
+    async def flatten(self, volume: Volume, guest_id: str) -> bool:
+        """See :class:`skysail.hypervisor.Hypervisor`; raises SkysailError when it cannot be done."""
+        guest = self._guests.get(guest_id)
+        if guest_id and (guest is None or not guest.record.made or self._lock(guest_id).locked()):
+            return False
+        if any(volume.id in volumes for volumes in self._copied.values()):
+            return False
+        if guest is not None and guest.alive():
+            return await flattening.stream(self._shop, guest, volume, self._lock(guest_id))
+        # A task of its own: whoever wants the volume calls it off, and not those who asked for this.
+        work = asyncio.create_task(flattening.offline(self._shop, guest, volume, self._uid_base))
+        self._moves[volume.id] = work
+        try:
+            await asyncio.wait((work,))
+            return not work.cancelled() and work.result()
+        finally:
+            await self._call_off(volume)
+
+    async def _call_off(self, *volumes: Volume) -> None:
+        """Nobody but the caller does something with these volumes of a guest that is off, or of none, from here on."""
+        moves = [move for one in volumes if (move := self._moves.pop(one.id, None)) is not None]
+        for move in moves:
+            move.cancel()
+        if moves:
+            await asyncio.wait(moves)
+
+    async def lift(self, snapshot_id: str, leaving: Collection[str]) -> SnapshotReport | None:
+        manifest = await self._shop.shelf.lift(snapshot_id, leaving, self._uid_base)
+        return report(manifest) if manifest is not None else None
 
     async def snapshots(self) -> list[SnapshotReport]:
         found = [await self._shop.shelf.find(identifier) for identifier in await self._shop.shelf.observe()]

@@ -8,90 +8,52 @@ server, so it is thrown away and made again.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import logging
 import os
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from skysail.contract.document import Guest, Port, Volume
+from skysail.contract.document import Guest, Volume
 from skysail.contract.report import GuestReport, GuestState
-from skysail.hypervisor import Usage, addressing, confinement, disks, freezing, personality, process, qemu
-from skysail.hypervisor.personality import Identity, Surroundings
-from skysail.hypervisor.process import Pid
-from skysail.hypervisor.qmp import Channel, Gone, Monitor, Refused, ask
-from skysail.hypervisor.template import Image, Template, Templates
+from skysail.hypervisor import (
+    Usage,
+    addressing,
+    confinement,
+    disks,
+    freezing,
+    guest_agent,
+    mounting,
+    personality,
+    process,
+    qemu,
+)
+from skysail.hypervisor.qmp import Channel, Gone, Monitor, Refused
+from skysail.hypervisor.record import Record
+from skysail.hypervisor.template import Image, Template
+from skysail.hypervisor.workshop import Workshop
 from skysail.kit import durable
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread
-from skysail.storage import Manifest, Shelf
 
 log = logging.getLogger(__name__)
 # An orderly shutdown under emulation takes some 10 s; a guest that ignores the button is cut off after this.
 SHUTDOWN_SECONDS = 90.0
 BOOT_SECONDS = 300.0
 CLONE_SECONDS = 60.0
+# A foreign guest is called running before its agent is up.
+MOUNT_SECONDS = 60.0
 
 # QEMU's run states (QMP Reference Manual, RunState) that are not simply "it runs". A process that waits to begin has run
 # nothing yet; one that stands on an I/O error waits for room on the disk and loses nothing.
 STATES: Mapping[str, GuestState] = {
     "prelaunch": "starting", "inmigrate": "starting", "shutdown": "halted", "guest-panicked": "crashed",
     "internal-error": "crashed", "io-error": "crashed"}
-
-MakeVolume = Callable[[Volume, Path | None, int, int], Awaitable[Path]]
-OpenPort = Callable[[Port], Awaitable[int]]
-
-
-class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """What must be known about a guest after a crash of everything else.
-
-    ``starts``: the owner's start that it last ran for. ``reboots``: the owner's reboots that are done. ``leaving``: the boot
-    that the reboot under way is to end, as the guest itself names it. ``halted``: it powered itself off. ``stopped``: its
-    owner stopped it. ``grown``: it has all of its plan's disk and memory, not only the template's. ``parent``: its volume's;
-    one that was made from a snapshot has all of its ``parents`` here instead. ``disks``: the block storage that may be given
-    to it. ``freezing``: its file systems may be frozen by us. ``copying``: the snapshots that its process writes. ``ipv6``:
-    the address that its own network configuration has; None before it is known.
-    """
-
-    id: str
-    uid: int
-    identity: Identity
-    made: bool = False
-    parent: str = ""
-    process: Pid | None = None
-    starts: int = 0
-    reboots: int = 0
-    leaving: str = ""
-    halted: bool = False
-    stopped: bool = False
-    grown: bool = True
-    parents: tuple[str, ...] = ()
-    disks: tuple[str, ...] = ()
-    freezing: bool = False
-    copying: dict[str, Manifest] = {}
-    ipv6: str | None = None
-
-
-class Workshop(msgspec.Struct, frozen=True, kw_only=True):
-    """What every guest of this host is made with."""
-
-    guests: Path
-    accelerator: Literal["kvm", "tcg"]
-    templates: Templates
-    find_image: Callable[[str], Image | None]
-    make_volume: MakeVolume
-    drop_volume: Callable[[str], Awaitable[None]]
-    volumes: Callable[[], Awaitable[dict[str, Path]]]
-    give_volume: Callable[[str, int], Awaitable[Path]]
-    shelf: Shelf
-    open_port: OpenPort
-    around: Callable[[], Surroundings]  # asked at each launch: a machine's resolvers may change
 
 
 class QemuGuest:
@@ -103,6 +65,7 @@ class QemuGuest:
         self._monitor: Monitor | None = None
         self._connecting = asyncio.Lock()
         self._stages: dict[str, float] = {}
+        self._refused: dict[str, str] = {}
 
     @property
     def folder(self) -> Path:
@@ -125,7 +88,8 @@ class QemuGuest:
         """The guest as it stands."""
         return GuestReport(id=self.record.id, state=state, starts=self.record.starts, reboots=self.record.reboots,
                            reason=reason, host_keys=(self.record.identity.host_public,), stages=dict(self._stages),
-                           disks=self.record.disks)
+                           disks=self.record.disks, refused=dict(self._refused), mounts=dict(self.record.mounts),
+                           alone=self.record.made and not self._shop.shelf.standing(self.record.parents))
 
     async def monitor(self) -> Monitor:
         """The control connection, made again after a restart of the agent."""
@@ -160,7 +124,7 @@ class QemuGuest:
         used = confinement.used_seconds(self.record.id, pid.pid)
         if used is None:
             return None  # it ended meanwhile
-        answers = None if busy or not self.record.made else await self._answers()
+        answers = None if busy or not self.record.made else await guest_agent.answers(self.agent)
         return Usage(process=f"{pid.boot}/{pid.pid}/{pid.started}", age_seconds=pid.age(), cpu_seconds=used, answers=answers,
                      busy=busy)
 
@@ -182,12 +146,13 @@ class QemuGuest:
             await self._plug_disks(guest, await self.monitor())
             self.save(starts=guest.starts)
             await self._readdress(guest)
+            await self._mount_disks(guest)
             return self.report("running")
         if self.record.reboots >= guest.reboots:
             await self.melt()
         if not self.record.grown:
             await self._grow(guest, await self.monitor())
-        await self._plug_disks(guest, await self.monitor())
+        await self._plug_disks(guest, await self.monitor(), running=True)
         if self.record.starts != guest.starts:
             # An agent died while it booted, or it was started again while a stop had not reached it.
             if self.image(guest.volume.image).ours:
@@ -197,6 +162,7 @@ class QemuGuest:
             await self._reboot(guest)
             self.save(reboots=guest.reboots, leaving="", freezing=False)
         await self._readdress(guest)
+        await self._mount_disks(guest)
         return self.report("running")
 
     async def _readdress(self, guest: Guest) -> None:
@@ -240,6 +206,7 @@ class QemuGuest:
         await self.kill()
         wanted = tuple(one.volume.id for one in guest.disks)
         await self.release(wanted)
+        self._refused = {}
         self.save(starts=guest.starts, halted=False, stopped=True, disks=wanted)
         return self.report("stopped")
 
@@ -251,7 +218,7 @@ class QemuGuest:
         await self._leave()
         if self.record.process is not None:
             # With the process went what it was copying; the snapshots are taken again, from the disks that it left.
-            self.save(process=None, freezing=False, copying={})
+            self.save(process=None, freezing=False, copying={}, mounts={})
 
     async def release(self, kept: Collection[str] = ()) -> None:
         """Take its block storage back, but for what is ``kept``. Its process is gone."""
@@ -266,7 +233,10 @@ class QemuGuest:
             await freezing.thaw(self.agent)
             self.save(freezing=False)
 
-    async def _plug_disks(self, guest: Guest, monitor: Monitor) -> None:
+    async def _plug_disks(self, guest: Guest, monitor: Monitor, *, running: bool = False) -> None:
+        """Give it the disks that it does not have. A guest does not boot without one; to one that is ``running``, a disk that
+        cannot be plugged in is refused: it is left, whole, to whoever asked for it."""
+        self._refused = {}
         if not guest.disks:
             return
         there = await disks.plugged(monitor)
@@ -274,19 +244,38 @@ class QemuGuest:
         if missing := [one.volume.id for one in guest.disks if one.volume.id not in self.record.disks]:
             self.save(disks=(*self.record.disks, *missing))
         for one in guest.disks:
-            if one.name not in there:
+            if one.name in there:
+                continue
+            try:
                 path = await self._shop.give_volume(one.volume.id, self.record.uid)
                 await disks.plug(monitor, one.name, (str(path), *await self.parents(one.volume)))
-                await disks.throttle(monitor, one.name, guest.iops)
+            except SkysailError as failure:
+                if not running or isinstance(failure, Gone):
+                    raise
+                log.warning("guest %s cannot be given the disk %s: %s", self.record.id, one.volume.id, failure)
+                await self.release([other for other in self.record.disks if other != one.volume.id])
+                self.save(disks=tuple(other for other in self.record.disks if other != one.volume.id))
+                self._refused[one.volume.id] = failure.what[:500]
+                continue
+            await disks.throttle(monitor, one.name, guest.iops)
+
+    async def _mount_disks(self, guest: Guest) -> None:
+        """Have it mount those that mount by themselves, once in the life of its process."""
+        waiting = [one for one in guest.disks if one.mount and one.volume.id in self.record.disks
+                   and self.record.mounts.get(one.volume.id, "Pending") == "Pending"]
+        if waiting and not self.image(guest.volume.image).ours:
+            await self._await_agent(await self.monitor(), MOUNT_SECONDS)  # nobody waited for it when it booted
+        for one in waiting:
+            self.save(mounts=self.record.mounts | {one.volume.id: await mounting.mount(self.agent, one.name)})
 
     async def parents(self, volume: Volume) -> tuple[str, ...]:
         """The files that one of its volumes stands on, nearest first."""
         if volume.id == self.record.id:
             if self.record.parents:
-                return self.record.parents
+                return await self._shop.shelf.current(self.record.parents)
             image = str(self.image(volume.image).path)
             return (image,) if self.record.parent == image else (self.record.parent, image)
-        return await self._shop.shelf.chain(volume.origin) if volume.origin is not None else ()
+        return await self._shop.shelf.parents(volume)
 
     async def _leave(self) -> None:
         if self._monitor is not None:
@@ -432,7 +421,7 @@ class QemuGuest:
         pid, self._monitor = await process.start(machine, self.record.uid)
         try:
             # A boot is also any reboot that was due: asked for it again, an agent that died now would boot it twice.
-            self.save(process=pid, reboots=guest.reboots, leaving="", halted=False, stopped=False)
+            self.save(process=pid, reboots=guest.reboots, leaving="", halted=False, stopped=False, mounts={})
         except OSError:
             await self._leave()
             await process.end(pid, machine.id)
@@ -446,19 +435,15 @@ class QemuGuest:
         finally:
             os.close(descriptor)
 
-    async def _await_agent(self, monitor: Monitor) -> None:
-        """Until the guest's agent answers, or the guest goes off by itself; at most BOOT_SECONDS, because its owner may have
+    async def _await_agent(self, monitor: Monitor, seconds: float = BOOT_SECONDS) -> None:
+        """Until the guest's agent answers, or the guest goes off by itself; at most ``seconds``, because its owner may have
         removed the agent, and a guest that runs is not restarted for that."""
-        end = time.monotonic() + BOOT_SECONDS
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
-            try:
-                await ask(self.agent, {"execute": "guest-ping"}, 2.0)
+            if await guest_agent.answers(self.agent, 2.0) or await process.status(monitor) != "running":
                 return
-            except (Gone, Refused):
-                if await process.status(monitor) != "running":
-                    return
-                await asyncio.sleep(0.2)
-        log.warning("guest %s runs, but its agent did not answer in %.0f s", self.record.id, BOOT_SECONDS)
+            await asyncio.sleep(0.2)
+        log.warning("guest %s runs, but its agent did not answer in %.0f s", self.record.id, seconds)
 
     async def _reboot(self, guest: Guest) -> None:
         """By the guest's own shutdown where its agent answers, else by the reset line.
@@ -470,8 +455,8 @@ class QemuGuest:
         image = self.image(guest.volume.image)
         if self.record.leaving:
             await self._await_agent(monitor)
-        answers = await self._answers()
-        present = await self._present_boot() if answers else ""
+        answers = await guest_agent.answers(self.agent)
+        present = await guest_agent.present_boot(self.agent) if answers else ""
         if not (self.record.leaving and present and present != self.record.leaving):
             if present:
                 self.save(leaving=present)
@@ -484,34 +469,13 @@ class QemuGuest:
     def agent(self) -> Path:
         return self.folder / "run" / "agent.sock"
 
-    async def _answers(self) -> bool:
-        try:
-            await ask(self.agent, {"execute": "guest-ping"}, 5.0)
-            return True
-        except (Gone, Refused):
-            return False
-
-    async def _present_boot(self) -> str:
-        """The guest's boot_id (proc(5)), read by its agent; empty when the agent does not say."""
-        try:
-            channel = await Channel.connect(self.agent)
-            try:
-                opened = await channel.ask({"execute": "guest-file-open", "arguments": {
-                    "path": "/proc/sys/kernel/random/boot_id", "mode": "r"}}, 5.0)
-                read = await channel.ask({"execute": "guest-file-read", "arguments": {"handle": opened, "count": 64}}, 5.0)
-                await channel.ask({"execute": "guest-file-close", "arguments": {"handle": opened}}, 5.0)
-                return base64.b64decode(read["buf-b64"]).decode(errors="replace").strip()
-            finally:
-                channel.close()
-        except (Gone, Refused, KeyError, TypeError, ValueError):
-            return ""
-
     async def _shut_down_to_reboot(self, monitor: Monitor) -> bool:
         """Ask the guest to reboot by itself; whether its reset came."""
         with monitor.listening("RESET") as resets:
             # An answer to guest-shutdown never comes: the agent goes down with its guest.
             with contextlib.suppress(Gone, Refused):
-                await ask(self.agent, {"execute": "guest-shutdown", "arguments": {"mode": "reboot"}}, 1.0)
+                async with guest_agent.reached(self.agent) as channel:
+                    await channel.ask({"execute": "guest-shutdown", "arguments": {"mode": "reboot"}}, 1.0)
             try:
                 async with asyncio.timeout(SHUTDOWN_SECONDS):
                     await monitor.heard(resets)

@@ -7,10 +7,12 @@ Source: QEMU "QMP Reference Manual" and "Guest Agent Protocol Reference". A QEMU
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import secrets
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -142,26 +144,47 @@ class Channel:
 
     async def ask(self, request: Mapping[str, Any], seconds: float) -> Any:
         """One line there, one line back; raises :class:`Gone` after ``seconds``, :class:`Refused` on an error answer."""
+        (answer,) = await self._told((request,), seconds)
+        if isinstance(answer, Refused):
+            raise answer
+        return answer
+
+    async def ask_all(self, *requests: Mapping[str, Any], seconds: float) -> list[Any]:
+        """Several lines at once, of which the program carries out one after the other without waiting for us; an answer for
+        each, a :class:`Refused` among them. Raises :class:`Gone` after ``seconds``."""
+        return await self._told(requests, seconds)
+
+    async def _told(self, requests: Sequence[Mapping[str, Any]], seconds: float) -> list[Any]:
         try:
             async with asyncio.timeout(seconds):
-                self._writer.write(json.dumps(request).encode() + b"\n")
+                self._writer.write(b"".join(json.dumps(request).encode() + b"\n" for request in requests))
                 await self._writer.drain()
-                line = await self._reader.readline()
-                answer = json.loads(line)
+                answers = [json.loads(await self._reader.readline()) for _ in requests]
         except (TimeoutError, OSError, ValueError, RecursionError) as silent:
             raise Gone(f"no answer at {self._path.name}") from silent
-        if not isinstance(answer, dict) or "error" in answer:
-            raise Refused(f"the guest refused: {str(answer)[:500]}")
-        return answer.get("return", answer)
+        return [Refused(f"the guest refused: {str(answer)[:500]}") if not isinstance(answer, dict) or "error" in answer
+                else answer.get("return", answer) for answer in answers]
+
+    async def synchronise(self, seconds: float) -> None:
+        """Put an end to what somebody before us began to say to a guest agent, and pass over what it answers to that: after
+        this, the next line is ours. Raises :class:`Gone`.
+
+        A byte 0xFF, which no JSON has, does both (Guest Agent Protocol Reference, guest-sync-delimited); the number tells our
+        answer from one to an agent that died.
+        """
+        number = secrets.randbits(48)
+        try:
+            async with asyncio.timeout(seconds):
+                self._writer.write(b"\xff" + json.dumps(
+                    {"execute": "guest-sync-delimited", "arguments": {"id": number}}).encode() + b"\n")
+                await self._writer.drain()
+                while True:
+                    await self._reader.readuntil(b"\xff")
+                    with contextlib.suppress(ValueError, RecursionError):
+                        if json.loads(await self._reader.readline()) == {"return": number}:
+                            return
+        except (TimeoutError, OSError, EOFError, asyncio.LimitOverrunError, ValueError) as silent:
+            raise Gone(f"no answer at {self._path.name}") from silent
 
     def close(self) -> None:
         self._writer.close()
-
-
-async def ask(path: Path, request: Mapping[str, Any], seconds: float) -> Any:
-    """:meth:`Channel.ask` over a connection of its own."""
-    channel = await Channel.connect(path)
-    try:
-        return await channel.ask(request, seconds)
-    finally:
-        channel.close()

@@ -7,14 +7,14 @@ import itertools
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from pathlib import Path
 
 import asyncssh
 import msgspec
 
 from skysail.contract.document import Guest, Snapshot, Volume
-from skysail.contract.report import GuestReport, SnapshotReport
+from skysail.contract.report import GuestReport, Mount, SnapshotReport
 from skysail.hypervisor import Usage
 from skysail.storage import Copy, Manifest, Shelf
 from skysail.storage.sim import SimShelf
@@ -69,6 +69,7 @@ class SimHypervisor:
     async def ensure(self, guest: Guest) -> GuestReport:
         held = self._guests.get(guest.id)
         disks = tuple(one.volume.id for one in guest.disks)
+        mounts: dict[str, Mount] = {one.volume.id: "Mounted" for one in guest.disks if one.mount}
         if guest.role == "gone":
             self._guests.pop(guest.id, None)
             self._end(guest.id)
@@ -76,14 +77,16 @@ class SimHypervisor:
         if guest.role == "stop":
             self._end(guest.id)
             report = GuestReport(id=guest.id, state="stopped", starts=guest.starts, reboots=guest.reboots,
-                                 host_keys=held.host_keys if held else (), disks=disks)
+                                 host_keys=held.host_keys if held else (), disks=disks,
+                                 alone=held is not None and held.alone)
         elif held is not None and held.state == "halted" and held.starts >= guest.starts:
             return held
         else:
             if self._make_volume is not None:
                 await self._make_volume(guest.volume, Path("/nonexistent"), guest.volume.size_gib << 30, 0)
             report = GuestReport(id=guest.id, state="running", starts=guest.starts, reboots=guest.reboots,
-                                 host_keys=held.host_keys if held and held.host_keys else (_host_key(),), disks=disks)
+                                 host_keys=held.host_keys if held and held.host_keys else (_host_key(),), disks=disks,
+                                 mounts=mounts, alone=held is not None and held.alone)
             if guest.id not in self._lives:
                 self._lives[guest.id] = Life(guest.personality.user_data, self._now())
         self._guests[guest.id] = report
@@ -110,6 +113,16 @@ class SimHypervisor:
         found = [await self._shelf.find(identifier) for identifier in await self._shelf.observe()]
         return [SnapshotReport(id=one.id, state="available", progress=100, consistency=one.consistency, parents=one.parents)
                 for one in found if one is not None]
+
+    async def flatten(self, volume: Volume, guest_id: str) -> bool:
+        held = self._guests.get(guest_id)
+        if held is not None and held.id == volume.id:
+            self._guests[guest_id] = msgspec.structs.replace(held, alone=True)
+        return held is not None or not guest_id
+
+    async def lift(self, snapshot_id: str, leaving: Collection[str]) -> SnapshotReport | None:
+        await self._shelf.lift(snapshot_id, leaving, 0)
+        return next((one for one in await self.snapshots() if one.id == snapshot_id), None)
 
     def _end(self, guest_id: str) -> None:
         self._flows[guest_id] = self.flow(guest_id)

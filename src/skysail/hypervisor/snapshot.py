@@ -13,20 +13,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from skysail.contract.document import Snapshot, Volume
 from skysail.contract.report import SnapshotReport
-from skysail.hypervisor import freezing
-from skysail.hypervisor.guest import QemuGuest, Workshop
+from skysail.hypervisor import confinement, disks, flattening, freezing, guest_agent
+from skysail.hypervisor.guest import QemuGuest
+from skysail.hypervisor.jobs import dismiss, jobs
 from skysail.hypervisor.qmp import Gone, Monitor, Refused
+from skysail.hypervisor.workshop import Workshop
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread, run
 from skysail.storage import Copy, Manifest
+from skysail.storage.chains import convert
 
 log = logging.getLogger(__name__)
 # A template's disk, its image, and this many snapshots less two.
@@ -52,6 +53,7 @@ class Copying:
         self._guest = guest
         self._lock = lock
         self._uid = guest.record.uid if guest is not None else uid
+        self._neutral_uid = uid
         self._progress = progress
 
     async def take(self) -> Manifest:
@@ -60,16 +62,19 @@ class Copying:
         guest = self._guest
         async with self._lock:
             if guest is None or not guest.alive():
-                # Under the lock all the time: a guest that is off is not started while its disks are copied.
+                # Under the lock: a guest that is off is not started while its disks are copied.
                 if guest is not None and not guest.record.made:
                     raise SkysailError("the instance has not been made yet")
                 await self._say(0)
-                return await self._take_off()
-            manifest = await self._adopt(guest) or await self._begin(guest)
+                manifest, running = await self._copy_off(), None
+            else:
+                manifest, running = await self._adopt(guest) or await self._begin(guest), guest
+        if running is None:
+            return await self._shop.shelf.finish(manifest, self._neutral_uid)
         await self._say(0)
-        await self._follow(guest)
+        await self._follow(running)
         made = await self._shop.shelf.finish(manifest, self._uid)
-        guest.save(copying={key: one for key, one in guest.record.copying.items() if key != made.id})
+        running.save(copying={key: one for key, one in running.record.copying.items() if key != made.id})
         return made
 
     async def _say(self, percent: int) -> None:
@@ -77,22 +82,19 @@ class Copying:
 
     async def _plan(self) -> tuple[list[Copy], tuple[str, ...]]:
         """What is to be copied, and the snapshots that the copies stand on."""
-        copies, standing = [], set()
+        copies: list[Copy] = []
+        standing: set[str] = set()
         for volume in self._snapshot.volumes:
             parents = await self._parents(volume)
             if len(parents) > MAX_PARENTS:
                 parents = ()
-            elif volume.origin is not None:
-                held = await self._shop.shelf.find(volume.origin.snapshot)
-                standing |= {volume.origin.snapshot, *(held.parents if held else ())}
+            standing |= self._shop.shelf.standing(parents)
             copies.append(Copy(volume=volume.id, file=f"{volume.id}.qcow2", parents=parents,
                                virtual_bytes=volume.size_gib << 30))
         return copies, tuple(sorted(standing))
 
     async def _parents(self, volume: Volume) -> tuple[str, ...]:
-        if self._guest is not None:
-            return await self._guest.parents(volume)
-        return await self._shop.shelf.chain(volume.origin) if volume.origin is not None else ()
+        return await (self._guest or self._shop.shelf).parents(volume)
 
     # --- a guest that runs
 
@@ -102,25 +104,28 @@ class Copying:
             raise SkysailError("the instance has not been made yet")
         monitor = await guest.monitor()
         await guest.melt()  # one that is frozen already cannot be frozen for this
+        await flattening.call_off(monitor)  # it changes the chain that the copies will stand on
         await abandon(guest, self._snapshot.id)
-        names = await _nodes(monitor, self._snapshot.volumes)
         copies, parents = await self._plan()
         files = await self._shop.shelf.draft(self._snapshot.id, copies, self._uid)
-        jobs = []
+        started = []
         for number, copy in enumerate(copies):
             node = f"{self._snapshot.id}.{number}"
-            source = names[copy.volume]
-            backing = ("parent1" if source == "disk" else f"{source}-1") if copy.parents else None
+            source, under = await disks.find(monitor, copy.volume)
+            # A volume that was flattened meanwhile holds what the first ones show: it reads the same on what is left.
+            backing = next((under[file] for file in copy.parents if file in under), None)
             await monitor.execute("blockdev-add", {"driver": "file", "node-name": f"{node}-file",
                                                    "filename": str(files[copy.volume]), "discard": "unmap"})
             await monitor.execute("blockdev-add", {"driver": "qcow2", "node-name": node, "file": f"{node}-file",
                                                    "backing": backing, "discard": "unmap"})
-            jobs.append({"type": "blockdev-backup", "data": {
-                "job-id": node, "device": source, "target": node, "sync": "top" if copy.parents else "full",
+            started.append({"type": "blockdev-backup", "data": {
+                "job-id": node, "device": source, "target": node,
+                # With nothing below, its own layer is all that there is; a full copy would note zeros over its whole length.
+                "sync": "full" if under and not copy.parents else "top",
                 "speed": BYTES_PER_SECOND, "auto-dismiss": False}})
 
         async def start() -> None:
-            await monitor.execute("transaction", {"actions": jobs, "properties": {"completion-mode": "grouped"}})
+            await monitor.execute("transaction", {"actions": started, "properties": {"completion-mode": "grouped"}})
 
         milliseconds = await self._frozen(guest, start)
         if milliseconds is None:
@@ -136,20 +141,24 @@ class Copying:
         """Run ``act`` with the guest's file systems frozen; None, and not run, where the guest cannot do that."""
         if not await _listens(await guest.monitor()):
             return None
-        channel = await freezing.reach(guest.agent)
+        channel = await guest_agent.reach(guest.agent)
         if channel is None:
             return None
         try:
-            await freezing.flush(channel)
             # Noted first: an agent that comes after one that died in here thaws the guest.
             guest.save(freezing=True)
-            milliseconds = await freezing.frozen(channel, guest.agent, act)
+            async with freezing.hurried(channel):
+                await freezing.flush(channel)
+                former = confinement.unbound(guest.record.id)
+                try:
+                    milliseconds = await freezing.frozen(channel, guest.agent, act)
+                finally:
+                    confinement.rebind(former)
             guest.save(freezing=False)
             return milliseconds
         except (Gone, Refused) as unable:
             guest.save(freezing=False)  # thawed, as frozen() promises; when it cannot be, that is another error
-            jobs = {job["id"] for job in await (await guest.monitor()).execute("query-jobs")}
-            if any(job.startswith(f"{self._snapshot.id}.") for job in jobs) or not guest.alive():
+            if not guest.alive() or await jobs(await guest.monitor(), f"{self._snapshot.id}."):
                 raise
             log.warning("guest %s is not frozen for its snapshot: %s", guest.record.id, unable.what)
             return None
@@ -161,15 +170,14 @@ class Copying:
         held = guest.record.copying.get(self._snapshot.id)
         if held is None:
             return None
-        jobs = {job["id"] for job in await (await guest.monitor()).execute("query-jobs")}
-        return held if all(f"{held.id}.{number}" in jobs for number in range(len(held.copies))) else None
+        known = {job["id"] for job in await jobs(await guest.monitor(), f"{held.id}.")}
+        return held if all(f"{held.id}.{number}" in known for number in range(len(held.copies))) else None
 
     async def _follow(self, guest: QemuGuest) -> None:
         """Until every job is through, and QEMU has let go of the files; raises SkysailError when one failed."""
         said = 0
         while True:
-            seen = [job for job in await (await guest.monitor()).execute("query-jobs")
-                    if job["id"].startswith(f"{self._snapshot.id}.")]
+            seen = await jobs(await guest.monitor(), f"{self._snapshot.id}.")
             if all(job["status"] == "concluded" for job in seen):
                 break
             total = sum(job["total-progress"] for job in seen) or 1
@@ -185,7 +193,7 @@ class Copying:
 
     # --- volumes that nobody writes
 
-    async def _take_off(self) -> Manifest:
+    async def _copy_off(self) -> Manifest:
         copies, parents = await self._plan()
         files = await self._shop.shelf.draft(self._snapshot.id, copies, self._uid)
         for volume, copy in zip(self._snapshot.volumes, copies, strict=True):
@@ -193,12 +201,13 @@ class Copying:
             if copy.parents or volume.origin is None:
                 await in_thread(_copy, source, files[volume.id])
             else:
-                await in_thread(_convert, (str(source), *await self._parents(volume)), files[volume.id], self._uid)
-        if self._guest is None:
-            for volume in self._snapshot.volumes:
+                await in_thread(convert, (str(source), *await self._parents(volume)), files[volume.id], self._uid)
+        for volume in self._snapshot.volumes:
+            # The guest may be started from here on: its process is not to reach what is being checked.
+            os.chown(files[volume.id], self._neutral_uid, -1)
+            if self._guest is None:
                 await self._shop.give_volume(volume.id, 0)
-        return await self._shop.shelf.finish(
-            Manifest(id=self._snapshot.id, consistency="off", copies=tuple(copies), parents=parents), self._uid)
+        return Manifest(id=self._snapshot.id, consistency="off", copies=tuple(copies), parents=parents)
 
 
 async def abandon(guest: QemuGuest, snapshot_id: str) -> None:
@@ -211,29 +220,10 @@ async def abandon(guest: QemuGuest, snapshot_id: str) -> None:
 
 
 async def _abandon(monitor: Monitor, prefix: str) -> None:
-    while jobs := [job for job in await monitor.execute("query-jobs") if job["id"].startswith(prefix)]:
-        for job in jobs:
-            with contextlib.suppress(Refused):  # it ended, or is ending, by itself
-                if job["status"] == "concluded":
-                    await monitor.execute("job-dismiss", {"id": job["id"]})
-                elif job["status"] != "aborting":
-                    await monitor.execute("job-cancel", {"id": job["id"]})
-        await asyncio.sleep(0.01)
+    await dismiss(monitor, prefix)
     nodes = [one["node-name"] for one in await monitor.execute("query-named-block-nodes", {"flat": True})]
     for node in sorted((node for node in nodes if node.startswith(prefix)), key=lambda node: node.endswith("-file")):
         await monitor.execute("blockdev-del", {"node-name": node})
-
-
-async def _nodes(monitor: Monitor, volumes: tuple[Volume, ...]) -> dict[str, str]:
-    """The name of QEMU's node of each volume, found by its file; raises SkysailError for one that QEMU does not have."""
-    found = {}
-    for one in await monitor.execute("query-named-block-nodes", {"flat": True}):
-        if one["drv"] == "file":
-            found[Path(one["file"]).stem] = one["node-name"].removesuffix("-file")
-    missing = [volume.id for volume in volumes if volume.id not in found]
-    if missing:
-        raise SkysailError(f"the guest does not have the disks {missing}")
-    return {volume.id: found[volume.id] for volume in volumes}
 
 
 async def _listens(monitor: Monitor) -> bool:
@@ -243,13 +233,3 @@ async def _listens(monitor: Monitor) -> bool:
 
 def _copy(source: Path, target: Path) -> None:
     run(["cp", "--reflink=auto", "--sparse=always", str(source), str(target)])
-
-
-def _convert(chain: tuple[str, ...], target: Path, uid: int) -> None:
-    """Write all that the chain shows into the empty file ``target``, with the rights of ``uid``."""
-    opened: dict[str, Any] | None = None
-    for file in reversed(chain):
-        opened = {"driver": "qcow2", "file": {"driver": "file", "filename": file}, "backing": opened}
-    run(["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--no-new-privs", "--bounding-set=-all",
-         "--inh-caps=-all", "--", "qemu-img", "convert", "-q", "-n", "--target-is-zero", "-O", "qcow2",
-         f"json:{msgspec.json.encode(opened).decode()}", str(target)])

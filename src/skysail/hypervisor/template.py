@@ -27,14 +27,16 @@ from typing import Literal
 
 import msgspec
 
-from skysail.hypervisor import confinement, process, qemu
-from skysail.hypervisor.qmp import Channel, Gone, Monitor, Refused, ask
+from skysail.hypervisor import confinement, guest_agent, process, qemu
+from skysail.hypervisor.qmp import Channel, Monitor
 from skysail.kit import durable
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread, run_async
 
 log = logging.getLogger(__name__)
 BOOT_SECONDS = 300.0
+# An application is started in it, too.
+REHEARSAL_SECONDS = 1200.0
 LOAD_SECONDS = 60.0
 # The first QEMU whose memory-backend-file takes readonly=on,rom=off.
 MAPS_READ_ONLY = 10
@@ -209,11 +211,11 @@ class Templates:
 
     async def _boot_and_save(self, monitor: Monitor, work: Path, way: Way) -> None:
         await monitor.execute("cont")
-        await _answers(work / "run" / "agent.sock", {"execute": "guest-ping"})
+        await _await_agent(work / "run" / "agent.sock")
         channel = await Channel.connect(work / "run" / "clone.sock")
         try:
             # The personaliser rehearses what a clone will do, so that its pages are warm, syncs the disk, and waits.
-            answer = await channel.ask({"rehearse": True}, BOOT_SECONDS)
+            answer = await channel.ask({"rehearse": True}, REHEARSAL_SECONDS)
             if not answer.get("waiting"):
                 raise SkysailError(f"the personaliser in the template answered {answer}")
             await asyncio.sleep(1.0)
@@ -236,13 +238,11 @@ class Templates:
             channel.close()
 
 
-async def _answers(path: Path, request: dict[str, str]) -> None:
-    """Until the guest answers; raises SkysailError after BOOT_SECONDS."""
+async def _await_agent(path: Path) -> None:
+    """Until the guest's agent answers; raises SkysailError after BOOT_SECONDS."""
     end = time.monotonic() + BOOT_SECONDS
     while time.monotonic() < end:
-        try:
-            await ask(path, request, 2.0)
+        if await guest_agent.answers(path, 2.0):
             return
-        except (Gone, Refused):
-            await asyncio.sleep(0.2)
+        await asyncio.sleep(0.2)
     raise SkysailError("the image did not come up as a template", "its serial log lies beside the templates")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from skysail.images import disk
 from skysail.images.library import Library, Manifest, file_digest
-from skysail.images.recipe import BASE, RECIPES, Recipe
+from skysail.images.recipe import APPS, BASE, RECIPES, Recipe
 from skysail.images.sources import derive
 from skysail.kit.errors import ProcessFailed, SkysailError
 from skysail.kit.process import run
@@ -23,6 +23,12 @@ _ALONE = ("setpriv", "--pdeathsig", "KILL", "--", "unshare", "--mount", "--pid",
           "--kill-child=KILL", "--")
 # A tree, its sparse disk and the image, with room to spare.
 NEEDED_BYTES = 3 << 30
+PREPARE_SECONDS = 900.0
+# Inside the tree, with a kernel's file systems and a /run of its own, without a network: what is made there follows from the
+# packages alone, and ends with the script.
+_INSIDE = ("unshare", "--net", "--", "sh", "-c",
+           'mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" && mount -t tmpfs tmpfs "$1/run" && '
+           'mount -t tmpfs tmpfs "$1/tmp" && exec chroot "$1" /usr/lib/skysail/app/prepare', "sh")
 # What runs inside every image of ours: see guest/personalise.py.
 GUEST = Path(__file__).parent / "guest"
 # Two sources are named, so that cloud-init looks for a seed and stays off where there is none, as in a template.
@@ -105,10 +111,42 @@ def furnish(recipe: Recipe, tree: Path, root_uuid: str) -> None:
     if f"\n{recipe.user}:" not in (tree / "etc/passwd").read_text():
         run(["useradd", f"--root={tree}", "--create-home", "--shell=/bin/bash", "--groups=sudo,adm", recipe.user])
     units = ("systemd-networkd.service", "ssh.service", "serial-getty@ttyS0.service", "skysail-host-key.service",
-             "skysail-identity.service", *recipe.units)
+             "skysail-identity.service")
     run(["systemctl", f"--root={tree}", "enable", *units])
     # A template boots without a network card, and waiting for one would hold its boot for ever.
     run(["systemctl", f"--root={tree}", "mask", "systemd-networkd-wait-online.service"])
+
+
+def furnish_app(recipe: Recipe, tree: Path) -> None:
+    """Put an application's files in place, prepare it, and take out what each instance makes for itself.
+
+    Nothing of it starts with the system: see apps/application. Raises :class:`SkysailError` with what its script said.
+    """
+    if recipe.folder is None:
+        return
+    secrets = (*recipe.secrets, "/etc/ssl/certs/ssl-cert-snakeoil.pem")
+    files = {path.relative_to(recipe.folder / "tree"): path for path in (recipe.folder / "tree").rglob("*") if path.is_file()}
+    part = Path("usr/lib/skysail/app")
+    files |= {part / name: recipe.folder / name for name in ("prepare", "first-boot") if (recipe.folder / name).is_file()}
+    files |= {Path("usr/lib/skysail/application"): APPS / "application",
+              Path("usr/lib/systemd/system/skysail-application.service"): APPS / "skysail-application.service"}
+    files |= {Path(f"etc/systemd/system/{unit}.d/skysail.conf"): APPS / "unit.conf" for unit in recipe.units}
+    for name, source in files.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, tree / name)
+        (tree / name).chmod(0o755 if source.read_bytes().startswith(b"#!") else 0o644)
+    for told, lines in (("units", recipe.units), ("secrets", secrets), ("pages", tuple(recipe.pages))):
+        (tree / part / told).write_text("".join(f"{line}\n" for line in lines))
+    run(["systemctl", f"--root={tree}", "enable", "skysail-application.service", *recipe.units])
+    if (tree / part / "prepare").is_file():
+        try:
+            run([*_ALONE, *_INSIDE, str(tree)], timeout=PREPARE_SECONDS)
+        except ProcessFailed as failed:
+            raise SkysailError(f"{recipe.blueprint} could not be prepared: "
+                               f"{failed.stderr.strip() or failed.what}") from failed
+        (tree / part / "prepare").unlink()
+    for secret in secrets:
+        (tree / secret.lstrip("/")).unlink(missing_ok=True)
 
 
 def packages(tree: Path) -> tuple[tuple[str, str, str], ...]:
@@ -123,7 +161,7 @@ def release(recipe: Recipe, tree: Path, installed: tuple[tuple[str, str, str], .
     if not recipe.versioned_by:
         return (tree / "etc/debian_version").read_text().strip()
     whole = next(version for name, version, _ in installed if name == recipe.versioned_by)
-    return whole.rpartition(":")[2].rpartition("-")[0] or whole
+    return (whole.rpartition(":")[2].rpartition("-")[0] or whole).partition("+")[0]
 
 
 def build(recipe: Recipe, library: Library, progress: Callable[[str], None] = lambda step: None,
@@ -144,6 +182,7 @@ def build(recipe: Recipe, library: Library, progress: Callable[[str], None] = la
         progress(said("putting Skysail's own files in"))
         indexes, installed, root_uuid = archives(tree), packages(tree), str(uuid.uuid4())
         furnish(recipe, tree, root_uuid)
+        furnish_app(recipe, tree)
         progress(said("writing the disk"))
         disk.write_disk(tree, work / "disk.raw", recipe.size_mib, root_uuid)
         progress(said("compressing the disk"))

@@ -10,30 +10,28 @@ Source: QEMU docs/interop/qcow2.rst.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
 import shutil
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
-import httpx
 import msgspec
 
+from skysail.images import fetch
+from skysail.images.fetch import MAX_BYTES
 from skysail.images.library import Library, Manifest
 from skysail.images.recipe import RECIPES
 from skysail.kit.errors import ProcessFailed, SkysailError
 from skysail.kit.process import run
 
 Format = Literal["raw", "qcow2"]
-MAX_BYTES = 32 << 30
 MAX_VIRTUAL_BYTES = 64 << 30
-FETCH_SECONDS = 3600.0
 CONVERT_SECONDS = 1800.0
 CONVERT_MEMORY_BYTES = 2 << 30
 _CHUNK = 1 << 20
@@ -51,7 +49,8 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
 
     def named_format(self) -> Format:
         """The format given, or said by the ending; raises :class:`SkysailError`, for it is never guessed."""
-        ending = Path(urlsplit(self.source).path).suffix if is_address(self.source) else Path(self.source).suffix
+        name = Path(urlsplit(self.source).path if is_address(self.source) else self.source)
+        ending = (name.with_suffix("") if name.suffix == ".xz" else name).suffix
         found = self.format or _ENDINGS.get(ending)
         if found is None:
             raise SkysailError(f"the format of {self.source} is not known by its ending",
@@ -81,15 +80,22 @@ def take_in(origin: Origin, blueprint: Blueprint, library: Library, uid: int,
     with library.workplace() as work:
         copy = work / "original"
         progress(f"{blueprint.id}: {'downloading' if is_address(origin.source) else 'copying'} {origin.source}")
-        if _copy(origin.source, copy, detail) != origin.sha256.lower():
+        if is_address(origin.source):
+            digest = fetch.download(origin.source, origin.sha256.lower(), copy, library.directory, detail)
+        else:
+            digest = _copy(Path(origin.source), copy, detail)
+        if digest != origin.sha256.lower():
             raise SkysailError(f"{origin.source} does not have the given checksum",
                                "compare it with the one that the image's publisher shows")
+        if origin.source.endswith(".xz"):
+            progress(f"{blueprint.id}: unpacking")
+            copy = _unpack(copy, work, uid)
         size = virtual_size(copy, image_format)
         progress(f"{blueprint.id}: converting from {image_format}")
         converted = _convert(copy, image_format, work, size, uid)
         out = work / "disk.qcow2"
         # Copied once more, for its writer was exposed to foreign bytes: from here on nobody can change it.
-        digest = _copy(str(converted), out, lambda text: None)
+        digest = _copy(converted, out)
         if virtual_size(out, "qcow2") != size:
             raise SkysailError(f"the conversion of {origin.source} went wrong", "is the image damaged?")
         made = Manifest(digest=digest, blueprint=blueprint.id, name=blueprint.name, group=blueprint.id,
@@ -115,60 +121,37 @@ def _check(origin: Origin, blueprint: Blueprint) -> None:
         raise SkysailError(f"{blueprint.user!r} is no user name")
 
 
-def _copy(source: str, target: Path, detail: Callable[[str], None]) -> str:
+def _copy(source: Path, target: Path, detail: Callable[[str], None] = lambda text: None) -> str:
     """Write ``source`` to ``target`` and return the sha256 of the bytes written; raises :class:`SkysailError`."""
     whole = hashlib.sha256()
     written = 0
-    end = time.monotonic() + FETCH_SECONDS
     try:
-        with _opened(source) as (length, chunks), target.open("xb") as out:
+        with source.open("rb") as file, target.open("xb") as out:
+            length = os.fstat(file.fileno()).st_size
             room = min(MAX_BYTES, shutil.disk_usage(target.parent).free - (1 << 30))
-            if (length or 0) > room:
-                raise SkysailError(f"{source} is {(length or 0) >> 20} MiB large, there is room for {max(room, 0) >> 20} MiB")
-            for chunk in chunks:
+            if length > room:
+                raise SkysailError(f"{source} is {length >> 20} MiB large, there is room for {max(room, 0) >> 20} MiB")
+            while chunk := file.read(_CHUNK):
                 written += len(chunk)
                 if written > room:
                     raise SkysailError(f"{source} is larger than the {max(room, 0) >> 20} MiB that there is room for")
-                if time.monotonic() > end:
-                    raise SkysailError(f"{source} did not arrive within {FETCH_SECONDS / 60:.0f} minutes")
                 whole.update(chunk)
                 if chunk.count(0) == len(chunk):
                     out.seek(len(chunk), os.SEEK_CUR)  # a hole stays a hole
                 else:
                     out.write(chunk)
-                detail(f"{written >> 20} MiB" + (f" of {length >> 20}" if length else ""))
+                detail(f"{written >> 20} MiB of {length >> 20}")
             out.truncate(written)
-    except (httpx.HTTPError, httpx.InvalidURL) as failed:
-        raise SkysailError(f"{source} could not be fetched: {failed or type(failed).__name__}") from failed
     except OSError as failed:
         raise SkysailError(f"{source} could not be read: {failed.strerror}") from failed
     return whole.hexdigest()
 
 
-@contextlib.contextmanager
-def _opened(source: str) -> Iterator[tuple[int | None, Iterator[bytes]]]:
-    """The length of ``source``, where it is known, and its bytes."""
-    if not is_address(source):
-        with Path(source).open("rb") as file:
-            yield os.fstat(file.fileno()).st_size, _pieces(file)
-        return
-    with httpx.stream("GET", source, follow_redirects=True, timeout=httpx.Timeout(60.0, connect=15.0),
-                      headers={"Accept-Encoding": "identity"}) as answer:
-        answer.raise_for_status()
-        told = answer.headers.get("Content-Length", "")
-        yield int(told) if told.isdigit() else None, answer.iter_raw(_CHUNK)
-
-
-def _pieces(file: BinaryIO) -> Iterator[bytes]:
-    while piece := file.read(_CHUNK):
-        yield piece
-
-
-def virtual_size(path: Path, image_format: Format) -> int:
+def virtual_size(path: Path, image_format: Format, most: int = MAX_VIRTUAL_BYTES) -> int:
     """How large the disk in ``path`` is, in bytes, a whole number of sectors.
 
     Raises :class:`SkysailError` for a qcow2 that refers to another file, is encrypted, is not clean, or has a feature that
-    is not known here; and for any disk of no or of too large a size.
+    is not known here; and for any disk of no size, or of more than ``most`` bytes.
     """
     size = path.stat().st_size
     if image_format == "qcow2":
@@ -184,33 +167,67 @@ def virtual_size(path: Path, image_format: Format) -> int:
             raise SkysailError("the image is encrypted", "decrypt it first: qemu-img convert")
         if incompatible & _DIRTY_OR_CORRUPT or incompatible & ~_KNOWN:
             raise SkysailError("the image is not clean, or newer than is known here", "see: qemu-img check")
-    if not 0 < size <= MAX_VIRTUAL_BYTES:
-        raise SkysailError(f"a disk of {size >> 20} MiB is not taken; 1 byte to {MAX_VIRTUAL_BYTES >> 30} GiB are")
+    if not 0 < size <= most:
+        raise SkysailError(f"a disk of {size >> 20} MiB is not taken; 1 byte to {most >> 30} GiB are")
     return -(-size // 512) * 512
+
+
+def _unpack(copy: Path, work: Path, uid: int) -> Path:
+    """What the xz file ``copy`` holds, written by a process that may do nothing else; raises :class:`SkysailError`."""
+    room = _room(work, "unpacked", uid)
+    packed, out = room / "original.xz", room / "original"
+    copy.rename(packed)
+    packed.chmod(0o444)
+    try:
+        run([*held(uid, min(MAX_BYTES, shutil.disk_usage(work).free - (1 << 30))),
+             "xz", "--decompress", "--keep", "--quiet", "--no-warn", str(packed)], timeout=CONVERT_SECONDS)
+    except ProcessFailed as failed:
+        raise SkysailError(f"xz does not take the image: {_why(failed)}", "is the image damaged?") from failed
+    return _closed(room, out)
 
 
 def _convert(copy: Path, image_format: Format, work: Path, size: int, uid: int) -> Path:
     """Our own qcow2 of ``copy``, written by a process that may do nothing else; raises :class:`SkysailError`."""
-    room = work / "converted"
+    room = _room(work, "converted", uid)
+    copy.parent.chmod(0o711)
+    copy.chmod(0o444)
+    out = room / "disk.qcow2"
+    alone = [*held(uid, size + (1 << 30)), "qemu-img"]
+    try:
+        if image_format == "qcow2":
+            run([*alone, "check", "-q", "-f", "qcow2", str(copy)], timeout=CONVERT_SECONDS)
+        run([*alone, "convert", "-f", image_format, "-O", "qcow2", "-c", "-o", "compression_type=zstd", str(copy), str(out)],
+            timeout=CONVERT_SECONDS)
+    except ProcessFailed as failed:
+        raise SkysailError(f"qemu-img does not take the image: {_why(failed)}", "is the image damaged?") from failed
+    return _closed(room, out)
+
+
+def held(uid: int, largest_bytes: int) -> list[str]:
+    """What holds a program that sees foreign bytes: no network, no rights, bounds on files, memory and descriptors."""
+    return ["unshare", "--net", "--", "prlimit", f"--fsize={largest_bytes}", f"--as={CONVERT_MEMORY_BYTES}", "--core=0",
+            "--nofile=64", "--", "setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--no-new-privs",
+            "--bounding-set=-all", "--inh-caps=-all", "--"]
+
+
+def _room(work: Path, name: str, uid: int) -> Path:
+    """A folder in which ``uid`` may write, and which only it reads."""
+    room = work / name
     room.mkdir(mode=0o700)
     os.chown(room, uid, uid)
     work.chmod(0o711)
-    copy.chmod(0o444)
-    out = room / "disk.qcow2"
-    held = ["unshare", "--net", "--", "prlimit", f"--fsize={size + (1 << 30)}", f"--as={CONVERT_MEMORY_BYTES}", "--core=0",
-            "--nofile=64", "--", "setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--no-new-privs",
-            "--bounding-set=-all", "--inh-caps=-all", "--", "qemu-img"]
-    try:
-        if image_format == "qcow2":
-            run([*held, "check", "-q", "-f", "qcow2", str(copy)], timeout=CONVERT_SECONDS)
-        run([*held, "convert", "-f", image_format, "-O", "qcow2", "-c", "-o", "compression_type=zstd", str(copy), str(out)],
-            timeout=CONVERT_SECONDS)
-    except ProcessFailed as failed:
-        said = failed.stderr.strip().splitlines()
-        why = said[-1] if said else f"it was not done within {CONVERT_SECONDS / 60:.0f} minutes, or was ended"
-        raise SkysailError(f"qemu-img does not take the image: {why}", "is the image damaged?") from failed
-    # Its writer is shut out before we look, so that what we look at is what we take.
+    return room
+
+
+def _closed(room: Path, out: Path) -> Path:
+    """``out``, once its writer is shut out, so that what we look at is what we take; raises :class:`SkysailError`."""
     os.chown(room, 0, 0)
     if out.is_symlink() or not out.is_file():
         raise SkysailError("the conversion left no image")
+    os.chown(out, 0, 0)
     return out
+
+
+def _why(failed: ProcessFailed) -> str:
+    said = failed.stderr.strip().splitlines()
+    return said[-1] if said else f"it was not done within {CONVERT_SECONDS / 60:.0f} minutes, or was ended"

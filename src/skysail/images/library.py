@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
 
 from skysail.kit import durable
 from skysail.kit.errors import SkysailError
+from skysail.kit.workplace import locked, workplace
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +20,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What an image is: identity, origin, the package list as (name, version, architecture); ``built`` is Unix time.
 
     ``recipe`` is the fingerprint of what it was built from, empty for a foreign image; that one has an ``origin`` (the
-    address or name, and the sha256 of what was taken in). ``archives`` are the package indexes that a build saw.
+    address or name, and the sha256 of what was taken in). ``archives`` are the package indexes that a build saw. ``renews``
+    says whether its guests take on another identity in a copy; None while nobody has looked (see ``images/renewal.py``).
     """
 
     digest: str
@@ -39,6 +36,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     origin: tuple[str, str] = ("", "")
     packages: tuple[tuple[str, str, str], ...] = ()
     archives: tuple[tuple[str, str], ...] = ()
+    renews: bool | None = None
 
 
 class Library:
@@ -78,24 +76,30 @@ class Library:
         """The newest image of a blueprint, if any."""
         return next((one for one in reversed(self.list()) if one.blueprint == blueprint), None)
 
-    @contextlib.contextmanager
-    def workplace(self) -> Iterator[Path]:
-        """A folder in which an image comes to be. It goes when the context ends; one that was left by a process that was
-        killed goes when the next one is asked for."""
-        with self._locked():
-            for left in self.directory.glob(".work-*"):
-                # Its maker holds a lock on it for as long as it lives.
-                with _lock(left, fcntl.LOCK_EX | fcntl.LOCK_NB) as abandoned:
-                    if abandoned:
-                        shutil.rmtree(left, ignore_errors=True)
-            work = Path(tempfile.mkdtemp(prefix=".work-", dir=self.directory))
-            held = contextlib.ExitStack()
-            held.enter_context(_lock(work, fcntl.LOCK_EX))
-        with held:
-            try:
-                yield work
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+    def workplace(self) -> AbstractContextManager[Path]:
+        """A folder in which an image comes to be (see ``kit/workplace.py``)."""
+        return workplace(self.directory)
+
+    def learn(self, manifest: Manifest, renews: bool) -> None:
+        """Let the manifest of an image that is here say whether its guests renew their identity."""
+        told = msgspec.structs.replace(manifest, renews=renews)
+        with locked(self.directory):
+            durable.replace(self.path(manifest.digest).with_suffix(".json"), msgspec.json.format(msgspec.json.encode(told)),
+                            0o644)
+
+    def note(self, manifest: Manifest) -> None:
+        """Remember an image that is elsewhere, of which a disk came here. What is known already stays as it is."""
+        path = self.path(manifest.digest).with_suffix(".note")
+        if not path.exists():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            durable.replace(path, msgspec.json.encode(manifest), 0o444)
+
+    def noted(self, digest: str) -> Manifest | None:
+        """What was remembered of an image that is not here."""
+        try:
+            return msgspec.json.decode(self.path(digest).with_suffix(".note").read_bytes(), type=Manifest)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return None
 
     def add(self, qcow2: Path, manifest: Manifest) -> Path:
         """Move a finished image in; it is there, whole, with the last rename.
@@ -103,7 +107,7 @@ class Library:
         Raises :class:`SkysailError` when the same bytes are held as another blueprint: a digest names one image only.
         """
         target = self.path(manifest.digest)
-        with self._locked():
+        with locked(self.directory):
             held = self.find(manifest.digest)
             if held is not None and held.blueprint != manifest.blueprint:
                 raise SkysailError(f"this very image is here already, as the blueprint {held.blueprint}",
@@ -117,32 +121,6 @@ class Library:
             qcow2.replace(target)
             durable.sync(self.directory)
         return target
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One process at a time changes the directory."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with _lock(self.directory, fcntl.LOCK_EX):
-            yield
-
-
-@contextlib.contextmanager
-def _lock(folder: Path, how: int) -> Iterator[bool]:
-    """Hold ``folder`` by flock(2); says whether it could be had. The kernel lets go when the process dies."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, how)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(descriptor)
 
 
 def file_digest(path: Path) -> str:

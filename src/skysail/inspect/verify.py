@@ -19,7 +19,7 @@ from skysail.contract.report import HeldZone, Inventory
 from skysail.dns.sim import SIMULATED
 from skysail.hosts import desired
 from skysail.images.library import Library, file_digest
-from skysail.inspect import blocks
+from skysail.inspect import blocks, networks
 from skysail.inspect.difference import Difference
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
@@ -84,11 +84,13 @@ def verify(config: Config, pause_seconds: float = PAUSE_SECONDS) -> list[Differe
 def _look(database: Database, config: Config) -> list[Difference]:
     with database.transaction(write=False) as connection:
         found = [*_database(connection), *_names(connection), *_instances(connection), *_addresses(connection),
-                 *_owners(connection), *_metrics(connection), *blocks.rows(connection), *_work(connection, time.time()),
-                 *_secrets(connection, Vault.at(config.master_key))]
+                 *_owners(connection), *_metrics(connection), *blocks.rows(connection), *blocks.automatic(connection),
+                 *networks.rows(connection),
+                 *_work(connection, time.time()), *_secrets(connection, Vault.at(config.master_key))]
         for host in connection.execute(select(hosts)).mappings().all():
             found += _host(connection, host, config)
-    return found + list(_images(config))
+    kept = blocks.files(config.snapshots_dir) if config.engines == "real" else ()
+    return [*found, *_images(config), *kept]
 
 
 def _database(connection: Connection) -> Iterator[Difference]:
@@ -116,7 +118,7 @@ def _names(connection: Connection) -> Iterator[Difference]:
             if held.get(key) != row.id:
                 yield Difference(subject=f"{kind} {row.name}", saw="its name is not registered", wanted="a row in names")
     stored = [("Disk", select(disks).where(disks.c.role == "keep")),
-              ("Snapshot", select(snapshots).where(snapshots.c.deleted.is_(False)))]
+              ("Snapshot", select(snapshots).where(snapshots.c.deleted.is_(False), snapshots.c.auto_day == ""))]
     for kind, query in stored:
         for row in connection.execute(query):
             key = (row.account_id, row.region, row.name)
@@ -284,8 +286,10 @@ def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[
     whole = set(connection.execute(select(snapshots.c.id).where(
         snapshots.c.host_id == host["id"], snapshots.c.role == "keep", snapshots.c.state.in_(WHOLE.values()))).scalars())
     yield from blocks.host(document, there, whole)
+    yield from networks.host(document, there, bool(config.peer_subnets))
     for stray in there.strays:
         yield Difference(subject=subject, saw=stray, wanted="only what the rows know")
+    yield from _entrance(host, document, there)
     yield from _metadata(document, there.metadata)
     signers = {row.name + ".": row.ds for row in connection.execute(select(domains))}
     yield from _zones(document.zones, there.zones, signers)
@@ -305,6 +309,21 @@ def _metadata(document: HostDocument, held: Mapping[str, str] | None) -> Iterato
                              saw="it is told something else" if guest.id in held else "it is told nothing")
     for identifier in sorted(held.keys() - wanted.keys()):
         yield Difference(subject=f"metadata of guest {identifier}", saw="told to nobody that the rows know", wanted="none")
+
+
+def _entrance(host: RowMapping, document: HostDocument, there: Inventory) -> Iterator[Difference]:
+    """The names that the rows say against those that lead to guests."""
+    subject = f"entrance of {host['id']}"
+    state = host["entrance_state"] if document.entrance else "served"
+    if state != "served":
+        yield Difference(subject=subject, saw=f"{state or 'nothing said of it'} {host['entrance_reason']}".strip(),
+                         wanted="one that serves")
+    addresses = {guest.id: guest.port.private_ipv4 for guest in document.guests}
+    wanted = {one.name: addresses[one.guest] for one in document.entrance.names} if document.entrance else {}
+    for name in sorted(wanted.keys() | there.names.keys()):
+        if wanted.get(name) != there.names.get(name):
+            yield Difference(subject=f"{subject}, {name}", saw=f"leads to {there.names.get(name, 'nobody')}",
+                             wanted=wanted.get(name, "nobody"))
 
 
 def _zones(wanted: Sequence[Zone], held: Sequence[HeldZone], signers: Mapping[str, str]) -> Iterator[Difference]:

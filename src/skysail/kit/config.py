@@ -14,6 +14,7 @@ from skysail.kit.errors import SkysailError
 
 _MAIL = re.compile(r"[^\s@<>]+@[A-Za-z0-9.-]+")
 _HOST_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_REVERSE_ZONE = re.compile(r"(\d{1,3}\.){1,3}in-addr\.arpa|([0-9a-f]\.){1,31}ip6\.arpa")
 _ZONE = re.compile(r"[a-z]")
 # The names that clients take for a region: RegionName of Lightsail's service model, to which a test holds them.
 REGIONS = ("us-east-1", "us-east-2", "us-west-1", "us-west-2", "eu-west-1", "eu-west-2", "eu-west-3", "eu-central-1",
@@ -21,6 +22,8 @@ REGIONS = ("us-east-1", "us-east-2", "us-west-1", "us-west-2", "eu-west-1", "eu-
            "ap-northeast-1", "ap-northeast-2", "ap-southeast-3", "ap-southeast-5", "sa-east-1")
 # How many user ids guests may take, from ``guest_uid_base`` on.
 GUEST_UIDS = 60_000
+# How many ports of a single address lead to instances' SSH, from ``ssh_ports`` on.
+SSH_PORTS = 9_000
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,9 +37,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Each guest has one address of the IPv6 prefix ``public_ipv6``: a unique local one (RFC 4193) leaves the machine
     masqueraded, '' gives none. ``disk_overcommit`` is how many times its disk a host may promise to guests, which rarely fill
     theirs.
+    Peered private networks reach the IPv4 networks ``peer_subnets`` beside this machine, and are reached from there.
     ``template_memory`` is how clones come to their template's memory (see ``hypervisor/template.py``).
     ``dns_listen`` and ``dns_port`` say where the name server answers, ``dns_api_port`` where its REST API does on the
     loopback address; ``name_servers`` are the host names that domains are delegated to.
+    ``reverse_zones`` are those zones of addresses' names that were delegated to them.
+    ``single_address`` is the machine's only public IPv4 address, which all instances then share: ports 80 and 443 by host
+    name, SSH by ports from ``ssh_ports`` on and by the jump on ``jump_port``. Instances have names below
+    ``instance_domain``, if there is one.
     ``sample_seconds``: how often guests are measured. ``cpu_burst``: whether a guest that spent its credits is held to its
     plan's baseline, as on Lightsail. Notices of alarms go out by the relay ``smtp_host``, from ``mail_from``, and to webhooks
     of the origins in ``webhooks``; ``public_url`` is where their receivers reach this cloud. With a token in
@@ -55,6 +63,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     link: str = "skysail0"
     transit: str = "100.115.92.0/30"
     private_network: str = "172.26.0.0/16"
+    peer_subnets: tuple[str, ...] = ()
     public_pool: str = "100.115.93.0/24"
     public_address: Literal["kept", "changes"] = "kept"
     public_ipv6: str = "fd53:6b79:7361::/64"
@@ -72,6 +81,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     dns_api_port: int = 5301
     dns_user: str = "skysail-dns"
     name_servers: tuple[str, ...] = ("ns1.skysail.internal", "ns2.skysail.internal")
+    reverse_zones: tuple[str, ...] = ()
+    single_address: str = ""
+    instance_domain: str = ""
+    ssh_ports: int = 22000
+    jump_port: int = 2222
+    ingress_user: str = "skysail-ingress"
+    jump_user: str = "skysail-jump"
 
     sample_seconds: float = 60.0
     cpu_burst: bool = False
@@ -87,6 +103,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         self._settle_regions()
+        own = [ipaddress.IPv4Network(network) for network in (self.private_network, self.public_pool, self.transit)]
+        for subnet in map(ipaddress.IPv4Network, self.peer_subnets):
+            if any(map(subnet.overlaps, own)):
+                raise ValueError(f"peer_subnets has {subnet}, which overlaps a network of the cloud's own")
         if not 0.1 <= self.sample_seconds <= 300:
             raise ValueError("sample_seconds takes 0.1 to 300")
         if self.smtp_host and not _MAIL.fullmatch(self.mail_from):
@@ -95,6 +115,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ValueError("smtp_user needs smtp_security: a password is not sent in the clear")
         if not self.name_servers or not all(_HOST_NAME.fullmatch(name) and len(name) <= 253 for name in self.name_servers):
             raise ValueError("name_servers takes host names such as ns1.example.com, in lower case, without a final dot")
+        if not all(_REVERSE_ZONE.fullmatch(name) for name in self.reverse_zones):
+            raise ValueError("reverse_zones takes zones such as 113.0.203.in-addr.arpa or 8.b.d.0.1.0.0.2.ip6.arpa")
+        if self.single_address and not _is_ipv4(self.single_address):
+            raise ValueError("single_address takes an IPv4 address of this machine")
+        if self.instance_domain and not (_HOST_NAME.fullmatch(self.instance_domain) and len(self.instance_domain) <= 150):
+            raise ValueError("instance_domain takes a domain name such as cloud.example.com, in lower case")
+        if not 1024 <= self.ssh_ports <= 32768 - SSH_PORTS or not 0 < self.jump_port < 65536:
+            raise ValueError(f"ssh_ports takes 1024 to {32768 - SSH_PORTS}, below the ports that this machine itself dials "
+                             "from; jump_port takes a port")
 
     def _settle_regions(self) -> None:
         """Whichever of the three fields were given, all say the same afterwards. Raises ValueError."""
@@ -125,6 +154,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def powerdns(self) -> bool:
         """Whether a PowerDNS answers for the domains, or a simulation."""
         return (self.dns or ("sim" if self.engines == "sim" else "powerdns")) == "powerdns"
+
+    @property
+    def naming_domain(self) -> str:
+        """The domain below which addresses have names that have no other: that of the instances, else that of the name
+        servers."""
+        return self.instance_domain or self.name_servers[0].partition(".")[2]
+
+    @property
+    def ingress_dir(self) -> Path:
+        return self.root / "ingress"
 
     @property
     def dns_dir(self) -> Path:
@@ -188,6 +227,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def _is_loopback(address: str) -> bool:
     try:
         return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_ipv4(address: str) -> bool:
+    try:
+        return bool(ipaddress.IPv4Address(address))
     except ValueError:
         return False
 

@@ -41,6 +41,27 @@ async def run_async(argv: Sequence[str], *, input: bytes | None = None, timeout:
     return await in_thread(run, argv, input=input, timeout=timeout)
 
 
+async def run_while_wanted(argv: Sequence[str]) -> bytes:
+    """:func:`run` for a program that may take minutes, and may be ended at any moment: it is killed, and gone, when its
+    caller is called off."""
+    try:
+        program = await asyncio.create_subprocess_exec(*argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                                       stderr=subprocess.PIPE)
+    except FileNotFoundError as missing:
+        raise ProcessFailed(f"the program {argv[0]} is not installed", cure="run: sudo ./skysail up") from missing
+    try:
+        out, err = await program.communicate()
+    except asyncio.CancelledError:
+        with contextlib.suppress(ProcessLookupError):
+            program.kill()
+        await asyncio.shield(program.wait())
+        raise
+    if program.returncode != 0:
+        said = err.decode(errors="replace")[-4000:]
+        raise ProcessFailed(f"{argv[0]} exited with {program.returncode}: {said.strip()}", stderr=said)
+    return out
+
+
 async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """``call`` in a thread. A thread cannot be called off: a cancelled caller waits for it, so that what it does is done
     before the caller cleans up or somebody else begins."""

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import msgspec
 
-from skysail.contract.document import Port
+from skysail.contract.document import Network, Port
 
 
 class PortCounters(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,11 +18,19 @@ class PortCounters(msgspec.Struct, frozen=True, kw_only=True):
     tx_bytes: int
 
 
+class Joined(msgspec.Struct, frozen=True, kw_only=True):
+    """By port, the numbers of the networks whose guests reach it; and the ports that peer subnets reach."""
+
+    reached_by: dict[str, tuple[int, ...]]
+    routed: tuple[str, ...]
+
+
 class Fabric(Protocol):
     """Holds the data plane. ``apply`` is idempotent and atomic for the ruleset."""
 
-    async def apply(self, ports: Sequence[Port]) -> None:
-        """Make exactly these ports exist, with their addresses and firewall; remove what is left over.
+    async def apply(self, ports: Sequence[Port], networks: Sequence[Network] = ()) -> None:
+        """Make exactly these ports exist, with their addresses and firewall; remove what is left over. Join exactly these
+        networks: what is joined no more is cut, connections that are open too.
 
         Raises SkysailError for a port that cannot be, or two that contradict each other; then nothing was changed."""
         ...
@@ -39,6 +47,10 @@ class Fabric(Protocol):
 
     async def observe(self) -> dict[str, PortCounters]:
         """Existing ports by id; no effects."""
+        ...
+
+    async def joined(self) -> Joined:
+        """Who is let through to existing ports; no effects."""
         ...
 
     async def check(self) -> list[str]:

@@ -341,7 +341,7 @@ def ensure_taps(ipr: Any, layout: Layout, ports: list[Port]) -> None:
             _forget(ipr, bridge, [link_], {link_.index: Owner.of(port)})
             index = link_.index
         ipr.link("set", index=index, mtu=MTU, master=bridge, state="up")
-        # What the gateway sends to a guest goes to its tap only, with no ARP and no flooding past other tenants' taps.
+        # What the gateway sends to a guest goes to its tap only, with no ARP and no flooding past other networks' taps.
         ipr.brport("set", index=index, unicast_flood=0)
         ipr.fdb("replace", ifindex=index, lladdr=port.mac, state=_NUD_NOARP, flags=_NTF_MASTER)
         ipr.link("set", index=index, IFLA_IFALIAS=alias)
@@ -470,6 +470,11 @@ def ensure_routes(ipr: Any, layout: Layout) -> None:
     """The machine sends what is for guests into the namespace."""
     index = ipr.link_lookup(ifname=layout.link)[0]
     _ensure_route(ipr, index, "public_pool", layout.public_pool, str(layout.namespace_address), socket.AF_INET)
+    if layout.peer_subnets:
+        _ensure_route(ipr, index, "private_network", layout.private_network, str(layout.namespace_address), socket.AF_INET)
+    else:
+        with contextlib.suppress(NetlinkError):  # there is none, or it is not by our link
+            ipr.route("del", dst=layout.private_network, oif=index)
     if layout.public_ipv6:
         _ensure_route(ipr, index, "public_ipv6", layout.public_ipv6, str(NAMESPACE_LINK_IPV6), socket.AF_INET6)
 

@@ -11,16 +11,21 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
-from typing import Literal
 
-from skysail.contract.document import FirewallRule, Port
+import msgspec
+
+from skysail.contract.document import FirewallRule, Network, Port
 from skysail.kit.errors import SkysailError
+from skysail.kit.process import run
 from skysail.network.plan import (
     BRIDGE,
     GATEWAY_IPV6,
+    HTTP_PORT,
+    JUMP_PORT,
     METADATA,
     METADATA_IPV6,
     METADATA_PORT,
+    TLS_PORT,
     UPLINK,
     Layout,
     link_local,
@@ -44,19 +49,22 @@ def machine_table(layout: Layout) -> str:
     return re.sub(r"[^A-Za-z0-9_]", "_", layout.namespace)
 
 
-def data_plane(layout: Layout, ports: Sequence[Port]) -> str:
+def data_plane(layout: Layout, ports: Sequence[Port], networks: Sequence[Network] = ()) -> str:
     """The ruleset of the namespace: a bridge table (who may say what to whom) and an inet table (addresses, firewall).
+    ``networks`` are the joined ones.
 
     Raises SkysailError for a port that cannot be written, or two that contradict each other.
     """
     ordered = sorted(ports, key=lambda port: port.id)
     vet(ordered)
-    return "\n".join((*_fresh("bridge", TABLE), *_fresh("inet", TABLE), *_bridge(layout, ordered),
-                      *_inet(layout, ordered), ""))
+    joined = {network.number: network for network in networks}
+    return "\n".join((*_fresh("bridge", TABLE), *_fresh("inet", TABLE), *_bridge(layout, ordered, joined),
+                      *_inet(layout, ordered, joined), ""))
 
 
-def machine(layout: Layout) -> str:
-    """The machine's own table: guests pass through the machine to elsewhere, and reach nothing of it."""
+def machine(layout: Layout, ports: Sequence[Port] = ()) -> str:
+    """The machine's own table: guests pass through the machine to elsewhere, and reach nothing of it but what it shares of
+    its address, where that is all that guests have."""
     link, pool, name = f'"{layout.link}"', layout.public_pool, machine_table(layout)
     prefix = layout.public_ipv6
     neighbours = _more(prefix, f"iifname {link} {NEIGHBOURS} accept")
@@ -66,12 +74,19 @@ iifname {link} ip6 daddr {{ fd00:ec2::254, fd20:ce::254 }} drop
 oifname {link} ip6 saddr {prefix} drop
 iifname {link} ip6 saddr {prefix} accept
 oifname {link} ip6 daddr {prefix} accept""")
+    private = layout.private_network
+    subnets = ", ".join(layout.peer_subnets)
+    peering = _more(subnets, f"""\
+# Without translation, so a forged source would be believed: one that is not out there where it comes from is dropped.
+iifname {link} ip saddr {private} ip daddr {{ {subnets} }} accept
+oifname {link} ip saddr {{ {subnets} }} ip daddr {private} fib saddr . iif oif exists accept""")
     masquerade = _more(layout.masquerades_ipv6, f'oifname != {{ {link}, "lo" }} ip6 saddr {prefix} masquerade')
+    shared = _Shared(layout, ports)
     return "\n".join((*_fresh("inet", name), f"""\
-table inet {name} {{
+table inet {name} {{{shared.chains()}
     # Before any DNAT of the machine's own: what it publishes on its addresses is not for guests.
     chain prerouting {{
-        type filter hook prerouting priority mangle; policy accept;{neighbours}
+        type filter hook prerouting priority mangle; policy accept;{neighbours}{shared.prerouting()}
         iifname {link} fib daddr type != unicast ct state != {{ established, related }} drop
     }}
     # Guests answer the machine, but never speak first.
@@ -82,20 +97,112 @@ table inet {name} {{
     }}
     chain forward {{
         type filter hook forward priority filter - 5; policy accept;
-        iifname != {link} oifname != {link} accept
+        iifname != {link} oifname != {link} accept{shared.forward()}
         iifname {link} oifname {link} drop
         # A cloud's metadata holds the machine's own credentials.
         iifname {link} ip daddr 169.254.0.0/16 drop
         iifname {link} ip saddr {pool} accept
-        oifname {link} ip daddr {pool} accept{forward}
+        oifname {link} ip daddr {pool} accept{peering}{forward}
         drop
     }}
     chain postrouting {{
         type nat hook postrouting priority srcnat; policy accept;
-        oifname != {link} ip saddr {pool} masquerade{masquerade}
+        oifname != {link} ip saddr {pool} masquerade{masquerade}{shared.postrouting()}
     }}
 }}
 """))
+
+
+class _Shared:
+    """What the machine's table says of a single address; nothing without one."""
+
+    def __init__(self, layout: Layout, ports: Sequence[Port]) -> None:
+        self._layout = layout
+        self._link = f'"{layout.link}"'
+        self._logins = sorted((port.ssh_port, port.public_ipv4) for port in ports if port.ssh_port and port.public_ipv4)
+        self._listeners = {80: HTTP_PORT, 443: TLS_PORT, layout.jump_port: JUMP_PORT}
+
+    def chains(self) -> str:
+        """Its ports lead into the namespace, those of SSH straight to the guests: a login comes from where it came from, and
+        the guest's firewall is the one that it meets."""
+        if not self._layout.single_address:
+            return ""
+        here, namespace = self._layout.single_address, self._layout.namespace_address
+        leads = "".join(f"\n        tcp dport {port} dnat ip to {namespace}:{to}" for port, to in self._listeners.items())
+        logins = ", ".join(f"{port} : {address} . 22" for port, address in self._logins)
+        by_port = f"\n        dnat ip to tcp dport map {{ {logins} }}" if logins else ""
+        return f"""
+    chain shared {{{leads}{by_port}
+    }}
+    chain arriving {{
+        type nat hook prerouting priority dstnat; policy accept;
+        ip daddr {here} jump shared
+    }}
+    chain leaving {{
+        type nat hook output priority -100; policy accept;
+        ip daddr {here} jump shared
+    }}"""
+
+    def prerouting(self) -> str:
+        """Guests reach each other by the shared address as everybody does."""
+        ports = _set(str(port) for port in (*self._listeners, *(port for port, _ in self._logins)))
+        return _more(self._layout.single_address, f"iifname {self._link} ip daddr {self._layout.single_address} "
+                                                  f"tcp dport {ports} accept")
+
+    def forward(self) -> str:
+        listeners = f"tcp dport {_set(map(str, self._listeners.values()))}"
+        namespace = self._layout.namespace_address
+        return _more(self._layout.single_address, f"""\
+oifname {self._link} ip daddr {namespace} {listeners} ct status dnat accept
+iifname {self._link} ip saddr {namespace} ct state {{ established, related }} accept
+iifname {self._link} oifname {self._link} ct status dnat accept""")
+
+    def postrouting(self) -> str:
+        """One guest's way to another by the shared address: back by the machine, too."""
+        return _more(self._layout.single_address, f"iifname {self._link} oifname {self._link} ct status dnat masquerade")
+
+
+def firewall_changes(layout: Layout, former: Sequence[Port], ports: Sequence[Port]) -> str | None:
+    """What leads from the ruleset of ``former`` to that of ``ports`` where nothing but firewalls differs, in one transaction
+    as well: it costs what changed, however many guests there are. None where more differs."""
+    before, after = ({port.id: port for port in some} for some in (former, ports))
+    if before.keys() != after.keys() or any(
+            msgspec.structs.replace(before[key], firewall=after[key].firewall) != after[key] for key in after):
+        return None
+    changed = [key for key in after if before[key].firewall != after[key].firewall]
+    held, wanted = _chains(layout, former), _chains(layout, ports)
+    lines = []
+    for name in sorted(wanted.keys() - held.keys()):
+        lines += [f"add chain inet {TABLE} {name}", *(f"add rule inet {TABLE} {name} {line}" for line in wanted[name])]
+    for command, some in (("delete", before), ("add", after)):
+        for element in (line for key in changed for line in _entries(layout, some[key])):
+            lines.append(f"{command} element inet {TABLE} {element}")
+    for name in sorted(held.keys() - wanted.keys()):
+        lines += [f"flush chain inet {TABLE} {name}", f"delete chain inet {TABLE} {name}"]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _chains(layout: Layout, ports: Sequence[Port]) -> dict[str, tuple[str, ...]]:
+    """The chains of all firewalls. Guests with the same rules share one: a host of a thousand default firewalls has one."""
+    firewalls = {port.firewall: None for port in ports}
+    firewalls6 = {port.firewall: None for port in ports if layout.public_ipv6 and port.public_ipv6}
+    return {_chain_name(lines): lines for version, some in ((4, firewalls), (6, firewalls6)) for rules in some
+            if (lines := _openings(rules, version))}
+
+
+def _entries(layout: Layout, port: Port) -> Iterable[str]:
+    """What a port's firewall puts into sets and maps."""
+    for name, address, version in (("firewalls", port.private_ipv4, 4), ("firewalls6", port.public_ipv6, 6)):
+        if address and (version == 4 or layout.public_ipv6) and (lines := _openings(port.firewall, version)):
+            yield f"{name} {{ {address} : jump {_chain_name(lines)} }}"
+    if layout.single_address:
+        yield from (f"shared {{ {element} }}" for element in _offered(port))
+
+
+def _offered(port: Port) -> list[str]:
+    """What the listeners of a single address may ask a guest for: they see to it that only those come in whom its firewall
+    lets in."""
+    return [f"{port.private_ipv4} . {number}" for number in (22, 80, 443) if port.sources(number)]
 
 
 def without(family: str, name: str) -> str:
@@ -113,8 +220,9 @@ def _more(wanted: object, lines: str) -> str:
     return "".join(f"\n        {line}" for line in lines.splitlines()) if wanted else ""
 
 
-def _bridge(layout: Layout, ports: Sequence[Port]) -> list[str]:
+def _bridge(layout: Layout, ports: Sequence[Port], joined: Mapping[int, Network]) -> list[str]:
     taps = [(f'"{tap_name(port.id)}"', port) for port in ports]
+    reaching = {number: (number, *network.peers) for number, network in joined.items()}
     sources6 = [f"{tap} . {port.mac} . {address}" for tap, port in taps if layout.public_ipv6 and port.public_ipv6
                 for address in (link_local(port.mac), port.public_ipv6)]
     # In IPv6 a guest's only neighbour is its gateway, which knows every guest by itself: a guest may ask for it, and has
@@ -126,8 +234,9 @@ icmpv6 type {{ nd-neighbor-advert, nd-router-advert, nd-router-solicit, nd-redir
 {known} ether daddr {layout.gateway_mac} ip6 saddr != fe80::/10 ip6 daddr != {{ fe80::/10, ff00::/8 }} accept""")
     return [
         f"table bridge {TABLE} {{",
-        *_elements("map tenants", "ifname : mark", (f"{tap} : {port.tenant}" for tap, port in taps)),
-        *_elements("set neighbours", "ifname . mark", (f"{tap} . {port.tenant}" for tap, port in taps)),
+        *_elements("map networks", "ifname : mark", (f"{tap} : {port.network}" for tap, port in taps)),
+        *_elements("set neighbours", "ifname . mark",
+                   (f"{tap} . {number}" for tap, port in taps for number in reaching.get(port.network, (port.network,)))),
         *_elements("set sources", "ifname . ether_addr . ipv4_addr",
                    (f"{tap} . {port.mac} . {port.private_ipv4}" for tap, port in taps)),
         *_elements("set sources6", "ifname . ether_addr . ipv6_addr", sources6),
@@ -140,7 +249,7 @@ icmpv6 type {{ nd-neighbor-advert, nd-router-advert, nd-router-solicit, nd-redir
         type filter hook prerouting priority dstnat; policy drop;
         ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 drop
         ether type != {{ ip, arp, ip6 }} drop
-        meta mark set iifname map @tenants
+        meta mark set iifname map @networks
         ether type ip iifname . ether saddr . ip saddr @sources accept
         ether type arp arp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp operation {{ request, reply }} \
 iifname . ether saddr . arp saddr ether . arp saddr ip @senders accept{ipv6}
@@ -150,7 +259,7 @@ iifname . ether saddr . arp saddr ether . arp saddr ip @senders accept{ipv6}
         type filter hook input priority filter; policy accept;
         ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 drop
     }}
-    # From tap to tap: within one tenant only, and no IPv6. What {BRIDGE} itself sends does not come by here.
+    # From tap to tap: within one network and its peers only, and no IPv6. What {BRIDGE} itself sends does not come by here.
     chain forward {{
         type filter hook forward priority filter; policy drop;
         ether type ip6 drop
@@ -159,22 +268,31 @@ iifname . ether saddr . arp saddr ether . arp saddr ip @senders accept{ipv6}
 }}"""]
 
 
-def _inet(layout: Layout, ports: Sequence[Port]) -> list[str]:
+def _inet(layout: Layout, ports: Sequence[Port], joined: Mapping[int, Network]) -> list[str]:
+    routed = [port.private_ipv4 for port in ports if port.network in joined and joined[port.network].routed]
+    peering = _Peering.of(layout.peer_subnets)
     seen = [port for port in ports if port.public_ipv4]
-    openings = {port.private_ipv4: _openings(port.firewall, 4) for port in seen}
+    openings = {port.private_ipv4: _openings(port.firewall, 4) for port in ports}
     openings6 = {port.public_ipv6: _openings(port.firewall, 6) for port in ports if layout.public_ipv6 and port.public_ipv6}
-    # Guests with the same rules share a chain: a host of a thousand default firewalls has one.
-    chains = {_chain_name(lines): lines for lines in (*openings.values(), *openings6.values()) if lines}
+    chains = _chains(layout, ports)
     entry = _more(layout.public_ipv6, f"""\
 iifname "{BRIDGE}" ip6 daddr {{ {GATEWAY_IPV6}, {SOLICITED_GATEWAY} }} icmpv6 type nd-neighbor-solicit accept
 iifname "{BRIDGE}" ip6 daddr {{ {GATEWAY_IPV6}, {layout.namespace_ipv6} }} icmpv6 type echo-request accept
 iifname "{BRIDGE}" ip6 daddr {METADATA_IPV6} tcp dport {METADATA_PORT} accept
 iifname "{UPLINK}" {NEIGHBOURS} accept
 iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request accept""" if layout.public_ipv6 else "")
+    beyond = f"ip daddr != {{ {', '.join(layout.peer_subnets)} }} " if layout.peer_subnets else ""
     untracked = [_more(layout.public_ipv6, f'{way}ifname "{BRIDGE}" ip6 {end}addr {METADATA_IPV6} notrack')
                  for way, end in (("i", "d"), ("o", "s"))]
+    shared = _more(layout.single_address, f"""\
+meta skuid {{ "{layout.ingress_user}", "{layout.jump_user}" }} ip daddr . tcp dport @shared accept
+meta skuid {{ "{layout.ingress_user}", "{layout.jump_user}" }} drop""")
+    entry += _more(layout.single_address, f'iifname "{UPLINK}" ip daddr {layout.namespace_address} '
+                                          f"tcp dport {_set(map(str, (HTTP_PORT, TLS_PORT, JUMP_PORT)))} accept")
+    offered = [element for port in seen for element in _offered(port)]
     return [
         f"table inet {TABLE} {{",
+        *(_elements("set shared", "ipv4_addr . inet_service", offered) if layout.single_address else ()),
         *_elements("map inward", "ipv4_addr : ipv4_addr", (f"{port.public_ipv4} : {port.private_ipv4}" for port in seen)),
         *_elements("map outward", "ipv4_addr : ipv4_addr", (f"{port.private_ipv4} : {port.public_ipv4}" for port in seen)),
         # Without a public IPv4 address there is no way out: it is told so, and need not wait.
@@ -183,6 +301,7 @@ iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request acce
           (f"    chain {name} {{", *(f"        {line}" for line in lines), "    }")),
         *_elements("map firewalls", "ipv4_addr : verdict", _verdicts(openings)),
         *_elements("map firewalls6", "ipv6_addr : verdict", _verdicts(openings6)),
+        *([*_elements("set peered", "ipv4_addr", routed), peering.chain] if peering.chain else []),
         f"""\
     # Nothing enters but by the bridge and the uplink: frames to link-local MACs can surface on a tap itself.
     chain doors {{
@@ -221,9 +340,9 @@ iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request acce
         type ipv6_addr; size 65535; flags dynamic
     }}
     chain forward {{
-        type filter hook forward priority filter; policy drop;
+        type filter hook forward priority filter; policy drop;{peering.forward}
         ip daddr 169.254.0.0/16 drop
-        iifname "{BRIDGE}" ip saddr @unseen reject with icmp net-unreachable
+        iifname "{BRIDGE}" ip saddr @unseen {beyond}reject with icmp net-unreachable
         ct state {{ established, related }} accept
         iifname "{BRIDGE}" ct state new add @busy {{ ip saddr ct count over {MAX_CONNECTIONS} }} drop
         iifname "{BRIDGE}" ct state new add @busy6 {{ ip6 saddr ct count over {MAX_CONNECTIONS} }} drop
@@ -233,19 +352,61 @@ iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request acce
     }}
     # From guest to guest's public address too: the other side sees a public address and answers through the gateway.
     chain postrouting {{
-        type nat hook postrouting priority srcnat; policy accept;
+        type nat hook postrouting priority srcnat; policy accept;{peering.postrouting}
         snat ip to ip saddr map @outward
     }}
     # After the source NAT: a rule names its clients by the addresses that everybody sees them by, another guest too.
     chain firewall {{
         type filter hook postrouting priority srcnat + 10; policy accept;
         oifname != "{BRIDGE}" accept
-        ct state != new accept
+        ct state != new accept{shared}{peering.firewall}
         ip daddr vmap @firewalls
         ip6 daddr vmap @firewalls6
         drop
     }}
 }}"""]
+
+
+class _Peering(msgspec.Struct, frozen=True, kw_only=True):
+    """What the inet table has more where private networks may be joined with subnets beyond the machine: packets between a
+    private address and a peer subnet are not translated, and pass only while the guest's network is joined. Each one is
+    looked at, those of known connections too, so that parting cuts them.
+
+    The instance's firewall is for its public address alone, as on Lightsail (user guide, "Control instance traffic with
+    firewalls": peered VPCs reach the private address past it).
+    """
+
+    chain: str = ""
+    forward: str = ""
+    postrouting: str = ""
+    firewall: str = ""
+
+    @classmethod
+    def of(cls, subnets: Sequence[str]) -> _Peering:
+        if not subnets:
+            return cls()
+        there = "{ " + ", ".join(subnets) + " }"
+        return cls(
+            chain=f"""\
+    chain private {{
+        iifname "{UPLINK}" ip daddr @peered ct state related accept
+        iifname "{BRIDGE}" oifname "{UPLINK}" ip saddr @peered ip daddr {there} accept
+        iifname "{UPLINK}" oifname "{BRIDGE}" ip saddr {there} ip daddr @peered accept
+        drop
+    }}""",
+            forward=_more(True, f"""\
+# What is under way without translation is between a private address and a peer subnet.
+meta nfproto ipv4 ct state {{ established, related }} ct status & ( snat | dnat ) == 0 jump private
+iifname "{UPLINK}" meta nfproto ipv4 ct state new ct status & dnat == 0 jump private"""),
+            postrouting=_more(True, f"ip saddr @peered ip daddr {there} accept"),
+            firewall=_more(True, f"ip saddr {there} ip daddr @peered ct status & dnat == 0 accept"))
+
+
+def elements(family: str, name: str) -> list[tuple[str, ...]]:
+    """What a set of the calling thread's namespace holds; raises ProcessFailed when there is none."""
+    told = msgspec.json.decode(run(["nft", "-j", "list", "set", family, TABLE, name], timeout=60))["nftables"]
+    held = next(item["set"] for item in told if "set" in item).get("elem", [])
+    return [tuple(str(part) for part in one["concat"]) if isinstance(one, dict) else (str(one),) for one in held]
 
 
 def _verdicts(openings: Mapping[str, tuple[str, ...]]) -> Iterable[str]:
@@ -262,7 +423,7 @@ def _chain_name(lines: Sequence[str]) -> str:
     return "rules_" + hashlib.blake2b("\n".join(lines).encode(), digest_size=5).hexdigest()
 
 
-def _openings(rules: Iterable[FirewallRule], version: Literal[4, 6]) -> tuple[str, ...]:
+def _openings(rules: Iterable[FirewallRule], version: int) -> tuple[str, ...]:
     """What one guest's chain says of one version of IP. Rules of one protocol and source are one line; neither its
     addresses nor its ports overlap within a line, as nft would refuse that, and lines may overlap freely."""
     merged: defaultdict[tuple[str, tuple[str, ...]], set[tuple[int, int]]] = defaultdict(set)

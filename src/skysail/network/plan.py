@@ -17,6 +17,8 @@ BRIDGE = "br0"
 UPLINK = "uplink"
 TAP_PREFIX = "sky"
 MTU = 1500
+# Where in the namespace those listen who share a single address: unprivileged, so above 1023.
+HTTP_PORT, TLS_PORT, JUMP_PORT = 8080, 8443, 8022
 # Link-local, and so the same on every host: what guests have as their gateway, and the two ends of the transit link.
 GATEWAY_IPV6 = IPv6Address("fe80::1")
 MACHINE_LINK_IPV6, NAMESPACE_LINK_IPV6 = IPv6Address("fe80::2"), IPv6Address("fe80::3")
@@ -29,8 +31,11 @@ MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
     """One host's data plane: a network namespace, joined to the machine by the veth pair ``link`` <-> ``uplink``.
 
-    ``transit`` is the /30 between the two, ``private_network`` what guests see, ``public_pool`` where they are seen. IPv6 is
+    ``transit`` is the /30 between the two, ``private_network`` what guests see, ``public_pool`` where they are seen.
+    ``peer_subnets`` are networks beyond the machine that routed private networks are joined with, without NAT. IPv6 is
     routed: guests have addresses of ``public_ipv6`` themselves; without that prefix there is no IPv6 in the data plane.
+    With a ``single_address`` guests are reached by that address of the machine: its ports 80, 443 and ``jump_port`` lead to
+    listeners in the namespace, which run as ``ingress_user`` and ``jump_user``, further ones to guests' SSH.
     """
 
     namespace: str
@@ -39,12 +44,19 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     private_network: str
     public_pool: str
     public_ipv6: str = ""
+    peer_subnets: tuple[str, ...] = ()
+    single_address: str = ""
+    jump_port: int = 0
+    ingress_user: str = ""
+    jump_user: str = ""
 
     @classmethod
     def of(cls, config: Config) -> Layout:
         return cls(namespace=config.namespace, link=config.link, transit=config.transit,
                    private_network=config.private_network, public_pool=config.public_pool,
-                   public_ipv6=config.public_ipv6)
+                   public_ipv6=config.public_ipv6, peer_subnets=config.peer_subnets,
+                   single_address=config.single_address, jump_port=config.jump_port, ingress_user=config.ingress_user,
+                   jump_user=config.jump_user)
 
     @property
     def transit_prefix(self) -> int:
@@ -113,8 +125,9 @@ def vet(ports: Iterable[Port]) -> None:
                 addresses.append(str(IPv6Address(port.public_ipv6)))
         except AddressValueError as wrong:
             raise SkysailError(f"port {port.id} has an address that is none: {wrong}") from wrong
-        if not MAC.fullmatch(port.mac) or not 0 < port.tenant < 2**32:
-            raise SkysailError(f"port {port.id} has MAC {port.mac!r} and tenant {port.tenant}, which cannot be")
-        for key in (*addresses, port.mac, tap_name(port.id)):
+        if not MAC.fullmatch(port.mac) or not 0 < port.network < 2**32:
+            raise SkysailError(f"port {port.id} has MAC {port.mac!r} and network {port.network}, which cannot be")
+        shared = [f"SSH port {port.ssh_port}"] if port.ssh_port else []
+        for key in (*addresses, *shared, port.mac, tap_name(port.id)):
             if owners.setdefault(key, port.id) != port.id:
                 raise SkysailError(f"ports {owners[key]} and {port.id} both have {key}")

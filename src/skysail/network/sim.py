@@ -6,9 +6,9 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 
-from skysail.contract.document import Port
+from skysail.contract.document import Network, Port
 from skysail.kit.errors import SkysailError
-from skysail.network import PortCounters
+from skysail.network import Joined, PortCounters
 from skysail.network.plan import vet
 
 
@@ -18,10 +18,12 @@ class SimFabric:
     def __init__(self, flow: Callable[[str], tuple[int, int]] = lambda port: (0, 0)) -> None:
         self._flow = flow
         self._ports: dict[str, Port] = {}
+        self._networks: dict[int, Network] = {}
 
-    async def apply(self, ports: Sequence[Port]) -> None:
+    async def apply(self, ports: Sequence[Port], networks: Sequence[Network] = ()) -> None:
         vet(ports)
         self._ports = {port.id: port for port in ports}
+        self._networks = {network.number: network for network in networks}
 
     async def open_port(self, port: Port) -> int:
         if port.id not in self._ports:
@@ -34,6 +36,13 @@ class SimFabric:
     async def observe(self) -> dict[str, PortCounters]:
         flows = {identifier: self._flow(identifier) for identifier in self._ports}
         return {identifier: PortCounters(rx_bytes=rx, tx_bytes=tx) for identifier, (rx, tx) in flows.items()}
+
+    async def joined(self) -> Joined:
+        alone = Network(number=0)
+        return Joined(
+            reached_by={port.id: tuple(sorted((port.network, *self._networks.get(port.network, alone).peers)))
+                        for port in self._ports.values()},
+            routed=tuple(sorted(port.id for port in self._ports.values() if self._networks.get(port.network, alone).routed)))
 
     async def check(self) -> list[str]:
         return []

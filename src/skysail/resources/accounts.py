@@ -6,7 +6,7 @@ import secrets
 from typing import Any
 
 import asyncssh
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, insert, select, update
 
 from skysail.store.schema import access_keys, accounts, authorities
 from skysail.store.vault import Vault
@@ -15,10 +15,9 @@ _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
 
 
 def create_account(connection: Connection, name: str, now: float) -> str:
-    """A new account; its id has twelve digits, its tenant number is the next free one."""
+    """A new account; its id has twelve digits."""
     identifier = f"{secrets.randbelow(9 * 10**11) + 10**11}"
-    tenant = (connection.execute(select(func.max(accounts.c.tenant))).scalar_one() or 0) + 1
-    connection.execute(insert(accounts).values(id=identifier, tenant=tenant, name=name, created_at=now))
+    connection.execute(insert(accounts).values(id=identifier, name=name, created_at=now))
     return identifier
 
 

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, func, select, update
+from sqlalchemy import Connection, RowMapping, Select, func, or_, select, update
 
 from skysail.kit.config import Config
 from skysail.kit.errors import invalid_input
 from skysail.operations import history
-from skysail.resources import tags
+from skysail.resources import add_ons, tags
 from skysail.resources.request import Request
 from skysail.store.schema import disks, guests, hosts, instances, snapshots
 
 IOPS = 100
 
 
-def of(connection: Connection, instance_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+def of(connection: Connection, instance_ids: Sequence[str], now: float) -> dict[str, list[dict[str, Any]]]:
     """The disks attached to each instance, in API shape, by path."""
     rows = connection.execute(select(disks).where(disks.c.instance_id.in_(instance_ids))
                               .order_by(disks.c.path)).mappings().all()
     found: dict[str, list[dict[str, Any]]] = {}
-    for row, shape in zip(rows, shapes(connection, rows), strict=True):
+    for row, shape in zip(rows, shapes(connection, rows, now), strict=True):
         found.setdefault(row["instance_id"], []).append(shape)
     return found
 
@@ -44,21 +44,31 @@ def refuse_beyond_room(config: Config, connection: Connection, host_id: str, siz
                             "Choose a smaller disk, or delete others.")
 
 
-def shapes(connection: Connection, rows: Sequence[RowMapping]) -> list[dict[str, Any]]:
+def shapes(connection: Connection, rows: Sequence[RowMapping], now: float) -> list[dict[str, Any]]:
     """Disks as the API shows them."""
-    tagged = tags.of(connection, [row["id"] for row in rows])
+    identifiers = [row["id"] for row in rows]
+    tagged, added = tags.of(connection, identifiers), add_ons.shapes(connection, identifiers, now)
     owners = {row.id: row.name for row in connection.execute(select(instances.c.id, instances.c.name).where(
         instances.c.id.in_([row["instance_id"] for row in rows])))}
+    mounts = {row.instance_id: row.observed_mounts for row in connection.execute(
+        select(guests.c.instance_id, guests.c.observed_mounts).where(guests.c.instance_id.in_(owners)))}
     return [{
         "name": row["name"], "arn": arn(row, "Disk"), "supportCode": f"{row['account_id']}/{row['id']}",
         "createdAt": row["created_at"],
         "location": {"availabilityZone": row["region"] + row["zone"], "regionName": row["region"]},
-        "resourceType": "Disk", "tags": tagged.get(row["id"], []), "addOns": [], "sizeInGb": row["size_gib"],
-        "isSystemDisk": False, "iops": IOPS, "path": row["path"] or None, "state": row["state"],
+        "resourceType": "Disk", "tags": tagged.get(row["id"], []), "addOns": added.get(row["id"], []),
+        "sizeInGb": row["size_gib"], "isSystemDisk": False, "iops": IOPS, "path": row["path"] or None, "state": row["state"],
         "attachedTo": owners.get(row["instance_id"]), "isAttached": row["instance_id"] is not None,
         "attachmentState": row["attachment"] or "detached",
-        "autoMountStatus": "NotMounted" if row["instance_id"] is not None else None,
+        "autoMountStatus": _mounted(row, mounts),
     } for row in rows]
+
+
+def _mounted(row: RowMapping, mounts: Mapping[str, Mapping[str, str]]) -> str | None:
+    """Lightsail's autoMountStatus; None for a disk of no instance."""
+    if row["instance_id"] is None:
+        return None
+    return mounts.get(row["instance_id"], {}).get(row["id"], "Pending") if row["auto_mount"] else "NotMounted"
 
 
 def arn(row: RowMapping, kind: str) -> str:
@@ -66,10 +76,18 @@ def arn(row: RowMapping, kind: str) -> str:
     return f"arn:aws:lightsail:{row['region']}:{row['account_id']}:{kind}/{row['id']}"
 
 
-def refuse_while_copied(connection: Connection, guest_id: str, what: str) -> None:
-    """Raises InvalidInputException while a snapshot of the guest's disks is being made."""
-    found = connection.execute(select(snapshots.c.name).where(
-        snapshots.c.guest_id == guest_id, snapshots.c.state == "pending", snapshots.c.deleted.is_(False))).first()
+def being_copied(leaving: str = "") -> Select[tuple[str, Any]]:
+    """Name and volumes of each snapshot that is being made of somebody's disks. The automatic ones of ``leaving``, an
+    instance or a disk, are not among them: they go with it."""
+    return select(snapshots.c.name, snapshots.c.volumes).where(
+        snapshots.c.state == "pending", snapshots.c.deleted.is_(False), snapshots.c.duplicates == "",
+        snapshots.c.arrived.is_(False), or_(snapshots.c.auto_day == "", snapshots.c.source_id != leaving))
+
+
+def refuse_while_copied(connection: Connection, guest_id: str, what: str, leaving: str = "") -> None:
+    """Raises InvalidInputException while a snapshot of the guest's disks is being made; ``leaving`` as in
+    :func:`being_copied`."""
+    found = connection.execute(being_copied(leaving).where(snapshots.c.guest_id == guest_id)).first()
     if found is not None:
         raise invalid_input(f"You can't {what} right now: the snapshot {found.name} is being made of it.",
                             "Wait for the snapshot, or delete it.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from sqlalchemy import Connection, select
 
 from skysail.kit.errors import invalid_input
@@ -53,9 +54,58 @@ def _bundle(generation: str, active: bool, plan: tuple[str, float, float, int, i
 BUNDLES = {bundle["bundleId"]: bundle for generation, active, plans in _PLANS for plan in plans
            for bundle in (_bundle(generation, active, plan),)}
 
-# Blueprints with a recipe of ours: name, group (both as Lightsail shows them), whether it carries an application.
-RECIPES = {"debian_12": ("Debian", "debian_12", False), "debian_13": ("Debian", "debian_13", False),
-           "nginx": ("Nginx", "nginx", True)}
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True):
+    """How a blueprint with a recipe of ours is shown. ``min_power`` is the power of the smallest bundle that it runs on."""
+
+    name: str
+    group: str
+    description: str
+    app: bool = True
+    min_power: int = 0
+    product_url: str = ""
+    license_url: str = ""
+
+
+# By blueprint; names and groups as Lightsail shows them, where it has the same.
+RECIPES = {
+    "debian_12": Offer(
+        name="Debian", group="debian_12", app=False, product_url="https://www.debian.org/",
+        license_url="https://www.debian.org/legal/licenses/",
+        description="Debian 12, a free operating system with more than 60,000 packages, supported for five years."),
+    "debian_13": Offer(
+        name="Debian", group="debian_13", app=False, product_url="https://www.debian.org/",
+        license_url="https://www.debian.org/legal/licenses/",
+        description="Debian 13, a free operating system with more than 60,000 packages, supported for five years."),
+    "django": Offer(
+        name="Django", group="django", product_url="https://www.djangoproject.com/",
+        license_url="https://github.com/django/django/blob/main/LICENSE",
+        description="A Django project with its admin site, on Gunicorn, nginx and SQLite."),
+    "lamp": Offer(
+        name="LAMP (PHP 8)", group="lamp_8", product_url="https://httpd.apache.org/",
+        license_url="https://www.apache.org/licenses/LICENSE-2.0",
+        description="Apache, MariaDB and PHP 8, ready for a site in /var/www/html."),
+    "nginx": Offer(
+        name="Nginx", group="nginx", product_url="https://nginx.org/", license_url="https://nginx.org/LICENSE",
+        description="nginx, PHP-FPM and MariaDB (LEMP), ready for a site in /var/www/html."),
+    "nodejs": Offer(
+        name="Node.js", group="node", product_url="https://nodejs.org/",
+        license_url="https://github.com/nodejs/node/blob/main/LICENSE",
+        description="Node.js with npm and Express, behind nginx; the application lies in /srv/nodejs."),
+    "postgresql": Offer(
+        name="PostgreSQL", group="postgresql", product_url="https://www.postgresql.org/",
+        license_url="https://www.postgresql.org/about/licence/",
+        description="A PostgreSQL database, reached by SSH; a page says how."),
+    "redmine": Offer(
+        name="Redmine", group="redmine", min_power=500, product_url="https://www.redmine.org/",
+        license_url="https://www.redmine.org/projects/redmine/wiki/Redmine#License",
+        description="Redmine, issues and wikis of projects, on Apache, Passenger and SQLite."),
+    "wordpress": Offer(
+        name="WordPress", group="wordpress", product_url="https://wordpress.org/",
+        license_url="https://wordpress.org/about/license/",
+        description="WordPress, a site that is written in the browser, on Apache, PHP and MariaDB."),
+}
 
 
 def get_bundle(bundle_id: str) -> dict[str, Any]:
@@ -82,16 +132,28 @@ def iops(bundle: dict[str, Any]) -> int:
 
 def is_app(blueprint_id: str) -> bool:
     """Whether the blueprint carries an application (its instances open port 443 too)."""
-    return blueprint_id in RECIPES and RECIPES[blueprint_id][2]
+    return blueprint_id in RECIPES and RECIPES[blueprint_id].app
+
+
+def check_power(blueprint_id: str, bundle: dict[str, Any]) -> None:
+    """Raises InvalidInputException when the bundle is too small for what the blueprint carries."""
+    needed = RECIPES[blueprint_id].min_power if blueprint_id in RECIPES else 0
+    if bundle["power"] < needed:
+        fits = min((one for one in BUNDLES.values() if one["power"] >= needed and one["isActive"]),
+                   key=lambda one: int(one["power"]))
+        raise invalid_input(f"The blueprint {blueprint_id} needs a bundle with a power of {needed} or more, the bundle "
+                            f"{bundle['bundleId']} has {bundle['power']}.", f"Choose {fits['bundleId']} or a larger one.")
 
 
 def _blueprint(blueprint_id: str, name: str, version: str, active: bool) -> dict[str, Any]:
-    _, group, app = RECIPES.get(blueprint_id, (name, blueprint_id, False))
-    return {
-        "blueprintId": blueprint_id, "name": name, "group": group, "type": "app" if app else "os",
-        "description": f"{name} for this cloud", "isActive": active, "minPower": 0, "version": version,
-        "versionCode": "1", "platform": "LINUX_UNIX",
+    offer = RECIPES.get(blueprint_id) or Offer(name=name, group=blueprint_id, app=False,
+                                               description=f"{name}, imported by this cloud's operator.")
+    shown = {
+        "blueprintId": blueprint_id, "name": name, "group": offer.group, "type": "app" if offer.app else "os",
+        "description": offer.description, "isActive": active, "minPower": offer.min_power, "version": version,
+        "versionCode": "1", "platform": "LINUX_UNIX", "productUrl": offer.product_url, "licenseUrl": offer.license_url,
     }
+    return {key: value for key, value in shown.items() if value != "" or key == "version"}
 
 
 class Catalog:
@@ -110,7 +172,7 @@ class Catalog:
     def blueprints(self, connection: Connection, request: Request) -> dict[str, Any]:
         known: dict[str, dict[str, Any]] = {}
         if request.params.get("includeInactive"):
-            known = {key: _blueprint(key, value[0], "", False) for key, value in RECIPES.items()}
+            known = {key: _blueprint(key, value.name, "", False) for key, value in RECIPES.items()}
         offered = select(images).where(images.c.host_id.in_(regions.serving(request.region)))
         for row in connection.execute(offered.order_by(images.c.blueprint, images.c.version)):
             known[row.blueprint] = _blueprint(row.blueprint, row.name, row.version, True)

@@ -21,10 +21,10 @@ from skysail.kit.config import Config
 from skysail.kit.errors import invalid_input, not_found
 from skysail.operations import history
 from skysail.operations.workflow import Step, StepFailed, Workflow
-from skysail.resources import attachments, names, paging, regions, tags
+from skysail.resources import add_ons, attachments, names, paging, regions, snapshot_choice, snapshot_rows, tags
 from skysail.resources.instances import get_guest, get_row
 from skysail.resources.request import Request
-from skysail.store.schema import disks, guests, host_zones, instances, snapshots
+from skysail.store.schema import disks, guests, host_zones, instances, operations, snapshots
 
 MIN_GIB, MAX_GIB = 8, 16384
 _PATH = re.compile(r"/dev/xvd[f-z]")
@@ -55,17 +55,9 @@ class Disks:
     def create_from_snapshot(self, connection: Connection, request: Request) -> dict[str, Any]:
         """A disk that begins as what a disk snapshot holds; as large or larger."""
         asked = request.params
-        if any(asked.get(name) for name in ("sourceDiskName", "restoreDate", "useLatestRestorableAutoSnapshot")):
-            raise invalid_input("Automatic snapshots are not offered by this cloud yet.", "Name a diskSnapshotName.")
         zone = regions.zone(self._config, request, asked["availabilityZone"])
-        name = asked.get("diskSnapshotName") or ""
-        row = connection.execute(select(snapshots).where(
-            snapshots.c.account_id == request.account_id, snapshots.c.region == request.region, snapshots.c.name == name,
-            snapshots.c.kind == "DiskSnapshot", snapshots.c.deleted.is_(False))).mappings().first()
-        if row is None:
-            raise not_found(f"The DiskSnapshot does not exist: {name}")
-        if row["state"] != "completed":
-            raise invalid_input(f"The disk snapshot {name} is {row['state']}; only a completed one can be used.")
+        row = snapshot_choice.choose(connection, request, "DiskSnapshot", "diskSnapshotName", "sourceDiskName")
+        name = row["name"]
         if asked["sizeInGb"] < row["size_gib"]:
             raise invalid_input(f"The disk snapshot {name} needs a disk of at least {row['size_gib']} GB.")
         if asked["availabilityZone"] not in regions.zones_of(connection).get(row["host_id"], ()):
@@ -76,23 +68,21 @@ class Disks:
     def _create(self, connection: Connection, request: Request, zone: str, host: str,
                 origin: Origin | None) -> dict[str, Any]:
         asked = request.params
-        if asked.get("addOns"):
-            raise invalid_input("addOns are not offered by this cloud yet.")
         identifier = put(self._config, connection, request, asked["diskName"], zone=zone, host=host,
                          size_gib=asked["sizeInGb"], origin=origin, now=self._clock.now())
         tags.put(connection, identifier, asked.get("tags") or [])
+        add_ons.put(connection, identifier, "Disk", asked.get("addOns") or [], self._clock.now())
         return history.record(
             connection, request, now=self._clock.now(), type=request.action, resource_name=asked["diskName"],
             resource_type="Disk", resource_id=identifier, zone=zone, status="Started", workflow="create disk",
             arguments={"disk": identifier})
 
     def attach(self, connection: Connection, request: Request) -> dict[str, Any]:
-        """Plugged in while the instance runs, or there at its next start."""
+        """Plugged in while the instance runs, or there at its next start. With ``autoMounting`` the instance mounts it, and
+        formats it first when it is blank."""
         asked = request.params
         row, instance = self._get(connection, request), get_row(connection, request, asked["instanceName"])
         path = asked["diskPath"]
-        if asked.get("autoMounting"):
-            raise invalid_input("autoMounting is not offered by this cloud yet.", "Mount the disk inside the instance.")
         if not _PATH.fullmatch(path):
             raise invalid_input(f"The disk path {path[:40]!r} is not valid.", "Paths are /dev/xvdf to /dev/xvdz.")
         if row["instance_id"] is not None or row["state"] != "available":
@@ -107,7 +97,8 @@ class Disks:
         if connection.execute(select(disks.c.id).where(disks.c.instance_id == instance["id"], disks.c.path == path)).first():
             raise invalid_input(f"The disk path {path} is in use on the instance {instance['name']}.")
         connection.execute(update(disks).where(disks.c.id == row["id"]).values(
-            instance_id=instance["id"], path=path, state="in-use", attachment="attaching"))
+            instance_id=instance["id"], path=path, state="in-use", attachment="attaching",
+            auto_mount=bool(asked.get("autoMounting"))))
         desired.bump(connection, row["host_id"])
         return self._both(connection, request, row, instance, "attach disk", guest["id"])
 
@@ -130,23 +121,25 @@ class Disks:
         row = self._get(connection, request)
         if row["instance_id"] is not None or row["attachment"]:
             raise _not_now("delete", row, "Detach it first.")
-        _refuse_while_copied(connection, row, "delete")
+        _refuse_while_copied(connection, row, "delete", leaving=row["id"])
         connection.execute(update(disks).where(disks.c.id == row["id"]).values(role="gone"))
         names.release(connection, row["account_id"], row["region"], row["name"])
         tags.forget(connection, row["id"])
+        add_ons.forget(connection, row["id"])
+        snapshot_rows.forget_source(connection, row["id"])
         desired.bump(connection, row["host_id"])
         return {"operations": [history.record(
             connection, request, now=self._clock.now(), type="DeleteDisk", resource_name=row["name"], resource_type="Disk",
             resource_id=row["id"], zone=row["zone"], workflow="delete disk", arguments={"disk": row["id"]})]}
 
     def get(self, connection: Connection, request: Request) -> dict[str, Any]:
-        return {"disk": attachments.shapes(connection, [self._get(connection, request)])[0]}
+        return {"disk": attachments.shapes(connection, [self._get(connection, request)], self._clock.now())[0]}
 
     def list_(self, connection: Connection, request: Request) -> dict[str, Any]:
         query = select(disks).where(disks.c.account_id == request.account_id, disks.c.region == request.region,
                                     disks.c.role == "keep")
         found, token = paging.read(connection, query, request.params.get("pageToken"), disks.c.name)
-        return {"disks": attachments.shapes(connection, found), "nextPageToken": token}
+        return {"disks": attachments.shapes(connection, found, self._clock.now()), "nextPageToken": token}
 
     def _get(self, connection: Connection, request: Request) -> RowMapping:
         return get_disk(connection, request, request.params["diskName"])
@@ -188,10 +181,9 @@ def put(config: Config, connection: Connection, request: Request, name: str, *, 
     return identifier
 
 
-def _refuse_while_copied(connection: Connection, row: RowMapping, what: str) -> None:
+def _refuse_while_copied(connection: Connection, row: RowMapping, what: str, leaving: str = "") -> None:
     """A disk of no instance is copied as it lies: nobody may write it meanwhile."""
-    for found in connection.execute(select(snapshots.c.name, snapshots.c.volumes).where(
-            snapshots.c.guest_id == "", snapshots.c.state == "pending", snapshots.c.deleted.is_(False))):
+    for found in connection.execute(attachments.being_copied(leaving).where(snapshots.c.guest_id == "")):
         if row["id"] in {volume["id"] for volume in found.volumes}:
             raise invalid_input(f"You can't {what} this disk right now: the snapshot {found.name} is being made of it.")
 
@@ -234,12 +226,25 @@ def _await_attached(connection: Connection, operation: RowMapping, now: float) -
     row = _row(connection, operation)
     if row is None or row["instance_id"] is None:
         return True  # its instance was deleted meanwhile
-    seen = connection.execute(select(guests.c.observed_disks).where(
-        guests.c.id == operation["arguments"]["guest"])).scalar_one_or_none()
-    if seen is not None and row["id"] not in seen:
+    guest = connection.execute(select(guests.c.observed_disks, guests.c.observed_refused).where(
+        guests.c.id == operation["arguments"]["guest"])).first()
+    if guest is not None and row["id"] in guest.observed_refused:
+        raise StepFailed("DiskAttachmentFailed", guest.observed_refused[row["id"]])
+    if guest is not None and row["id"] not in guest.observed_disks:
         return False
     _change(connection, row, attachment="attached")
     return True
+
+
+def _undo_attach(connection: Connection, operation: RowMapping, now: float) -> None:
+    """The disk is free again, once neither of the two operations needs to see any more why it is."""
+    row = _row(connection, operation)
+    others = connection.execute(select(operations.c.id).where(
+        operations.c.workflow == "attach disk", operations.c.done.is_(False), operations.c.unwinding.is_(False),
+        operations.c.id != operation["id"], operations.c.arguments["disk"].as_string() == operation["arguments"]["disk"]))
+    if row is not None and row["attachment"] == "attaching" and others.first() is None:
+        _change(connection, row, instance_id=None, path="", attachment="", state="available")
+        desired.bump(connection, row["host_id"])
 
 
 def _await_detached(connection: Connection, operation: RowMapping, now: float) -> bool:
@@ -268,7 +273,7 @@ def _await_gone(connection: Connection, operation: RowMapping, now: float) -> bo
 WORKFLOWS = {
     workflow.name: workflow for workflow in (
         Workflow("create disk", (Step("await made", _await_made, _undo_create),)),
-        Workflow("attach disk", (Step("await attached", _await_attached),)),
+        Workflow("attach disk", (Step("await attached", _await_attached, _undo_attach),)),
         Workflow("detach disk", (Step("await detached", _await_detached),)),
         Workflow("delete disk", (Step("await gone", _await_gone),)),
     )

@@ -22,7 +22,16 @@ from skysail.operations import history
 from skysail.resources import names, paging, records, tags
 from skysail.resources.records import Entry
 from skysail.resources.request import Request
-from skysail.store.schema import domain_entries, domains, guests, hosts, instances, static_ips, zone_reports
+from skysail.store.schema import (
+    domain_entries,
+    domains,
+    guests,
+    hosts,
+    instances,
+    reverse_zones,
+    static_ips,
+    zone_reports,
+)
 
 MAX_ENTRIES = 10_000
 
@@ -57,6 +66,9 @@ def _refuse_foreign(connection: Connection, account_id: str, name: str) -> None:
     if connection.execute(select(domains.c.id).where(
             domains.c.name.in_([name, *above]), domains.c.role == "serve", domains.c.account_id != account_id)).first():
         raise invalid_input(f"Some names are already in use: {name} is another account's, or below one that is.")
+    held = connection.execute(select(reverse_zones.c.name)).scalars().all()
+    if any(name == zone or name.endswith(f".{zone}") or zone.endswith(f".{name}") for zone in held):
+        raise invalid_input(f"Some names are already in use: {name} meets a reverse zone of this cloud.")
 
 
 def changed(connection: Connection, domain: RowMapping, now: float, **values: Any) -> None:

@@ -16,7 +16,7 @@ from skysail.kit.clock import Clock
 from skysail.kit.config import Config
 from skysail.kit.errors import invalid_input
 from skysail.operations import history
-from skysail.resources import attachments, catalog, snapshot_rows, tags
+from skysail.resources import attachments, catalog, snapshot_choice, snapshot_rows, tags
 from skysail.resources import disks as disk_rows
 from skysail.resources.instances import Instances, get_guest, get_row
 from skysail.resources.request import Request
@@ -41,24 +41,9 @@ class InstanceSnapshots:
 
     def create(self, connection: Connection, request: Request) -> dict[str, Any]:
         """Two operations: the snapshot's ends when it is whole, the instance's when its moment is past."""
-        instance = get_row(connection, request, request.params["instanceName"])
-        if instance["state"] not in ("running", "stopped"):
-            raise invalid_input(f"The instance {instance['name']} is {instance['state']}; a snapshot is made of a running "
-                                "or a stopped one.")
-        guest = get_guest(connection, instance)
-        attached = connection.execute(select(disks).where(
-            disks.c.instance_id == instance["id"], disks.c.attachment == "attached").order_by(disks.c.path)).mappings().all()
-        source = {
-            "instance_name": instance["name"], "instance_arn": attachments.arn(instance, "Instance"),
-            "blueprint": instance["blueprint_id"], "blueprint_name": instance["blueprint_name"],
-            "bundle": instance["bundle_id"], "user": instance["username"], "image": guest["image"],
-            "disks": attachments.shapes(connection, attached),
-        }
-        now = self._clock.now()
-        made = snapshot_rows.put(
-            connection, request, request.params["instanceSnapshotName"], KIND, host=guest["host_id"], guest=guest["id"],
-            volumes=[desired.system_volume(guest), *map(desired.disk_volume, attached)], source=source,
-            size_gib=guest["disk_gib"], now=now)
+        instance, now = get_row(connection, request, request.params["instanceName"]), self._clock.now()
+        made = snapshot_rows.put(connection, request, request.params["instanceSnapshotName"], KIND, now=now,
+                                 **content(connection, instance, now))
         return {"operations": [made, snapshot_rows.record_source(connection, request, instance, made, now)]}
 
     def get(self, connection: Connection, request: Request) -> dict[str, Any]:
@@ -77,11 +62,7 @@ class InstanceSnapshots:
     def launch(self, connection: Connection, request: Request) -> dict[str, Any]:
         """Instances that begin as the snapshot, each with disks that begin as its attached ones."""
         asked = request.params
-        if any(asked.get(name) for name in ("sourceInstanceName", "restoreDate", "useLatestRestorableAutoSnapshot")):
-            raise invalid_input("Automatic snapshots are not offered by this cloud yet.", "Name an instanceSnapshotName.")
-        row = snapshot_rows.get(connection, request, asked.get("instanceSnapshotName") or "", KIND)
-        if row["state"] != "available":
-            raise invalid_input(f"The snapshot {row['name']} is {row['state']}; only an available one can be used.")
+        row = snapshot_choice.choose(connection, request, KIND, "instanceSnapshotName", "sourceInstanceName")
         bundle, source = catalog.get_bundle(asked["bundleId"]), row["source"]
         if bundle["diskSizeInGb"] < row["size_gib"]:
             raise invalid_input(f"The snapshot {row['name']} needs a disk of {row['size_gib']} GB, the bundle "
@@ -113,6 +94,25 @@ class InstanceSnapshots:
                 resource_type="Disk", resource_id=disk, zone=instance["zone"], status="Started", workflow="create disk",
                 arguments={"disk": disk}))
         return made
+
+
+def content(connection: Connection, instance: RowMapping, now: float) -> dict[str, Any]:
+    """What a snapshot of this instance holds now, as :func:`snapshot_rows.write` takes it; raises InvalidInputException when
+    the instance is neither running nor stopped."""
+    if instance["state"] not in ("running", "stopped"):
+        raise invalid_input(f"The instance {instance['name']} is {instance['state']}; a snapshot is made of a running "
+                            "or a stopped one.")
+    guest = get_guest(connection, instance)
+    attached = connection.execute(select(disks).where(
+        disks.c.instance_id == instance["id"], disks.c.attachment == "attached").order_by(disks.c.path)).mappings().all()
+    source = {
+        "instance_name": instance["name"], "instance_arn": attachments.arn(instance, "Instance"),
+        "blueprint": instance["blueprint_id"], "blueprint_name": instance["blueprint_name"],
+        "bundle": instance["bundle_id"], "user": instance["username"], "image": guest["image"],
+        "disks": attachments.shapes(connection, attached, now),
+    }
+    return {"host": guest["host_id"], "guest": guest["id"], "source": source, "source_id": instance["id"],
+            "volumes": [desired.system_volume(guest), *map(desired.disk_volume, attached)], "size_gib": guest["disk_gib"]}
 
 
 def _shape(row: RowMapping, tagged: tags.Tagged) -> dict[str, Any]:

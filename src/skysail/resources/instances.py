@@ -24,6 +24,7 @@ from skysail.kit.errors import ApiError, invalid_input, not_found
 from skysail.operations import history
 from skysail.resources import (
     accounts,
+    add_ons,
     address_types,
     addresses,
     attachments,
@@ -32,6 +33,7 @@ from skysail.resources import (
     metadata_options,
     names,
     paging,
+    peering,
     regions,
     tags,
 )
@@ -106,6 +108,7 @@ class Instances:
         if image["size_gib"] > bundle["diskSizeInGb"]:
             raise invalid_input(f"The blueprint {image['blueprint']} needs a disk of {image['size_gib']} GB, the bundle "
                                 f"{bundle['bundleId']} has {bundle['diskSizeInGb']} GB.", "Choose a larger bundle.")
+        catalog.check_power(image["blueprint"], bundle)
         return {"operations": self.launch(connection, request, bundle, dict(image))}
 
     def launch(self, connection: Connection, request: Request, bundle: dict[str, Any], image: Mapping[str, Any],
@@ -116,8 +119,6 @@ class Instances:
         wanted: list[str] = asked["instanceNames"]
         if not wanted or len(wanted) > MAX_NAMES or len(set(wanted)) != len(wanted):
             raise invalid_input(f"instanceNames takes 1 to {MAX_NAMES} different names.")
-        if asked.get("addOns"):
-            raise invalid_input("addOns are not offered by this cloud yet.")
         user_data = asked.get("userData") or ""
         if len(user_data.encode()) > MAX_USER_DATA_BYTES:
             raise invalid_input(f"userData is limited to {MAX_USER_DATA_BYTES} bytes.")
@@ -160,7 +161,8 @@ class Instances:
         connection.execute(insert(instances).values(
             id=identifier, account_id=request.account_id, region=request.region, zone=zone, name=name,
             blueprint_id=image["blueprint"], blueprint_name=image["name"], bundle_id=bundle["bundleId"],
-            username=image["user"], key_pair_name=key_name, state="pending", created_at=now))
+            username=image["user"], key_pair_name=key_name, state="pending", created_at=now,
+            ssh_port=addresses.free_ssh_port(connection, self._config)))
         guest = "g-" + secrets.token_hex(5)
         # 52:54 is how QEMU's own, locally administered addresses begin. The rest is the private address, which nobody else
         # has: random octets meet twice among a thousand guests in one cloud out of thirty.
@@ -169,6 +171,7 @@ class Instances:
             id=guest, instance_id=identifier, instance_name=name, account_id=request.account_id, host_id=host,
             role="run", starts=1, reboots=0, vcpus=bundle["cpuCount"], memory_mib=memory_mib,
             disk_gib=bundle["diskSizeInGb"], image=image["digest"],
+            network=peering.ensure_network(connection, request.account_id, request.region),
             iops=catalog.iops(bundle), mac=mac, private_ipv4=private,
             **address_types.addresses_of(connection, self._config, kind),
             personality=msgspec.to_builtins(personality), host_keys=[],
@@ -178,6 +181,7 @@ class Instances:
             {"instance_id": identifier, "protocol": protocol, "from_port": first, "to_port": last,
              "cidrs": ["0.0.0.0/0"], "ipv6_cidrs": ["::/0"], "cidr_aliases": []} for protocol, first, last in opened])
         tags.put(connection, identifier, request.params.get("tags") or [])
+        add_ons.put(connection, identifier, "Instance", request.params.get("addOns") or [], now)
         desired.bump(connection, host)
         return history.record(connection, request, now=now, type="CreateInstance", resource_name=name,
                               resource_type="Instance", resource_id=identifier, zone=zone, status="Started",
@@ -225,9 +229,11 @@ class Instances:
                                        .order_by(ports.c.protocol, ports.c.from_port)).mappings():
             opened.setdefault(port["instance_id"], []).append(port)
         static = _static(connection, identifiers)
-        stored = attachments.of(connection, identifiers)
+        stored = attachments.of(connection, identifiers, self._clock.now())
+        added = add_ons.shapes(connection, identifiers, self._clock.now())
         return [self._shape(row, running[row["id"]], tagged.get(row["id"], []), opened.get(row["id"], []),
-                            stored.get(row["id"], []), row["id"] in static) for row in rows]
+                            stored.get(row["id"], []), row["id"] in static) | {"addOns": added.get(row["id"], [])}
+                for row in rows]
 
     def _shape(self, row: RowMapping, guest: RowMapping, tagged: list[dict[str, Any]], opened: list[RowMapping],
                stored: list[dict[str, Any]], static: bool) -> dict[str, Any]:
@@ -238,7 +244,7 @@ class Instances:
             "supportCode": f"{row['account_id']}/{row['id']}", "createdAt": row["created_at"],
             "location": {"availabilityZone": row["region"] + row["zone"], "regionName": row["region"]},
             "resourceType": "Instance", "tags": tagged, "blueprintId": row["blueprint_id"],
-            "blueprintName": row["blueprint_name"], "bundleId": row["bundle_id"], "addOns": [], "isStaticIp": static,
+            "blueprintName": row["blueprint_name"], "bundleId": row["bundle_id"], "isStaticIp": static,
             "privateIpAddress": guest["private_ipv4"], "publicIpAddress": guest["public_ipv4"],
             "ipv6Addresses": ipv6_addresses(guest), "ipAddressType": address_types.of(guest),
             "hardware": {
@@ -292,7 +298,7 @@ class Instances:
         """Gone for its owner at once; the guest is torn down behind the answer."""
         row = get_row(connection, request, request.params["instanceName"])
         guest = get_guest(connection, row)
-        attachments.refuse_while_copied(connection, guest["id"], f"delete the instance {row['name']}")
+        attachments.refuse_while_copied(connection, guest["id"], f"delete the instance {row['name']}", row["id"])
         values: dict[str, Any] = {"role": "gone", "force": True}
         if _static(connection, [row["id"]]):
             # The static IP is free for another instance at once, also while this one's guest is still going.

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from sqlalchemy import Connection, RowMapping, delete, insert, select
 
+from skysail.hosts import entrance
 from skysail.kit.clock import Clock
 from skysail.kit.errors import invalid_input, not_found
 from skysail.operations import history
@@ -67,6 +68,7 @@ def _insert(connection: Connection, request: Request, name: str, public: str, fi
     connection.execute(insert(key_pairs).values(
         id=identifier, account_id=request.account_id, region=request.region, name=name, public_key=public,
         fingerprint=fingerprint, private_sealed=private_sealed, is_default=private_sealed is not None, created_at=now))
+    entrance.bump(connection)
     return identifier
 
 
@@ -138,6 +140,7 @@ class KeyPairs:
         names.release(connection, request.account_id, request.region, row["name"])
         tags.forget(connection, row["id"])
         connection.execute(delete(key_pairs).where(key_pairs.c.id == row["id"]))
+        entrance.bump(connection)
         return {"operation": self._record(connection, request, row["name"], row["id"])}
 
     def download_default(self, connection: Connection, request: Request) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, RowMapping, delete, select, update
 
 from skysail.hosts import desired
 from skysail.operations.workflow import Step, StepFailed, Workflow
-from skysail.resources import names
+from skysail.resources import add_ons, names, snapshot_rows
 from skysail.store.schema import alarms, disks, guests, instances, operations, ports, static_ips, tags
 
 STATE_CODES = {"pending": 0, "running": 16, "rebooting": 16, "stopping": 64, "stopped": 80}
@@ -115,6 +115,8 @@ def forget(connection: Connection, instance_id: str) -> None:
     connection.execute(update(disks).where(disks.c.instance_id == instance_id).values(
         instance_id=None, path="", attachment="", state="available"))
     connection.execute(delete(tags).where(tags.c.resource_id == instance_id))
+    add_ons.forget(connection, instance_id)
+    snapshot_rows.forget_source(connection, instance_id)
     row = connection.execute(select(instances).where(instances.c.id == instance_id)).first()
     if row is not None:
         names.release(connection, row.account_id, row.region, row.name)

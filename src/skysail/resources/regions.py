@@ -14,7 +14,7 @@ from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError, invalid_input
 from skysail.resources.names import GLOBAL
 from skysail.resources.request import Request
-from skysail.store.schema import contact_methods, disks, host_zones, instances, names
+from skysail.store.schema import contact_methods, disks, host_zones, instances, names, networks
 
 # By the first part of a region's name.
 CONTINENTS = {"us": "NA", "ca": "NA", "sa": "SA", "eu": "EU", "ap": "AS"}
@@ -90,6 +90,9 @@ def refuse_abandoning(connection: Connection, regions: Mapping[str, Sequence[str
     if contact_methods.name in known:
         for row in connection.execute(select(contact_methods).where(contact_methods.c.region.not_in(regions))):
             held.setdefault(f"the region {row.region}", []).append(f"contact method {row.protocol}")
+    if networks.name in known:
+        for row in connection.execute(select(networks).where(networks.c.region.not_in(regions), networks.c.peered)):
+            held.setdefault(f"the region {row.region}", []).append(f"peered network vpc-{row.number}")
     for table in (instances, disks):
         if table.name not in known:
             continue

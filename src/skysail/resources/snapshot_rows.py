@@ -31,19 +31,31 @@ CONSISTENCY = {
 WHOLE = {"InstanceSnapshot": "available", "DiskSnapshot": "completed"}
 
 
-def put(connection: Connection, request: Request, name: str, kind: str, *, host: str, guest: str,
-        volumes: Sequence[Volume], source: dict[str, Any], size_gib: int, now: float) -> dict[str, Any]:
-    """Write the row of a new snapshot, with its tags, and bump its host; its operation. Raises InvalidInputException."""
-    identifier = "s-" + secrets.token_hex(5)
+def put(connection: Connection, request: Request, name: str, kind: str, *, now: float, identifier: str = "",
+        **content: Any) -> dict[str, Any]:
+    """Write the row of a new snapshot, with its tags, and bump its host; its operation. ``content`` is what :func:`write`
+    takes. Raises InvalidInputException."""
+    identifier = identifier or new_id()
     names.claim(connection, request, name, kind, identifier)
-    connection.execute(insert(snapshots).values(
-        id=identifier, account_id=request.account_id, region=request.region, name=name, kind=kind, host_id=host,
-        guest_id=guest, volumes=msgspec.to_builtins(list(volumes)), source=source, size_gib=size_gib, state="pending",
-        created_at=now))
+    write(connection, request, identifier, name, kind, now=now, **content)
     tags.put(connection, identifier, request.params.get("tags") or [])
-    desired.bump(connection, host)
     return history.record(connection, request, now=now, type=request.action, resource_name=name, resource_type=kind,
                           resource_id=identifier, status="Started", workflow="snapshot", arguments={"snapshot": identifier})
+
+
+def new_id() -> str:
+    return "s-" + secrets.token_hex(5)
+
+
+def write(connection: Connection, request: Request, identifier: str, name: str, kind: str, *, host: str, guest: str,
+          volumes: Sequence[Volume | dict[str, Any]], source: dict[str, Any], source_id: str, size_gib: int, now: float,
+          **more: Any) -> None:
+    """Write the row of a new snapshot, and bump its host."""
+    connection.execute(insert(snapshots).values(
+        id=identifier, account_id=request.account_id, region=request.region, name=name, kind=kind, host_id=host,
+        guest_id=guest, volumes=msgspec.to_builtins(list(volumes)), source=source, source_id=source_id, size_gib=size_gib,
+        state="pending", created_at=now, **more))
+    desired.bump(connection, host)
 
 
 def record_source(connection: Connection, request: Request, instance: RowMapping, made: dict[str, Any],
@@ -70,17 +82,36 @@ def page(connection: Connection, request: Request, kind: str) -> tuple[Sequence[
 
 def _own(request: Request, kind: str) -> Any:
     return select(snapshots).where(snapshots.c.account_id == request.account_id, snapshots.c.region == request.region,
-                                   snapshots.c.kind == kind, snapshots.c.deleted.is_(False))
+                                   snapshots.c.kind == kind, snapshots.c.deleted.is_(False), snapshots.c.auto_day == "")
 
 
 def remove(connection: Connection, request: Request, row: RowMapping, now: float) -> dict[str, Any]:
     """Gone for its owner; the operation that says so."""
-    connection.execute(update(snapshots).where(snapshots.c.id == row["id"]).values(deleted=True))
-    names.release(connection, row["account_id"], row["region"], row["name"])
-    tags.forget(connection, row["id"])
-    sweep(connection)
+    discard(connection, row)
     return history.record(connection, request, now=now, type=request.action, resource_name=row["name"],
                           resource_type=row["kind"], resource_id=row["id"])
+
+
+def discard(connection: Connection, row: RowMapping) -> None:
+    """Gone for its owner; its files go when nothing needs them."""
+    connection.execute(update(snapshots).where(snapshots.c.id == row["id"]).values(deleted=True))
+    if not row["auto_day"]:
+        names.release(connection, row["account_id"], row["region"], row["name"])
+    tags.forget(connection, row["id"])
+    sweep(connection)
+
+
+def automatic(connection: Connection, source_id: str) -> Sequence[RowMapping]:
+    """The automatic snapshots of an instance or a disk, newest first."""
+    return connection.execute(select(snapshots).where(
+        snapshots.c.source_id == source_id, snapshots.c.auto_day != "", snapshots.c.deleted.is_(False))
+        .order_by(snapshots.c.auto_day.desc())).mappings().all()
+
+
+def forget_source(connection: Connection, source_id: str) -> None:
+    """An instance or a disk goes, and with it its automatic snapshots, also one that is being made."""
+    for row in automatic(connection, source_id):
+        discard(connection, row)
 
 
 def common(row: RowMapping, tagged: tags.Tagged) -> dict[str, Any]:
@@ -89,7 +120,7 @@ def common(row: RowMapping, tagged: tags.Tagged) -> dict[str, Any]:
         "name": row["name"], "arn": f"arn:aws:lightsail:{row['region']}:{row['account_id']}:{row['kind']}/{row['id']}",
         "supportCode": f"{row['account_id']}/{row['id']}", "createdAt": row["created_at"],
         "location": {"availabilityZone": "all", "regionName": row["region"]}, "resourceType": row["kind"],
-        "tags": tagged.get(row["id"], []), "state": row["state"], "isFromAutoSnapshot": False,
+        "tags": tagged.get(row["id"], []), "state": row["state"], "isFromAutoSnapshot": row["from_auto"],
         "progress": "100%" if row["state"] == WHOLE[row["kind"]] else f"{row['progress']}%", "sizeInGb": row["size_gib"],
     }
 
@@ -105,8 +136,9 @@ def sweep(connection: Connection) -> int:
         if row["role"] == "keep":
             needed |= set(row["parents"])
         if row["role"] == "keep" and row["observed_state"] != "available":
-            # A copy that is not whole yet will stand on what its disks stand on.
+            # A copy that is not whole yet will stand on what its disks stand on, or be made of another's files.
             needed |= {volume["origin"]["snapshot"] for volume in row["volumes"] if volume.get("origin")}
+            needed.add(row["duplicates"])
     changed = 0
     for row in rows:
         if row["deleted"] and row["role"] == "keep" and row["id"] not in needed:
@@ -155,9 +187,10 @@ def _await_begun(connection: Connection, operation: RowMapping, now: float) -> b
     return row is None or row["observed_state"] in ("copying", "available", "failed")
 
 
+AWAIT_WHOLE = Step("await whole", _await_whole, _undo_snapshot)
 WORKFLOWS = {
     workflow.name: workflow for workflow in (
-        Workflow("snapshot", (Step("await whole", _await_whole, _undo_snapshot),)),
+        Workflow("snapshot", (AWAIT_WHOLE,)),
         Workflow("snapshot begun", (Step("await begun", _await_begun),)),
     )
 }

@@ -49,6 +49,7 @@ class StaticIps:
         connection.execute(insert(static_ips).values(
             id=identifier, account_id=request.account_id, region=request.region, name=name, created_at=self._clock.now(),
             ipv4=addresses.free_public(connection, self._config.public_pool)))
+        desired.bump_zones(connection)  # the address has a name now
         return {"operations": [self._record(connection, request, self._get(connection, request))]}
 
     def attach(self, connection: Connection, request: Request) -> dict[str, Any]:

@@ -27,19 +27,26 @@ from skysail.dns.sim import SimZones
 from skysail.hypervisor import Hypervisor
 from skysail.hypervisor.accelerator import probe
 from skysail.hypervisor.engine import Qemu
-from skysail.hypervisor.guest import Workshop
 from skysail.hypervisor.personality import Surroundings
 from skysail.hypervisor.sim import SimHypervisor
 from skysail.hypervisor.template import Image, Templates
+from skysail.hypervisor.workshop import Workshop
+from skysail.images import renewal
 from skysail.images.library import Library
+from skysail.ingress import Ingress
+from skysail.ingress.haproxy import HaProxy
+from skysail.ingress.jump import Jump
+from skysail.ingress.sim import SimIngress
 from skysail.kit.config import Config, load
 from skysail.kit.errors import SkysailError
+from skysail.kit.process import in_thread
 from skysail.metadata.process import Answerer, kept_key
 from skysail.metadata.sim import SimResponder
 from skysail.network import Fabric
 from skysail.network.linux import LinuxFabric
-from skysail.network.plan import GATEWAY_IPV6, Layout
+from skysail.network.plan import GATEWAY_IPV6, HTTP_PORT, JUMP_PORT, TLS_PORT, Layout
 from skysail.network.sim import SimFabric
+from skysail.serve import jump
 from skysail.storage.files import FilePool
 from skysail.storage.shelf import FileShelf
 from skysail.storage.sim import SimPool, SimShelf
@@ -61,7 +68,7 @@ def build(config: Config) -> tuple[Keeper, Sampler]:
         simulated = SimHypervisor(volumes.ensure, shelf=shelf)
         network = SimFabric(simulated.flow)
         keeper = Keeper(_SIM, simulated, volumes, shelf, network, lambda: [_SIM_IMAGE], ledger, traffic, name_server(config),
-                        SimResponder())
+                        SimResponder(), ingress=[SimIngress()])
         return keeper, _sampler(config, simulated, network, traffic, keeper)
     library = Library(config.images_dir)
     for folder in (config.images_dir, config.templates_dir, config.guests_dir, config.volumes_dir,
@@ -76,7 +83,8 @@ def build(config: Config) -> tuple[Keeper, Sampler]:
         give_volume=pool.give, shelf=snapshots, around=lambda: surroundings(config))
     hypervisor = Qemu(workshop, config.guest_uid_base)
     keeper = Keeper(capacity(config, accelerator), hypervisor, pool, snapshots, fabric, lambda: _reports(library), ledger,
-                    traffic, name_server(config), responder(config, fabric))
+                    traffic, name_server(config), responder(config, fabric),
+                    lambda digest: in_thread(renewal.renews, library, digest), ingress(config))
     return keeper, _sampler(config, hypervisor, fabric, traffic, keeper)
 
 
@@ -94,6 +102,16 @@ def responder(config: Config, fabric: LinuxFabric) -> Answerer:
 def name_server(config: Config) -> Zones:
     """The engine that the configuration names."""
     return PowerDns(config.dns_api_port, config.dns_key_file) if config.powerdns else SimZones()
+
+
+def ingress(config: Config) -> list[Ingress]:
+    """Those who share the machine's single address; without one they are ended, should they run."""
+    layout = Layout.of(config)
+    return [HaProxy(config.ingress_dir / "haproxy", namespace=layout.namespace, address=str(layout.namespace_address),
+                    ports=(HTTP_PORT, TLS_PORT), user=config.ingress_user, log=config.root / "logs" / "haproxy.log"),
+            Jump(config.ingress_dir / "jump", namespace=layout.namespace, address=str(layout.namespace_address),
+                 port=JUMP_PORT, user=config.jump_user, log=config.root / "logs" / "jump.log",
+                 program=Path(jump.__file__))]
 
 
 def capacity(config: Config, accelerator: str) -> HostReport:
@@ -132,7 +150,8 @@ def resolvers(version: Literal[4, 6], paths: tuple[str, ...] = ("/etc/resolv.con
 
 
 def _image(library: Library, digest: str) -> Image | None:
-    held = library.find(digest)
+    # A disk that came from elsewhere needs no image: it is whole.
+    held = library.find(digest) or library.noted(digest)
     return None if held is None else Image(digest=digest, path=library.path(digest), ours=bool(held.recipe))
 
 

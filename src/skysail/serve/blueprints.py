@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
@@ -13,11 +13,12 @@ from skysail.images import foreign
 from skysail.images.build import build as build_image
 from skysail.images.build import fingerprint
 from skysail.images.library import Library
+from skysail.images.published import PUBLISHED
 from skysail.images.recipe import RECIPES
 from skysail.kit import process
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
-from skysail.resources.catalog import BUNDLES
+from skysail.resources.catalog import BUNDLES, is_app
 from skysail.serve import programs
 
 # What the first instance is: it is built and templated by `up`, so that there is something to launch.
@@ -51,13 +52,40 @@ def summary(image: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def offers(config: Config) -> list[dict[str, Any]]:
+    """Every blueprint that this machine has or could have, by its id. ``state``: ``ready``, ``can be built``, ``needs a
+    download``, or ``not published``; ``how`` is the command that makes it ready, or what keeps it from it."""
+    library = Library(config.images_dir)
+    there = {one.blueprint: one for one in library.list()}
+    found = {}
+    for name, recipe in RECIPES.items():
+        found[name] = {"name": recipe.name, "version": "", "state": "can be built", "how": f"skysail blueprints build {name}"}
+    for name, image in PUBLISHED.items():
+        found[name] = {"name": image.name, "version": image.version, "state": "not published" if image.why_not else
+                       "needs a download", "how": image.why_not or f"skysail images import {name}"}
+    for name, held_image in there.items():
+        how = ""
+        if name in RECIPES and held_image.recipe != fingerprint(RECIPES[name]):
+            how = f"its recipe has changed since: skysail blueprints build {name}"
+        found[name] = {"name": held_image.name, "version": held_image.version, "state": "ready", "how": how}
+    return [{"blueprint": name, "type": "app" if is_app(name) else "os", **found[name]} for name in sorted(found)]
+
+
+def named(names: Sequence[str], everything: bool) -> list[str]:
+    """The recipes that an operator means; raises :class:`SkysailError` when there is none, or one that does not exist."""
+    for name in names:
+        if name not in RECIPES:
+            raise SkysailError(f"there is no recipe for {name}", cure=f"one of: {', '.join(sorted(RECIPES))}")
+    if not names and not everything:
+        raise SkysailError("no blueprint is named", cure=f"name some of these, or say --all: {', '.join(sorted(RECIPES))}")
+    return sorted(RECIPES) if everything else list(names)
+
+
 def build(config: Config, blueprint: str, progress: Callable[[str], None]) -> None:
     """Build ``blueprint``'s image from Debian packages. Raises :class:`SkysailError` when there is no recipe for it."""
-    recipe = RECIPES.get(blueprint)
-    if recipe is None:
-        raise SkysailError(f"there is no recipe for {blueprint}", cure=f"one of: {', '.join(sorted(RECIPES))}")
+    named((blueprint,), everything=False)
     process.require_root()
-    made = build_image(recipe, Library(config.images_dir), progress)
+    made = build_image(RECIPES[blueprint], Library(config.images_dir), progress)
     _announce(config, made.digest, blueprint, progress)
 
 
@@ -99,7 +127,7 @@ def prepare(config: Config, image: str, text: str, progress: Callable[[str], Non
     """
     progress(text)
     vcpus = BUNDLES[FIRST_BUNDLE]["cpuCount"]
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(config.agent_socket)), timeout=600) as client:
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(config.agent_socket)), timeout=1800) as client:
         answer = client.post("http://agent/prepare", params={"image": image, "vcpus": vcpus})
     if answer.status_code != 204:
         what, _, cure = answer.text.partition("\n")

@@ -23,6 +23,7 @@ from skysail.api.dispatch import Dispatcher
 from skysail.api.gateway import application
 from skysail.api.tls import Certificates
 from skysail.api.wire import Wire
+from skysail.hosts import entrance, reverse
 from skysail.hosts.client import AgentClient
 from skysail.hosts.collector import Collector
 from skysail.hosts.watch import Watch
@@ -35,18 +36,23 @@ from skysail.operations.engine import Engine
 from skysail.resources import (
     accounts,
     address_type_changes,
+    addresses,
+    auto_snapshots,
     disks,
     domains,
     lifecycle,
     metadata,
     metering,
+    peering,
     regions,
     snapshot_rows,
 )
 from skysail.resources import alarms as alarm_rows
 from skysail.resources.access import Access
+from skysail.resources.add_ons import AddOns
 from skysail.resources.address_type_changes import AddressTypes
 from skysail.resources.alarms import Alarms
+from skysail.resources.auto_snapshots import AutoSnapshots
 from skysail.resources.catalog import Catalog
 from skysail.resources.contact_methods import ContactMethods
 from skysail.resources.disk_snapshots import DiskSnapshots
@@ -61,6 +67,7 @@ from skysail.resources.operation_log import OperationLog
 from skysail.resources.public_ports import PublicPorts
 from skysail.resources.regions import Regions
 from skysail.resources.request import Request
+from skysail.resources.snapshot_copies import SnapshotCopies
 from skysail.resources.static_ips import StaticIps
 from skysail.resources.tags import Tags
 from skysail.serve import confirmation, endpoint, prometheus
@@ -71,9 +78,11 @@ from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
 HOST = "host-1"
-WORKFLOWS = (lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS | metadata.WORKFLOWS
-             | address_type_changes.WORKFLOWS)
+WORKFLOWS = (lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS | auto_snapshots.WORKFLOWS | peering.WORKFLOWS
+             | metadata.WORKFLOWS | address_type_changes.WORKFLOWS)
 ALARM_SECONDS = 5.0
+# How often is looked whether an automatic snapshot is due.
+DUE_SECONDS = 2.0
 # How often samples are asked for at the least; how often old ones are looked for, and the rest between two portions of them.
 COLLECT_SECONDS = 5.0
 SWEEP_SECONDS, SWEEP_PAUSE_SECONDS = 600.0, 0.2
@@ -139,10 +148,11 @@ def action_table(config: Config, clock: Clock,
     """Every action that is offered."""
     instances = Instances(config, clock, vault)
     nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), instances, disks.Disks(config, clock),
-             InstanceSnapshots(config, clock, instances), DiskSnapshots(clock), PublicPorts(clock),
-             InstanceMetadata(clock), AddressTypes(config, clock),
-             StaticIps(config, clock), Access(clock, vault), Tags(config, clock), Domains(config, clock), Metrics(clock),
-             Alarms(clock), ContactMethods(config, clock, confirmation_page(config)), OperationLog())
+             InstanceSnapshots(config, clock, instances), DiskSnapshots(clock), SnapshotCopies(config, clock), AddOns(clock),
+             InstanceMetadata(clock), AddressTypes(config, clock), AutoSnapshots(clock), PublicPorts(clock),
+             StaticIps(config, clock), peering.Peering(config, clock),
+             Access(clock, vault), Tags(config, clock), Domains(config, clock), Metrics(clock), Alarms(clock),
+             ContactMethods(config, clock, confirmation_page(config)), OperationLog())
     return {name: action for noun in nouns for name, action in noun.actions().items()}
 
 
@@ -160,6 +170,9 @@ def build(config: Config, clock: Clock | None = None,
     database.migrate()
     with database.transaction() as connection:
         domains.delegate(connection, config.name_servers, clock.now())
+        addresses.number_ssh_ports(connection, config)
+        reverse.configure(connection, config.reverse_zones, config.name_servers, config.naming_domain, clock.now())
+        entrance.configure(connection, HOST, config.single_address, config.instance_domain)
     watches: list[Watch] = []
     generations: list[Any] = []
     loop_of: list[asyncio.AbstractEventLoop] = []
@@ -178,6 +191,7 @@ def build(config: Config, clock: Clock | None = None,
             lifecycle.follow(connection, clock.now())
             snapshot_rows.sweep(connection)
             domains.follow(connection)
+            reverse.follow(connection)
             now = connection.execute(select(hosts.c.id, hosts.c.generation)).all()
         changed = now != generations
         generations[:] = now
@@ -217,6 +231,20 @@ def build(config: Config, clock: Clock | None = None,
                 log.exception("the alarms could not be looked at; it is tried again")
             await asyncio.sleep(ALARM_SECONDS)
 
+    def take_due() -> int:
+        with database.transaction() as connection:
+            return auto_snapshots.follow(connection, clock.now())
+
+    async def follow_days() -> None:
+        while True:
+            try:
+                if await asyncio.to_thread(take_due):
+                    engine.wake()
+                    touched()
+            except Exception:
+                log.exception("automatic snapshots could not be looked at; it is tried again")
+            await asyncio.sleep(DUE_SECONDS)
+
     async def forget_old() -> None:
         while True:
             try:
@@ -238,7 +266,7 @@ def build(config: Config, clock: Clock | None = None,
         tasks = [asyncio.create_task(watch.run()) for watch in watches]
         tasks += [asyncio.create_task(collector.run()) for collector in collectors]
         tasks += [asyncio.create_task(work) for work in (
-            engine.run(), follow_guests(), follow_alarms(), forget_old(), courier.run())]
+            engine.run(), follow_guests(), follow_days(), follow_alarms(), forget_old(), courier.run())]
         try:
             yield
         finally:

@@ -17,7 +17,7 @@ def up(config: Config, progress: machine.Progress, first_instance: bool = True) 
     machine.up(config, progress)
     proven = config.root / "first-instance"  # once: an owner who deletes it does not want it back at every upgrade
     if first_instance and not proven.exists():
-        held = [instance["name"] for instance in customer.instances(config)]
+        held = [instance["name"] for instance in customer.instances(config, config.default_region)]
         if not held:
             progress("first instance: launching")
             customer.launch(config, FIRST, blueprints.FIRST_BLUEPRINT, blueprints.FIRST_BUNDLE, wait_seconds=600)
@@ -33,10 +33,20 @@ def up(config: Config, progress: machine.Progress, first_instance: bool = True) 
 def directions(config: Config) -> list[str]:
     """Ready-to-paste commands for a person who has just started the cloud."""
     zone = f"{config.default_region}{config.zones[0]}"
+    shared = [
+        f"address      {config.single_address}, for all: ports 80 and 443 lead to the instance that is asked for by name"
+        + (f", NAME.{config.default_region}.{config.instance_domain}" if config.instance_domain else ""),
+        f"             ssh -p PORT admin@{config.single_address}   # PORT as sudo ./skysail list shows it",
+        f"             ssh -J jump@{config.single_address}:{config.jump_port} admin@{FIRST}   # with a key pair of yours",
+    ] if config.single_address else []
+    others = [name for name in config.regions if name != config.default_region]
     return [
         f"endpoint     {endpoint.url(config)} (region {config.default_region})",
+        *([f"regions      {', '.join(others)} too: aws --region {others[0]} lightsail …, or --region of launch, ssh, logs"]
+          if others else []),
         f"credentials  {config.root / 'credentials.json'}",
         f"ssh          sudo ./skysail ssh {FIRST}",
+        *shared,
         'aws CLI      eval "$(sudo ./skysail env)"',
         f"             aws lightsail create-instances --instance-names web --availability-zone {zone} \\",
         "                 --blueprint-id debian_12 --bundle-id nano_3_0",

@@ -28,7 +28,7 @@ from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import Layout
-from skysail.serve import blueprints, endpoint, name_server, processes, programs
+from skysail.serve import agent, blueprints, endpoint, name_server, processes, programs
 
 Progress = Callable[[str], None]
 
@@ -67,6 +67,8 @@ def down(config: Config, progress: Progress, guests: bool = False) -> None:
     if guests:
         progress(f"guests: {end_guests(config)} ended")
         if config.engines == "real":
+            for listener in agent.ingress(config):
+                asyncio.run(listener.end())
             progress("network: taken down")
             asyncio.run(LinuxFabric(Layout.of(config)).teardown())
 
@@ -102,8 +104,9 @@ def require_disk(config: Config) -> None:
 
 
 def ensure_user(config: Config) -> None:
-    """The unprivileged users that controller and name server run as."""
-    for name in (config.controller_user, *([config.dns_user] if config.powerdns else [])):
+    """The unprivileged users that controller, name server and those who share a single address run as."""
+    for name in (config.controller_user, *([config.dns_user] if config.powerdns else []),
+                 *([config.ingress_user, config.jump_user] if config.single_address else [])):
         try:
             pwd.getpwnam(name)
         except KeyError:

@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping, func, insert, select
 
-from skysail.hosts import desired
+from skysail.hosts.zones import ZoneCompiler
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
 from skysail.resources import accounts, domains, zone_files, zone_keys
@@ -49,7 +49,7 @@ def export(config: Config, name: str) -> str:
         row = _get(connection, name)
         served: int = connection.execute(
             select(func.max(zone_reports.c.serial)).where(zone_reports.c.domain_id == row["id"])).scalar_one() or 0
-        zone = next(zone for zone in desired.zones(connection, Vault.at(config.master_key)) if zone.id == row["id"])
+        zone = next(zone for zone in ZoneCompiler().zones(connection, Vault.at(config.master_key)) if zone.id == row["id"])
     return zone_files.write(zone, max(served, zone.serial))
 
 

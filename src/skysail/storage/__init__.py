@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -77,6 +77,37 @@ class Shelf(Protocol):
 
     async def chain(self, origin: Origin) -> tuple[str, ...]:
         """The files that a volume of this origin stands on, nearest first; raises SkysailError when they are not here."""
+        ...
+
+    async def verify(self, origin: Origin) -> None:
+        """Raises SkysailError when a file that a volume of this origin stands on is not what it was when it was made."""
+        ...
+
+    async def duplicate(self, snapshot_id: str, source_id: str) -> None:
+        """Let a snapshot appear that shares the files of another, and does not need it. Raises SkysailError when that one is
+        not here, or has changed."""
+        ...
+
+    async def arrive(self, snapshot_id: str) -> None:
+        """Let a snapshot appear that an import laid here; raises SkysailError when none did."""
+        ...
+
+    async def parents(self, volume: Volume) -> tuple[str, ...]:
+        """What a volume stands on: its origin's :meth:`chain`, or nothing."""
+        ...
+
+    def standing(self, files: Sequence[str]) -> set[str]:
+        """The snapshots that these files belong to."""
+        ...
+
+    async def current(self, chain: Sequence[str]) -> tuple[str, ...]:
+        """A chain that was noted earlier, as it is now: a :meth:`lift` may have changed it below its first file."""
+        ...
+
+    async def lift(self, snapshot_id: str, leaving: Collection[str], uid: int) -> Manifest | None:
+        """Let the snapshot stand on none of the snapshots ``leaving``: what they show moves into its own files, which get new
+        names and checksums. None when it is not here whole. Atomic: a crash leaves the former or the latter, whole. Only for
+        one that stands on one of them; ``uid`` does the work."""
         ...
 
     async def observe(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -61,6 +61,39 @@ class SimShelf:
         if not found:
             raise SkysailError(f"the snapshot {origin.snapshot} of {origin.volume} is not on this host")
         return (f"/nonexistent/{origin.snapshot}/{found[0].file}", *found[0].parents)
+
+    async def verify(self, origin: Origin) -> None:
+        await self.chain(origin)
+
+    async def duplicate(self, snapshot_id: str, source_id: str) -> None:
+        if source_id not in self._held:
+            raise SkysailError(f"the snapshot {source_id} is not on this host any more")
+        self._held[snapshot_id] = msgspec.structs.replace(self._held[source_id], id=snapshot_id)
+
+    async def arrive(self, snapshot_id: str) -> None:
+        raise SkysailError("nothing can be imported to a simulated host")
+
+    async def parents(self, volume: Volume) -> tuple[str, ...]:
+        return await self.chain(volume.origin) if volume.origin is not None else ()
+
+    def standing(self, files: Sequence[str]) -> set[str]:
+        return {Path(file).parent.name for file in files}
+
+    async def current(self, chain: Sequence[str]) -> tuple[str, ...]:
+        if not chain:
+            return ()
+        first = Path(chain[0])
+        return await self.chain(Origin(snapshot=first.parent.name, volume=first.stem))
+
+    async def lift(self, snapshot_id: str, leaving: Collection[str], uid: int) -> Manifest | None:
+        held = self._held.get(snapshot_id)
+        if held is None:
+            return None
+        copies = tuple(msgspec.structs.replace(copy, parents=tuple(
+            file for file in copy.parents if not self.standing((file,)) & set(leaving))) for copy in held.copies)
+        self._held[snapshot_id] = msgspec.structs.replace(
+            held, copies=copies, parents=tuple(one for one in held.parents if one not in leaving))
+        return self._held[snapshot_id]
 
     async def observe(self) -> list[str]:
         return sorted(self._held)

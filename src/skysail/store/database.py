@@ -31,9 +31,15 @@ class Database:
                 connection.execute(f"PRAGMA {pragma}")
 
     def migrate(self) -> None:
-        """Bring the schema to this version; safe to repeat, each migration atomic."""
-        with self.transaction(write=True) as connection:
-            migrations.upgrade(connection)
+        """Bring the schema to this version; safe to repeat, all migrations one transaction."""
+        with self._engine.connect() as connection:
+            # A table that is made anew is missing for a moment, to those that refer to it. Not possible within a transaction.
+            connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
+            try:
+                with self._begun(connection, write=True):
+                    migrations.upgrade(connection)
+            finally:
+                connection.exec_driver_sql("PRAGMA foreign_keys=ON")
 
     def transaction(self, write: bool = True) -> AbstractContextManager[Connection]:
         """A transaction: committed at the end of the ``with`` block, rolled back by an exception."""
@@ -41,14 +47,18 @@ class Database:
 
     @contextmanager
     def _transaction(self, write: bool) -> Iterator[Connection]:
-        with self._engine.connect() as connection:
-            connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
-            try:
-                yield connection
-            except BaseException:
-                connection.exec_driver_sql("ROLLBACK")
-                raise
-            connection.exec_driver_sql("COMMIT")
+        with self._engine.connect() as connection, self._begun(connection, write):
+            yield connection
+
+    @contextmanager
+    def _begun(self, connection: Connection, write: bool) -> Iterator[None]:
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+        try:
+            yield
+        except BaseException:
+            connection.exec_driver_sql("ROLLBACK")
+            raise
+        connection.exec_driver_sql("COMMIT")
 
     def close(self) -> None:
         """Return every connection."""

@@ -5,11 +5,14 @@ The first version is the schema itself; the version reached is kept in SQLite's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from sqlalchemy import Connection
+from sqlalchemy.schema import CreateTable
 
 from skysail.store.schema import (
+    accounts,
+    add_ons,
     alarms,
     authorities,
     contact_methods,
@@ -19,10 +22,13 @@ from skysail.store.schema import (
     domains,
     guests,
     host_zones,
+    instances,
     measurements,
     metadata,
     meters,
+    networks,
     operations,
+    reverse_zones,
     sample_cursors,
     snapshots,
     static_ips,
@@ -98,6 +104,58 @@ def _regions(connection: Connection) -> None:
     connection.exec_driver_sql("UPDATE transfers SET region = ? WHERE region = ''", (home,))
 
 
+def _networks(connection: Connection) -> None:
+    networks.create(connection, checkfirst=True)
+    for table, column in (("guests", "network"), ("hosts", "networked_generation")):
+        if column not in _columns(connection, table):
+            connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} INTEGER DEFAULT '0' NOT NULL")
+    if "tenant" not in _columns(connection, "accounts"):
+        return
+    # An account's number was that of its only network, which guests that run are in: it stays that of the first region's.
+    home = connection.exec_driver_sql("SELECT region FROM host_zones ORDER BY rowid LIMIT 1").scalar()
+    if home is not None:
+        connection.exec_driver_sql(
+            "INSERT INTO networks (number, account_id, region, peered) SELECT tenant, id, ?, 0 FROM accounts", (home,))
+        connection.exec_driver_sql(
+            "INSERT INTO networks (account_id, region, peered) "
+            "SELECT DISTINCT account_id, region, 0 FROM instances WHERE region != ?", (home,))
+    connection.exec_driver_sql(
+        "UPDATE guests SET network = COALESCE("
+        "(SELECT number FROM networks JOIN instances ON instances.id = guests.instance_id "
+        "WHERE networks.account_id = instances.account_id AND networks.region = instances.region), "
+        "(SELECT MIN(number) FROM networks WHERE networks.account_id = guests.account_id), 0)")
+    # SQLite drops no column that is unique: the table is made anew. Nothing refers to it by more than its name, and the
+    # references are not looked at meanwhile (Database.migrate).
+    made = str(CreateTable(accounts).compile(connection)).replace("CREATE TABLE accounts", "CREATE TABLE fresh_accounts")
+    connection.exec_driver_sql(made)
+    connection.exec_driver_sql("INSERT INTO fresh_accounts (id, name, created_at) SELECT id, name, created_at FROM accounts")
+    connection.exec_driver_sql("DROP TABLE accounts")
+    connection.exec_driver_sql("ALTER TABLE fresh_accounts RENAME TO accounts")
+    connection.exec_driver_sql("UPDATE hosts SET generation = generation + 1")
+
+
+def _automatic_snapshots(connection: Connection) -> None:
+    add_ons.create(connection, checkfirst=True)
+    held = _columns(connection, "snapshots")
+    for column, words in (("source_id", "VARCHAR(64) DEFAULT '' NOT NULL"), ("auto_day", "VARCHAR(10) DEFAULT '' NOT NULL"),
+                          ("from_auto", "BOOLEAN DEFAULT '0' NOT NULL"),
+                          ("duplicates", "VARCHAR(64) DEFAULT '' NOT NULL"),
+                          ("arrived", "BOOLEAN DEFAULT '0' NOT NULL")):
+        if column not in held:
+            connection.exec_driver_sql(f"ALTER TABLE snapshots ADD COLUMN {column} {words}")
+    for index in snapshots.indexes:
+        index.create(connection, checkfirst=True)
+
+
+def _attachments_that_mount(connection: Connection) -> None:
+    for table, column, words in (
+            ("guests", "observed_refused", "JSON DEFAULT '{}' NOT NULL"),
+            ("guests", "observed_mounts", "JSON DEFAULT '{}' NOT NULL"),
+            ("disks", "auto_mount", "BOOLEAN DEFAULT '0' NOT NULL")):
+        if column not in _columns(connection, table):
+            connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} {words}")
+
+
 def _metadata_options(connection: Connection) -> None:
     for table, column in (("instances", "metadata_options"), ("guests", "observed_metadata")):
         if column not in _columns(connection, table):
@@ -126,10 +184,30 @@ def _columns(connection: Connection, table: str) -> set[str]:
     return {row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({table})")}
 
 
+def _shared_address(connection: Connection) -> None:
+    _add_columns(connection, "hosts", (
+        ("shared_address", "VARCHAR(15) DEFAULT '' NOT NULL"), ("instance_domain", "VARCHAR(255) DEFAULT '' NOT NULL"),
+        ("entrance_state", "VARCHAR(16) DEFAULT '' NOT NULL"), ("entrance_reason", "VARCHAR DEFAULT '' NOT NULL")))
+    _add_columns(connection, "instances", (("ssh_port", "INTEGER"),))
+    next(index for index in instances.indexes if index.unique).create(connection, checkfirst=True)
+
+
+def _reverse_zones(connection: Connection) -> None:
+    reverse_zones.create(connection, checkfirst=True)
+
+
+def _add_columns(connection: Connection, table: str, columns: Iterable[tuple[str, str]]) -> None:
+    """Those columns that a database made by this version does not have from its foundation on."""
+    held = _columns(connection, table)
+    for column, words in columns:
+        if column not in held:
+            connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} {words}")
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts,
-    _metrics, _disks_and_snapshots, _regions, _metadata_options,
-    _guests_without_public_ipv4)
+    _metrics, _disks_and_snapshots, _regions, _networks, _automatic_snapshots, _shared_address, _reverse_zones,
+    _attachments_that_mount, _metadata_options, _guests_without_public_ipv4)
 
 
 def upgrade(connection: Connection) -> int:

@@ -31,7 +31,6 @@ metadata = MetaData(naming_convention={
 accounts = Table(
     "accounts", metadata,
     Column("id", String(12), primary_key=True),
-    Column("tenant", Integer, nullable=False, unique=True),
     Column("name", String(64), nullable=False, unique=True),
     Column("created_at", Float, nullable=False),
 )
@@ -53,6 +52,16 @@ authorities = Table(
     Column("region", String(32), primary_key=True),
     Column("public_key", String, nullable=False),
     Column("private_sealed", LargeBinary, nullable=False),
+)
+
+# The private network of an account in a region. ``peered`` ones are joined with the peer subnets and with each other.
+networks = Table(
+    "networks", metadata,
+    Column("number", Integer, primary_key=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("region", String(32), nullable=False),
+    Column("peered", Boolean, nullable=False, default=False),
+    UniqueConstraint("account_id", "region"),
 )
 
 names = Table(
@@ -92,11 +101,17 @@ hosts = Table(
     Column("address", String, nullable=False),
     Column("generation", Integer, nullable=False, default=1),
     Column("observed_generation", Integer, nullable=False, default=0),
+    Column("networked_generation", Integer, nullable=False, default=0, server_default="0"),
     Column("vcpus", Integer, nullable=False, default=0),
     Column("memory_mib", Integer, nullable=False, default=0),
     Column("disk_gib", Integer, nullable=False, default=0),
     Column("accelerator", String(16), nullable=False, default=""),
     Column("seen_at", Float),
+    # The one public address that its guests share, and the domain that their names are below; '' where there is none.
+    Column("shared_address", String(15), nullable=False, default="", server_default=""),
+    Column("instance_domain", String(255), nullable=False, default="", server_default=""),
+    Column("entrance_state", String(16), nullable=False, default="", server_default=""),
+    Column("entrance_reason", String, nullable=False, default="", server_default=""),
 )
 
 # The availability zones that a host serves: one machine may serve all of a cloud's, and many machines one.
@@ -132,9 +147,12 @@ instances = Table(
     Column("key_pair_name", String(255), nullable=False),
     Column("state", String(16), nullable=False),
     Column("created_at", Float, nullable=False),
+    # The port of a shared address that leads to its SSH.
+    Column("ssh_port", Integer),
     # contract.document.MetadataOptions; the defaults where there are none.
     Column("metadata_options", JSON),
     Index("ix_instances_listing", "account_id", "region", "name"),
+    Index("uq_instances_ssh_port", "ssh_port", unique=True),
 )
 
 guests = Table(
@@ -169,6 +187,10 @@ guests = Table(
     Column("origin", JSON),
     Column("iops", Integer, nullable=False, default=0, server_default="0"),
     Column("observed_disks", JSON, nullable=False, default=list, server_default="[]"),
+    Column("observed_refused", JSON, nullable=False, default=dict, server_default="{}"),
+    Column("observed_mounts", JSON, nullable=False, default=dict, server_default="{}"),
+    # The number of its private network, which it keeps while it goes.
+    Column("network", Integer, nullable=False, default=0, server_default="0"),
     Column("observed_metadata", JSON),
     Column("observed_addresses", JSON),
     Index("uq_guests_public_ipv6", "public_ipv6", unique=True),
@@ -215,6 +237,7 @@ disks = Table(
     Column("instance_id", ForeignKey("instances.id"), index=True),
     Column("path", String(16), nullable=False, default=""),
     Column("attachment", String(16), nullable=False, default=""),
+    Column("auto_mount", Boolean, nullable=False, default=False, server_default="0"),
     Column("created_at", Float, nullable=False),
     Column("observed_state", String(16), nullable=False, default=""),
     Column("reason", String, nullable=False, default=""),
@@ -222,7 +245,10 @@ disks = Table(
 )
 
 # Copies of volumes, of an instance or of one disk. ``deleted``: gone for its owner; its files stay while others stand on them
-# (``parents``). ``source`` is what its owner is shown of where it came from, ``volumes`` what its host copies.
+# (``parents``). ``source`` is what its owner is shown of where it came from, ``volumes`` what its host copies. An automatic
+# one has the day (UTC, as 2026-01-31) that it is of in ``auto_day``, and no name of its own; ``source_id`` is the instance or
+# disk that it is of. ``from_auto``: it was copied from an automatic one. One with ``duplicates`` shares that one's files, one
+# that ``arrived`` was imported.
 snapshots = Table(
     "snapshots", metadata,
     Column("id", String(64), primary_key=True),
@@ -245,7 +271,26 @@ snapshots = Table(
     Column("frozen_ms", Float, nullable=False, default=0.0),
     Column("parents", JSON, nullable=False, default=list),
     Column("reason", String, nullable=False, default=""),
+    Column("source_id", String(64), nullable=False, default="", server_default=""),
+    Column("auto_day", String(10), nullable=False, default="", server_default=""),
+    Column("from_auto", Boolean, nullable=False, default=False, server_default="0"),
+    Column("duplicates", String(64), nullable=False, default="", server_default=""),
+    Column("arrived", Boolean, nullable=False, default=False, server_default="0"),
     Index("ix_snapshots_listing", "account_id", "region", "kind", "name"),
+    Index("ix_snapshots_source_id", "source_id"),
+)
+
+# Automatic snapshots of an instance or a disk, each day at ``hour`` (UTC); on ``held_day`` still at ``held_hour``, as it was
+# before its owner chose another. ``last_day`` is the last day that needs none any more. Disabling keeps the row.
+add_ons = Table(
+    "add_ons", metadata,
+    Column("resource_id", String(64), primary_key=True),
+    Column("resource_type", String(32), nullable=False),
+    Column("enabled", Boolean, nullable=False),
+    Column("hour", Integer, nullable=False),
+    Column("held_hour", Integer, nullable=False, default=0),
+    Column("held_day", String(10), nullable=False, default=""),
+    Column("last_day", String(10), nullable=False),
 )
 
 # A domain is what the customer owns, and the zone that name servers answer for. A deleted one keeps its row, with the role
@@ -278,6 +323,18 @@ domain_entries = Table(
     Column("alias_region", String(32), nullable=False, default="", server_default=""),
     Column("ttl", Integer, nullable=False),
     Index("ix_domain_entries_listing", "domain_id", "name", "type"),
+)
+
+# Zones with the names of addresses, as the operator's configuration has them. ``domain``: what is above the name of an
+# address that no domain leads to.
+reverse_zones = Table(
+    "reverse_zones", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", String(255), nullable=False, unique=True),
+    Column("role", String(8), nullable=False),
+    Column("serial", Integer, nullable=False),
+    Column("name_servers", JSON, nullable=False),
+    Column("domain", String(255), nullable=False),
 )
 
 zone_reports = Table(

@@ -30,6 +30,7 @@ import zlib
 
 PORT = "/dev/virtio-ports/org.skysail.clone.0"
 DONE = "/var/lib/skysail/personalised"
+APPLICATION = "/usr/lib/skysail/application"
 SECTOR = 512
 LIBC = ctypes.CDLL(None, use_errno=True)
 TYPE_CHECKING = False  # typing itself is 20 ms under emulation
@@ -289,6 +290,8 @@ def rehearse(route: Route) -> None:
     for _ in range(2):
         subprocess.run(["ssh", "-q", "-i", scratch + ".key", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o",
                         "UserKnownHostsFile=/dev/null", user + "@127.0.0.1", "true"], check=True, timeout=120)
+    if os.path.exists(APPLICATION):
+        subprocess.run([APPLICATION, "rehearse"], check=True, timeout=900)
     shutil.rmtree(home)
     shutil.rmtree(scratch)
     for name in (scratch + ".key", scratch + ".key.pub"):
@@ -364,10 +367,14 @@ def _sealed(header: bytearray, table: bytearray, mine: int, other: int, entries:
 
 
 def settle(told: Told) -> None:
-    """What the owner need not wait for: the disk's size, networkd's and the journal's view, the launch script.
+    """What the owner need not wait for: the application, the disk's size, networkd's and the journal's view, the launch
+    script.
 
-    It takes the processors that nobody else wants (sched(7), SCHED_IDLE): the first login comes at the same time.
+    But for the application, it takes the processors that nobody else wants (sched(7), SCHED_IDLE): the first login comes at
+    the same time.
     """
+    if os.path.exists(APPLICATION):
+        subprocess.run(["systemctl", "start", "--no-block", "skysail-application.service"], check=False)
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     end = time.monotonic() + 60
     size = os.path.dirname(_root()) + "/size"

@@ -1,0 +1,103 @@
+"""Rows to zones: what name servers answer for. Reads rows, decides nothing, touches no host.
+
+A zone of ten thousand entries is made again only when something in it changed: its serial, or what an alias in it leads to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, RowMapping, select
+
+from skysail.contract.document import RecordSet, Zone
+from skysail.store.schema import domain_entries, domains, guests, hosts, instances, static_ips
+from skysail.store.vault import Vault
+
+NAME_SERVER_TTL = 3600
+_COLUMNS = (domain_entries.c.name, domain_entries.c.type, domain_entries.c.ttl, domain_entries.c.record,
+            domain_entries.c.alias, domain_entries.c.alias_region)
+# By account, region, name and type of record.
+Addresses = dict[tuple[str, str, str, str], list[str]]
+# Region, name, type of record.
+Alias = tuple[str, str, str]
+
+
+class _Made(NamedTuple):
+    """A zone, and what it was made of: its row, its aliases with what they led to, the addresses that are shared."""
+
+    row: dict[str, Any]
+    aliases: tuple[Alias, ...]
+    led: list[list[str]]
+    shared: dict[str, str]
+    zone: Zone
+
+
+class ZoneCompiler:
+    """Makes zones, and keeps them for as long as they stay."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, _Made] = {}
+
+    def zones(self, connection: Connection, vault: Vault) -> Iterator[Zone]:
+        """Every zone that name servers shall answer for or let go, by name; aliases are what they point at now. ``vault``
+        opens signing keys."""
+        addresses, shared = addresses_of(connection), _shared(connection)
+        former, self._made = self._made, {}
+        for row in connection.execute(select(domains).order_by(domains.c.name)).mappings().all():
+            held = former.get(row["id"])
+            if held is None or held.row != row or held.shared != shared or held.led != _led(row, held.aliases, addresses):
+                held = _make(connection, vault, row, addresses, shared)
+            self._made[row["id"]] = held
+            yield held.zone
+
+
+def _make(connection: Connection, vault: Vault, row: RowMapping, addresses: Addresses, shared: dict[str, str]) -> _Made:
+    entries: Sequence[Any] = () if row["role"] == "gone" else connection.execute(
+        select(*_COLUMNS).where(domain_entries.c.domain_id == row["id"])
+        .order_by(domain_entries.c.name, domain_entries.c.type)).all()
+    aliases = tuple(dict.fromkeys((region, alias, kind) for _, kind, _, _, alias, region in entries if alias))
+    merged: list[tuple[str, str, int, list[str]]] = []
+    for name, kind, ttl, record, alias, region in entries:
+        found = addresses.get((row["account_id"], region, alias, kind), []) if alias else [record]
+        if shared and kind == "A":
+            found = [shared.get(one, one) for one in found]
+        if found and merged and merged[-1][:2] == (name, kind):
+            merged[-1][3].extend(found)
+        elif found:
+            merged.append((name, kind, ttl, [*found]))
+    sets = [RecordSet(name=f"{name}.", type=kind, ttl=ttl, records=tuple(sorted(set(records))))
+            for name, kind, ttl, records in merged]
+    apex = f"{row['name']}."
+    servers = tuple(f"{name}." for name in row["name_servers"])
+    zone = Zone(
+        id=row["id"], name=apex, role=row["role"], serial=row["serial"], primary=servers[0], hostmaster=f"hostmaster.{apex}",
+        record_sets=() if row["role"] == "gone" else (
+            RecordSet(name=apex, type="NS", ttl=NAME_SERVER_TTL, records=tuple(sorted(servers))), *sets),
+        signing_key=vault.open(row["signing_sealed"], f"zone:{row['id']}") if row["signing_sealed"] else "")
+    return _Made(dict(row), aliases, _led(row, aliases, addresses), shared, zone)
+
+
+def _led(row: RowMapping, aliases: tuple[Alias, ...], addresses: Addresses) -> list[list[str]]:
+    return [addresses.get((row["account_id"], *alias), []) for alias in aliases]
+
+
+def _shared(connection: Connection) -> dict[str, str]:
+    """The shared address of each guest that has none of its own in the world, by the one that it has here."""
+    return {row.public_ipv4: row.shared_address for row in connection.execute(
+        select(guests.c.public_ipv4, hosts.c.shared_address).join(hosts, hosts.c.id == guests.c.host_id)
+        .where(hosts.c.shared_address != ""))}
+
+
+def addresses_of(connection: Connection) -> Addresses:
+    """What an alias may point at: public addresses of instances, and static IPs."""
+    found: Addresses = {}
+    for row in connection.execute(
+            select(instances.c.account_id, instances.c.region, instances.c.name, guests.c.public_ipv4, guests.c.public_ipv6)
+            .join(guests, guests.c.instance_id == instances.c.id)):
+        found[row.account_id, row.region, row.name, "A"] = [row.public_ipv4]
+        if row.public_ipv6:
+            found[row.account_id, row.region, row.name, "AAAA"] = [row.public_ipv6]
+    for row in connection.execute(select(static_ips)):
+        found[row.account_id, row.region, row.name, "A"] = [row.ipv4]
+    return found
