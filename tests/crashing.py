@@ -28,6 +28,7 @@ from skysail.hypervisor.record import Record
 from skysail.images import foreign
 from skysail.images.library import Library
 from skysail.kit.config import load
+from skysail.metadata.process import holders
 from skysail.network import links
 from skysail.serve import processes
 from skysail.serve.up import end_guests
@@ -138,6 +139,9 @@ def machine_leaks(cloud: RealCloud, guests: set[str], running: set[str], ports: 
     folders = {path.name for path in cloud.config.guests_dir.iterdir()}
     if folders != guests:
         found.append(f"folders {folders} for guests {guests}")
+    answerers = holders(f"skysail-metadata:{cloud.config.data}")
+    if len(answerers) > 1 or (guests and not answerers):
+        found.append(f"processes {list(answerers)} answer for metadata of {len(guests)} guests")
     taps = [] if not links.exists(cloud.config.namespace) else [
         link.name for link in links.inside(cloud.config.namespace, links.every) if link.is_tap]
     if len(taps) != ports:

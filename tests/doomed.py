@@ -28,8 +28,9 @@ from typing import Any
 DATA = Path(os.environ["SKYSAIL_DATA"])
 # In this order: a function is wrapped before other modules take its name.
 EFFECTS = (
-    "skysail.kit.process:run", "skysail.kit.process:run_while_wanted", "shutil:rmtree", "os:chown", "os:chmod", "os:unlink",
-    "os:rename", "os:replace", "os:mkdir",
+    "skysail.kit.process:run", "skysail.kit.process:run_while_wanted", "skysail.kit.process:kill",
+    "shutil:rmtree", "os:chown", "os:chmod", 
+    "os:unlink", "os:rename", "os:replace", "os:mkdir",
     "os:link",
     "skysail.kit.durable:replace",
     "skysail.agent.ledger:Ledger.write", "skysail.agent.traffic:Traffic._write",
@@ -37,7 +38,8 @@ EFFECTS = (
     "skysail.storage.files:_finish", "skysail.storage.files:FilePool.remove",
     "skysail.network.linux:LinuxFabric.apply", "skysail.network.links:ensure_taps", "skysail.network.links:open_tap",
     "skysail.hypervisor.confinement:spawn", "skysail.hypervisor.confinement:limit",
-    "skysail.hypervisor.confinement:release", "skysail.hypervisor.confinement:kill",
+    "skysail.hypervisor.confinement:release",
+    "skysail.metadata.process:spawn", "skysail.metadata.process:Answerer._tell",
     "skysail.hypervisor.confinement:unbound", "skysail.hypervisor.confinement:rebind",
     "skysail.hypervisor.process:prepare", "skysail.hypervisor.process:trim_serial",
     "skysail.hypervisor.personality:write_seed", "skysail.hypervisor.qmp:Monitor.execute",

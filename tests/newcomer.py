@@ -53,11 +53,10 @@ class Newcomer(RealCloud):
 
 
 @contextmanager
-def newcomer(*blueprints: str) -> Iterator[Newcomer]:
-    """Somebody with an empty data folder, beside whom the images of ``blueprints`` are there already; what was started goes
-    at the end, and evidence stays of what failed."""
-    for blueprint in ("debian_12", *blueprints):
-        ensure_image(blueprint)
+def newcomer() -> Iterator[Newcomer]:
+    """Somebody with an empty data folder, beside whom the first image is there already; what was started goes at the end, and
+    evidence stays of what failed."""
+    ensure_image("debian_12")
     folder = Path(tempfile.mkdtemp(prefix="sky"))
     with taken_slot() as slot:
         made = Newcomer(folder, slot, dns="powerdns")

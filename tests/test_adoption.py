@@ -102,7 +102,7 @@ def test_the_agent_dies_at_every_step_of_a_clone(own_real_cloud: RealCloud) -> N
         if died is None:
             break
     assert not doom.missed(), doom.deaths
-    assert {"Channel.ask a message", "QemuGuest.save made grown", "QemuGuest.save starts"} <= set(doom.deaths["create"])
+    assert {"Channel.ask a message", "QemuGuest.save made grown ipv6", "QemuGuest.save starts"} <= set(doom.deaths["create"])
 
 
 def test_a_reboot_that_an_agent_did_not_live_to_see_happens_once(own_real_cloud: RealCloud) -> None:

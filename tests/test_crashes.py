@@ -75,7 +75,7 @@ def test_the_agent_dies_at_every_step_of_create_and_delete(tiny_cloud: RealCloud
         assert not qemus(tiny_cloud) and not list(tiny_cloud.config.guests_dir.iterdir())
     assert not doom.missed(), doom.deaths
     assert {"confinement:spawn", "QemuGuest.save made", "files:_finish"} <= set(doom.deaths["create"])
-    assert {"confinement:kill", "shutil:rmtree", "FilePool.remove"} <= set(doom.deaths["delete"])
+    assert {"process:kill", "shutil:rmtree", "FilePool.remove"} <= set(doom.deaths["delete"])
 
 
 @pytest.mark.real
@@ -162,6 +162,25 @@ def test_the_agent_dies_at_every_step_of_a_disk(tiny_cloud: RealCloud) -> None:
 
 
 # --- what a crash or an accident leaves on the disk
+
+@pytest.mark.real
+def test_the_agent_dies_at_every_step_of_a_metadata_update(tiny_cloud: RealCloud) -> None:
+    doom, life, turn = Doom(tiny_cloud, "agent"), Life(tiny_cloud, "tiny"), iter(range(1000))
+    life.done(life.create)
+    before = pid_of(tiny_cloud, "one")
+
+    def act() -> None:
+        tiny_cloud.client().update_instance_metadata_options(
+            instanceName="one", httpPutResponseHopLimit=1 + next(turn) % 64, httpTokens="required")
+
+    deaths = doom.everywhere("update", act, lambda: None)
+    assert not doom.missed(), deaths
+    assert {"Ledger.write", "Answerer._tell"} <= set(deaths), deaths
+    shown = tiny_cloud.client().get_instance(instanceName="one")["instance"]["metadataOptions"]
+    assert shown["state"] == "applied" and shown["httpTokens"] == "required"
+    assert pid_of(tiny_cloud, "one") == before, "the guest ran on"
+    life.done(life.delete)
+
 
 @pytest.mark.real
 def test_a_damaged_record_is_one_guests_trouble_and_costs_no_disk(tiny_cloud: RealCloud) -> None:

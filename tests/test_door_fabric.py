@@ -145,6 +145,11 @@ def test_a_port_that_cannot_be_changes_nothing(door: Door, wrong: dict[str, Any]
     door.apply(ONE, TWO)
 
 
+def test_who_listens_for_questions_does_so_once(door: Door) -> None:
+    door.apply(ONE)
+    assert door.does(door.fabric.listen) == door.does(door.fabric.listen)
+
+
 def test_a_healthy_machine_has_no_problems(door: Door) -> None:
     assert door.does(door.fabric.check) == []
 
@@ -180,7 +185,7 @@ def whole(door: Door, *ports: Port) -> bool:
             assert f"{address} lladdr {one.mac} PERMANENT" in known
     addresses = {name: told(door.layout.namespace, "ip", "-o", "address", "show", "dev", name)
                  for name in (BRIDGE, UPLINK, tap_name(ONE.id)) if name in held}
-    assert [addresses[BRIDGE].count(word) for word in (" inet ", " inet6 ")] == [1, 2]
+    assert [addresses[BRIDGE].count(word) for word in (" inet ", " inet6 ")] == [2, 3]
     assert [addresses[UPLINK].count(word) for word in (" inet ", " inet6 ")] == [1, 1]
     assert addresses.get(tap_name(ONE.id), "") == "", "a tap has no address of its own"
     return True
@@ -196,6 +201,24 @@ def test_looking_makes_nothing(linux: Door, call: str) -> None:
     linux.does(getattr(linux.fabric, call))
     assert not links.exists(linux.layout.namespace)
     assert {link.name for link in links.inside(linux.namespace, links.every)} == {"lo"}
+
+
+@pytest.mark.real
+def test_without_a_plane_nobody_listens_and_in_another_one_anew(linux: Door) -> None:
+    with pytest.raises(SkysailError, match="does not exist"):
+        linux.does(linux.fabric.listen)
+    linux.apply(ONE)
+    first = linux.does(linux.fabric.listen)
+    assert [one.getsockname()[:2] for one in first] == [("169.254.169.254", 80), ("fd00:ec2::254", 80)]
+    with pytest.raises(SkysailError, match="already in use"):
+        linux.does(LinuxFabric(linux.layout).listen)
+    no_bridge(linux)
+    linux.apply(ONE)
+    assert linux.does(linux.fabric.listen) == first, "the address came back"
+    lost_name(linux)
+    linux.apply(ONE)
+    second = linux.does(linux.fabric.listen)
+    assert second != first and {one.fileno() for one in first} == {-1}
 
 
 @pytest.mark.real

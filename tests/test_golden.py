@@ -74,9 +74,9 @@ def rule(protocol: str, first: int, last: int, *cidrs: str) -> FirewallRule:
                         ipv6_cidrs=tuple(one for one in cidrs if ":" in one))
 
 
-def port(number: int, network: int, *rules: FirewallRule, ipv6: bool = True) -> Port:
+def port(number: int, network: int, *rules: FirewallRule, ipv6: bool = True, ipv4: bool = True) -> Port:
     return Port(id=f"g-{number}", mac=f"52:54:00:00:00:{number:02x}", network=network, private_ipv4=f"172.26.0.{number}",
-                public_ipv4=f"100.115.93.{number}", public_ipv6=f"fd53:6b79:7361::{number:x}" if ipv6 else "",
+                public_ipv4=f"100.115.93.{number}" if ipv4 else "", public_ipv6=f"fd53:6b79:7361::{number:x}" if ipv6 else "",
                 firewall=rules)
 
 
@@ -85,7 +85,7 @@ PLANES = {
     "no_port": (),
     "one_port": (port(10, 1, *DEFAULTS),),
     "several_tenants": (port(10, 1, *DEFAULTS), port(11, 1, *DEFAULTS), port(12, 2, *DEFAULTS, rule("tcp", 443, 443)),
-                        port(13, 3), port(14, 3, *DEFAULTS, ipv6=False)),
+                        port(13, 3), port(14, 3, *DEFAULTS, ipv6=False), port(15, 3, *DEFAULTS, ipv4=False)),
     "every_protocol": (port(10, 1, rule("tcp", 0, 65535), rule("udp", 53, 53), rule("icmp", -1, -1)),
                        port(11, 1, rule("tcp", 1000, 2000), rule("tcp", 1500, 2500), rule("tcp", 2501, 2501)),
                        port(12, 2, rule("all", 0, 65535, "192.0.2.0/24", "198.51.100.7/32")),

@@ -14,12 +14,12 @@ import pytest
 
 from clouds import taken_slot
 from skysail.contract.document import Guest, Personality, Port, Volume
-from skysail.hypervisor import personality
+from skysail.hypervisor import addressing, personality
 from skysail.hypervisor.personality import Surroundings
 from skysail.images.guest import personalise
 from skysail.kit.config import Config
 from skysail.network import links
-from skysail.serve.agent import surroundings
+from skysail.serve.agent import resolvers, surroundings
 from stage import Place
 
 AROUND = Surroundings(prefix=16, gateway="172.26.0.1", gateway_ipv6="fe80::1", resolvers=("192.0.2.53",))
@@ -52,6 +52,12 @@ def test_without_an_address_or_a_prefix_there_is_no_ipv6(guest: Guest, around: S
     assert "LinkLocalAddressing=no" in network and "fd53" not in network and "fe80" not in network
     seed = personality.seed(guest, IDENTITY, around)["network-config"]
     assert "fd53" not in seed and "fe80" not in seed and "172.26.0.10/16" in seed
+
+
+@pytest.mark.parametrize("guest", [GUEST, IPV4_GUEST])
+def test_what_a_guest_is_told_later_is_what_it_wrote_at_first(guest: Guest, tmp_path: Path) -> None:
+    personalise.files(told(guest), str(tmp_path))
+    assert (tmp_path / addressing.FILE.removeprefix("/")).read_text() == addressing.network(guest, AROUND)
 
 
 def test_a_clone_has_its_addresses_in_networkds_configuration(tmp_path: Path) -> None:
@@ -102,3 +108,16 @@ def test_a_card_is_configured_at_once(place: Place) -> None:
     assert "scope global" in address and "tentative" not in address
     assert "172.26.0.10/16" in shown
     assert shown.count("default via 172.26.0.1 dev eth0") == 1 and shown.count("default via fe80::1 dev eth0") == 1
+
+
+@pytest.mark.parametrize(("text", "four", "six"), [
+    ("nameserver 192.0.2.1\nnameserver 192.0.2.2\nnameserver 192.0.2.3\n", ["192.0.2.1", "192.0.2.2", "192.0.2.3"],
+     ["192.0.2.1", "192.0.2.2", "192.0.2.3"]),
+    ("nameserver 2001:db8::1\nnameserver 192.0.2.1\nnameserver 192.0.2.2\nnameserver 192.0.2.3\n",
+     ["192.0.2.1", "192.0.2.2", "192.0.2.3"], ["192.0.2.1", "192.0.2.2", "2001:db8::1"]),
+    ("nameserver 127.0.0.53\nnameserver fe80::1%eth0\nnameserver ::1\nnameserver\nnameserver x\n", [], []),
+    ("nameserver 2001:db8::1\n", [], ["2001:db8::1"])])
+def test_guests_are_told_resolvers_that_they_reach(text: str, four: list[str], six: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "resolv.conf"
+    path.write_text(text)
+    assert list(resolvers(4, (str(path),))) == four and list(resolvers(6, (str(path),))) == six

@@ -45,7 +45,8 @@ PUBLIC = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIF2m8aRUjlgguGgM0SKcCUSWRFEGlsgghe
 REGIONS = ("us-east-1", "eu-west-2")
 # What a value may be by the name of its member (the end of it, in lower case): things that exist, or could.
 REAL = {"instancename": ["web-1", "web-2"], "instancenames": ["new-1", "new.2", "web-1"], "blueprintid": ["debian_12"],
-        "bundleid": ["nano_3_0", "micro_1_0"], "availabilityzone": ["us-east-1a", "us-east-1b", "eu-west-2a"],
+        "bundleid": ["nano_3_0", "micro_1_0", "nano_ipv6_3_0"],
+        "availabilityzone": ["us-east-1a", "us-east-1b", "eu-west-2a"],
         "cidrs": ["192.0.2.0/24"],
         "keypairname": ["laptop", "desk", "LightsailDefaultKeyPair"],
         "resourcename": ["web-1", "web-2", "laptop", "example.com"],
@@ -127,7 +128,9 @@ class Controller:
                 images=(ImageReport(digest="0" * 64, blueprint="debian_12", name="Debian", user="admin", version="12",
                                     size_gib=2, templated=True),),
                 guests=tuple(GuestReport(id=guest.id, state=state[guest.role], starts=guest.starts,
-                                         reboots=guest.reboots, disks=tuple(disk.volume.id for disk in guest.disks))
+                                         reboots=guest.reboots, disks=tuple(disk.volume.id for disk in guest.disks),
+                                         metadata_options=guest.metadata.options if guest.metadata else None,
+                                         public_addresses=guest.port.public_addresses)
                              for guest in document.guests),
                 disks=tuple(DiskReport(id=disk.id, state="gone" if disk.role == "gone" else "available")
                             for disk in document.disks),

@@ -11,8 +11,8 @@ from clouds import Cloud, eventually, running_cloud
 
 def launch(client, *names: str, **more):
     eventually(lambda: client.get_blueprints()["blueprints"], 20, "a blueprint is ready")
-    return client.create_instances(instanceNames=list(names), availabilityZone="us-east-1a", blueprintId="debian_12",
-                                   bundleId="nano_3_0", **more)["operations"]
+    asked = {"availabilityZone": "us-east-1a", "blueprintId": "debian_12", "bundleId": "nano_3_0"} | more
+    return client.create_instances(instanceNames=list(names), **asked)["operations"]
 
 
 def state(client, name: str) -> str:

@@ -46,7 +46,7 @@ def test_instances_have_an_ipv6_address_unless_they_are_asked_not_to(cloud: Clou
     for address in written:
         assert len(address.split(":")) == 8 and "" not in address.split(":"), "all eight groups, as Lightsail writes them"
         assert ipaddress.IPv6Address(address) in PREFIX
-    assert "ipv6" in error(lambda: launch(client, "six", ipAddressType="ipv6"), "InvalidInputException")
+    assert "IPv6-only" in error(lambda: launch(client, "six", ipAddressType="ipv6"), "InvalidInputException")
 
 
 def test_the_way_in_names_the_ipv6_address(cloud: Cloud) -> None:

@@ -20,6 +20,7 @@ from skysail.contract.report import GuestReport, HostReport
 from skysail.dns.sim import SimZones
 from skysail.hypervisor.sim import SimHypervisor
 from skysail.kit.errors import SkysailError
+from skysail.metadata.sim import SimResponder
 from skysail.network.sim import SimFabric
 from skysail.storage.sim import SimPool, SimShelf
 
@@ -62,7 +63,7 @@ class Host:
         self.hypervisor = hypervisor or Watched()
         self.fabric = Fabric()
         self.keeper = Keeper(CAPACITY, self.hypervisor, SimPool(), SimShelf(), self.fabric, lambda: [],
-                             Ledger(folder / "document.json"), Traffic(folder / "traffic.json"), SimZones())
+                             Ledger(folder / "document.json"), Traffic(folder / "traffic.json"), SimZones(), SimResponder())
 
     def seen(self, name: str = "g-1") -> GuestReport | None:
         return next((guest for guest in self.keeper.report().guests if guest.id == name), None)

@@ -98,6 +98,44 @@ def test_an_old_database_becomes_what_a_fresh_one_is(tmp_path: Path) -> None:
         assert file.execute("PRAGMA foreign_key_check").fetchall() == []
 
 
+def test_a_table_that_is_made_anew_keeps_its_rows_and_takes_guests_without_ipv4(tmp_path: Path) -> None:
+    """From the version before, with every column filled."""
+    path = tmp_path / "skysail.sqlite"
+    made = Database(path)
+    made.migrate()
+    with made.transaction() as connection:
+        connection.execute(insert(accounts).values(id="1", name="a", created_at=0.0))
+        connection.execute(insert(hosts).values(id="h", address=""))
+    made.close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as file:
+        (made_as,) = file.execute("SELECT sql FROM sqlite_master WHERE name = 'guests'").fetchone()
+        former = made_as.replace("public_ipv4 VARCHAR(15)", "public_ipv4 VARCHAR(15) NOT NULL").replace(
+            "observed_addresses JSON,", "")
+        assert former != made_as
+        file.execute("DROP TABLE guests")
+        file.execute(former)
+        for index in guests.indexes:
+            columns = ", ".join(column.name for column in index.columns)
+            file.execute(f"CREATE {'UNIQUE' if index.unique else ''} INDEX {index.name} ON guests ({columns})")
+        kinds = {row[1]: row[2] for row in file.execute("PRAGMA table_info(guests)")}
+        values = {name: number if kind in ("INTEGER", "FLOAT", "BOOLEAN") else "[]" if kind == "JSON" else f"v{number}"
+                  for number, (name, kind) in enumerate(kinds.items())} | {"account_id": "1", "host_id": "h"}
+        file.execute(f"INSERT INTO guests ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})", [*values.values()])
+        file.execute(f"PRAGMA user_version = {len(MIGRATIONS) - 1}")
+    again = Database(path)
+    for _ in range(2):
+        again.migrate()
+    with again.transaction(write=False) as connection:
+        kept = dict(connection.exec_driver_sql("SELECT * FROM guests").mappings().one())
+        assert not connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+    again.close()
+    assert kept == values | {"observed_addresses": None}
+    fresh = Database(tmp_path / "fresh.sqlite")
+    fresh.migrate()
+    fresh.close()
+    assert shape(path) == shape(tmp_path / "fresh.sqlite")
+
+
 @pytest.mark.parametrize("old", [False, True])
 def test_an_ipv6_address_is_one_guests_alone(tmp_path: Path, old: bool) -> None:
     path = tmp_path / "skysail.sqlite"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -122,6 +124,54 @@ def test_flows_survive_a_reload(stage: Stage, guests: tuple[Guest, Guest, Guest]
             for flow, lines in flows:
                 flow.sendall(b"still here\n")
                 assert lines.readline() == "still here\n"
+
+
+@pytest.mark.parametrize("lost", [4, 6])
+def test_what_a_port_keeps_goes_on_when_it_loses_the_other(
+        stage: Stage, guests: tuple[Guest, Guest, Guest], lost: int) -> None:
+    first, _, _ = guests
+    kept = 10 - lost
+    less = tuple(msgspec.structs.replace(one, **{f"public_ipv{lost}": ""}) if one.id == "g-10" else one for one in PORTS)
+    world = staged.WORLD6 if kept == 6 else staged.WORLD
+    with first.serves("::", 80), stage.world.serves(world, 9000), contextlib.ExitStack() as flows:
+        going_on = [flows.enter_context(stage.stranger.connects(public(first.port, kept), 80)),
+                    flows.enter_context(first.connects(world, 9000))]
+        ending = flows.enter_context(stage.stranger.connects(public(first.port, lost), 80))
+        lines = [(flow, flow.makefile()) for flow in going_on]
+        assert all(told.readline().strip() for _, told in lines) and ending.recv(100)
+        stage.apply(*less)
+        for flow, told in lines:
+            flow.sendall(b"still here\n")
+            assert told.readline() == "still here\n"
+        ending.sendall(b"and you?\n")
+        ending.settimeout(staged.SILENCE_SECONDS)
+        with pytest.raises(OSError):
+            ending.recv(100)
+        assert stage.stranger.cut_off(public(first.port, lost), 80)
+        assert stage.stranger.reaches(public(first.port, kept), 80)
+        stage.apply(*PORTS)
+        assert stage.stranger.reaches(public(first.port, lost), 80), "and back"
+
+
+def test_a_port_without_a_public_ipv4_address_is_among_its_own(
+        stage: Stage, guests: tuple[Guest, Guest, Guest]) -> None:
+    first, second, other = guests
+    stage.apply(*(msgspec.structs.replace(one, public_ipv4="") if one.id == "g-10" else one for one in PORTS))
+    try:
+        with stage.world.serves(staged.WORLD, 9000), second.serves("0.0.0.0", 80), other.serves("0.0.0.0", 80), \
+                first.serves("0.0.0.0", 5432):
+            for address, number in ((staged.WORLD, 9000), (second.port.public_ipv4, 80), (other.port.public_ipv4, 80)):
+                with pytest.raises(OSError) as told:
+                    first.connects(address, number).close()
+                assert told.value.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH), "it need not wait"
+            assert second.reaches(first.port.private_ipv4, 5432) == second.port.private_ipv4
+            assert first.reaches(second.port.private_ipv4, 80) == first.port.private_ipv4
+            assert other.cut_off(first.port.private_ipv4, 5432)
+            assert stage.stranger.cut_off("100.115.93.10", 80)
+        with stage.world.serves(staged.WORLD6, 9000):
+            assert first.reaches(staged.WORLD6, 9000)
+    finally:
+        stage.apply(*PORTS)
 
 
 @pytest.mark.parametrize("version", [4, 6])

@@ -25,7 +25,7 @@ from skysail.kit.errors import SkysailError
 from skysail.kit.process import run
 from skysail.serve import snapshots
 from skysail.storage import parcel
-from test_disks import create, disk, ended, snapshot, stopped
+from test_disks import create, disk, ended, snapshot
 from test_snapshots import pattern, tiny, volume_of
 
 pytestmark = pytest.mark.real
@@ -224,6 +224,11 @@ def said(cloud: RealCloud, *words: str, well: bool = True) -> str:
     return done.stdout + done.stderr
 
 
+def off(client: Any, name: str) -> None:
+    """Stop an instance at once: on a busy machine its system may not listen to the power button yet."""
+    ended(client, client.stop_instance(instanceName=name, force=True))
+
+
 def test_a_snapshot_goes_out_and_comes_in(tiny_cloud: RealCloud, tmp_path: Path) -> None:
     client = tiny(tiny_cloud, "one")
     create(client, "data")
@@ -233,7 +238,7 @@ def test_a_snapshot_goes_out_and_comes_in(tiny_cloud: RealCloud, tmp_path: Path)
     # A copy of a copy: what it stands on goes with it.
     ended(client, client.create_instances_from_snapshot(
         instanceNames=["two"], bundleId="micro_3_0", availabilityZone="us-east-1a", instanceSnapshotName="snap"))
-    stopped(client, "two")
+    off(client, "two")
     pattern(tiny_cloud, volume_of(client, "two-data"), 0xA5, "2M", write=True)
     former = snapshot(client, "two", "again")
     out = tmp_path / "again.tar"
@@ -273,7 +278,7 @@ def test_a_snapshot_goes_out_and_comes_in(tiny_cloud: RealCloud, tmp_path: Path)
     ended(client, client.create_instances_from_snapshot(
         instanceNames=["three"], bundleId="micro_3_0", availabilityZone="us-east-1b", instanceSnapshotName="back"))
     assert disk(client, "three-two-data")["path"] == "/dev/xvdg"
-    stopped(client, "three")
+    off(client, "three")
     pattern(tiny_cloud, volume_of(client, "three-two-data"), 0x5A)
     pattern(tiny_cloud, volume_of(client, "three-two-data"), 0xA5, "2M")
     # And out again, from a machine that never had its image.
@@ -287,6 +292,27 @@ def test_a_snapshot_goes_out_and_comes_in(tiny_cloud: RealCloud, tmp_path: Path)
     for path in list(images.iterdir()):
         shutil.move(path, tiny_cloud.config.images_dir / path.name)
     whole(tiny_cloud)
+
+
+def test_a_server_from_elsewhere_comes_in_and_goes_out_again(tiny_cloud: RealCloud, room: Path, tmp_path: Path) -> None:
+    """Its image was never here."""
+    client, source, again = tiny_cloud.client(), tmp_path / "there.tar", tmp_path / "again.tar"
+    made = packed(room, tmp_path / "disk.tar")
+    server = msgspec.structs.replace(SERVER, image="ab" * 32, renews=False, recipe="cd" * 32,
+                                     disks=(parcel.Attached(path="/dev/xvdh", name="data"),))
+    made = msgspec.structs.replace(made, kind="InstanceSnapshot", parts=made.parts * 2, server=server, name="there",
+                                   origin_type="Instance", origin="far",
+                                   origin_arn="arn:aws:lightsail:eu-west-1:1:Instance/1")
+    parcel.write(source, made, [room / "flat.qcow2"] * 2, quiet)
+    said(tiny_cloud, "import", str(source))
+    found = client.get_instance_snapshot(instanceSnapshotName="there")["instanceSnapshot"]
+    assert (found["state"], found["fromInstanceName"], found["fromBlueprintId"]) == ("available", "far", "tiny")
+    assert [(one["name"], one["path"]) for one in found["fromAttachedDisks"]] == [("data", "/dev/xvdh")]
+    said(tiny_cloud, "export", "there", "--to", str(again))
+    read_again, _ = read(room, again)
+    assert (read_again.server, read_again.origin, len(read_again.parts)) == (server, "far", 2)
+    client.delete_instance_snapshot(instanceSnapshotName="there")
+    eventually(lambda: not list(tiny_cloud.config.snapshots_dir.iterdir()), what="it goes, whole")
 
 
 def test_a_disks_snapshot_goes_out_and_comes_in(tiny_cloud: RealCloud, tmp_path: Path) -> None:

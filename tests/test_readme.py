@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
 
 def test_the_readmes_tour() -> None:
-    with newcomer("nginx") as somebody:
+    with newcomer() as somebody:
         told = somebody.shell(commands("README.md", "Five minutes"))
         for words in ("web-1", "hello from web-1", "load average", "8080", "rows and machine agree"):
             assert words in told, told

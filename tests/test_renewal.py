@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clouds import RealCloud
+from clouds import RealCloud, eventually
 from crashing import running_tiny_cloud, whole
 from skysail.images.disk import ROOT_AT, SECTOR
 from skysail.images.library import Library, Manifest, file_digest
@@ -74,7 +74,7 @@ def test_no_server_is_made_that_would_be_its_source() -> None:
         (failed,) = ended(client, client.create_instances_from_snapshot(
             instanceNames=["two"], bundleId="nano_3_0", availabilityZone="us-east-1a", instanceSnapshotName="snap"), "Failed")
         assert failed["errorCode"] == "InstanceLaunchFailed" and "identity of their own" in failed["errorDetails"]
-        assert [one["name"] for one in client.get_instances()["instances"]] == ["one"]
+        eventually(lambda: [one["name"] for one in client.get_instances()["instances"]] == ["one"])
         ended(client, client.create_disk_snapshot(instanceName="one", diskSnapshotName="system"))
         ended(client, client.create_disk_from_snapshot(diskName="saved", diskSnapshotName="system", sizeInGb=20,
                                                        availabilityZone="us-east-1a"))

@@ -68,7 +68,7 @@ def test_bundles_show_old_plans_only_when_asked(shop: Shop) -> None:
     everything = shop("GetBundles", includeInactive=True)["bundles"]
     assert all(bundle["isActive"] for bundle in active)
     sizes = ("nano", "micro", "small", "medium", "large", "xlarge", "2xlarge", "4xlarge")
-    assert {b["bundleId"] for b in active} == {f"{size}_3_0" for size in sizes}
+    assert {b["bundleId"] for b in active} == {f"{size}_{kind}3_0" for size in sizes for kind in ("", "ipv6_")}
     assert {b["bundleId"] for b in everything if not b["isActive"]} == {
         *(f"{size}_2_0" for size in sizes[:7]), *(f"{size}_1_0" for size in sizes[:5])}
     assert catalog.get_bundle("small_3_0")["ramSizeInGb"] == 2.0

@@ -23,6 +23,7 @@ from skysail.hosts.client import AgentClient
 from skysail.hosts.collector import Collector
 from skysail.hypervisor.sim import SimHypervisor
 from skysail.kit.clock import HandClock
+from skysail.metadata import Tokenless
 from skysail.network.sim import SimFabric
 from skysail.resources import metering
 from skysail.store.database import Database
@@ -64,6 +65,7 @@ class House:
         self.hypervisor = SimHypervisor(now=self.clock.now)
         self.fabric = SimFabric(self.hypervisor.flow)
         self.database = store(folder / "skysail.sqlite")
+        self.tokenless = Tokenless(life="first")
         self.wanted = {"g-1": guest()}
         asyncio.run(self.fabric.apply([guest().port]))
         asyncio.run(self.hypervisor.ensure(guest()))
@@ -72,8 +74,11 @@ class House:
 
     def start_agent(self) -> None:
         log, traffic = SampleLog(self.folder / "samples.jsonl"), Traffic(self.folder / "traffic.json")
-        self.sampler = Sampler(log, self.hypervisor, self.fabric, traffic, lambda: self.wanted, interval_seconds=60,
-                               throttles=True)
+        self.sampler = Sampler(log, self.hypervisor, self.fabric, traffic, lambda: self.wanted, self.asked,
+                               interval_seconds=60, throttles=True)
+
+    async def asked(self) -> Tokenless:
+        return self.tokenless
 
     def sample(self) -> None:
         self.clock.advance(60)
@@ -194,6 +199,22 @@ def test_a_guest_bursts_until_its_credits_are_spent_and_earns_them_back(tmp_path
     life.cpu = 2.0
     house.sample()
     assert burnt() == pytest.approx(2.0)
+    house.database.close()
+
+
+def test_requests_without_a_token_are_counted_once(tmp_path: Path) -> None:
+    """Over samples, over an agent that is killed, and over a process that answers and begins to count anew."""
+    house = House(tmp_path)
+    for life, count in (("first", 3), ("first", 3), ("first", 10), ("second", 0), ("second", 4)):
+        house.tokenless = Tokenless(life=life, counts={"g-1": count, "g-stranger": 99})
+        house.sample()
+        house.start_agent()
+        house.sample()
+    house.collect()
+    with house.database.transaction(write=False) as connection:
+        fives = metering.read(connection, "i-1", "MetadataNoToken", 300, NOW, NOW + 3600)
+    assert sum(stats.sum for _, stats in fives) == 14
+    assert sum(stats.count for _, stats in fives) == 10, "none is a count too"
     house.database.close()
 
 

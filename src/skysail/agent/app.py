@@ -73,12 +73,14 @@ def application(keeper: Keeper, sampler: Sampler) -> Starlette:
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         await keeper.start()
         tasks = [asyncio.create_task(work) for work in (keeper.follow(), keeper.tend_network(), keeper.flatten(),
-                                                          keeper.zones.run(), keeper.entrance.run(), sampler.run())]
+                                                          keeper.zones.run(), keeper.entrance.run(),
+                                                          keeper.metadata.run(), sampler.run())]
         try:
             yield
         finally:
             for task in tasks:
                 task.cancel()
+            await keeper.metadata.close()
 
     return Starlette(lifespan=lifespan, routes=[
         Route("/document", put_document, methods=["PUT"]), Route("/document", document), Route("/report", report),

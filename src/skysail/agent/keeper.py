@@ -16,6 +16,7 @@ import msgspec
 from skysail.agent.blocks import Blocks
 from skysail.agent.entrance import EntranceKeeper
 from skysail.agent.ledger import Ledger
+from skysail.agent.metadata import MetadataKeeper
 from skysail.agent.traffic import Traffic
 from skysail.agent.zones import ZoneKeeper
 from skysail.contract.document import Guest, HostDocument, Network, Port
@@ -25,6 +26,7 @@ from skysail.hypervisor import Hypervisor
 from skysail.ingress import Ingress
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread
+from skysail.metadata import Responder
 from skysail.network import Fabric
 from skysail.storage import Pool, Shelf
 
@@ -47,7 +49,8 @@ class Keeper:
 
     def __init__(self, capacity: HostReport, hypervisor: Hypervisor, pool: Pool, shelf: Shelf, fabric: Fabric,
                  images: Callable[[], list[ImageReport]], ledger: Ledger, traffic: Traffic, zones: Zones,
-                 renews: Callable[[str], Awaitable[bool]] | None = None, ingress: Sequence[Ingress] = ()) -> None:
+                 responder: Responder, renews: Callable[[str], Awaitable[bool]] | None = None,
+                 ingress: Sequence[Ingress] = ()) -> None:
         self._hypervisor = hypervisor
         self._pool = pool
         self._shelf = shelf
@@ -59,6 +62,7 @@ class Keeper:
         self._traffic = traffic
         self.zones = ZoneKeeper(zones, self._changed)
         self.entrance = EntranceKeeper(ingress, self._apply_network, self._changed)
+        self.metadata = MetadataKeeper(responder, self._retell)
         self._report = msgspec.structs.replace(capacity, boot=str(uuid.uuid4()), sequence=0, generation=0)
         self._guests: dict[str, GuestReport] = {}
         self._wanted: dict[str, Guest] = {}
@@ -72,6 +76,7 @@ class Keeper:
         # The networks that are joined now; None as long as we do not know.
         self._joined: tuple[Network, ...] | None = None
         self._rewired = asyncio.Event()
+        self._addresses: dict[str, tuple[str, ...]] = {}
         self._news = asyncio.Condition()
         self._network = asyncio.Lock()
         self._accepting = asyncio.Lock()
@@ -120,12 +125,14 @@ class Keeper:
                     self._call_off(guest.id)
             if guest.id not in self._tasks or self._tasks[guest.id].done():
                 self._tasks[guest.id] = asyncio.create_task(self._keep(guest.id))
+        self.metadata.take(self._wanted.values())
         named = {guest.id for guest in document.guests}
         for identifier in [known for known, guest in self._wanted.items() if guest.role == "gone" and known not in named]:
             # The controller read that it is gone and dropped it: nothing is left to say.
             if self._guests.get(identifier, GuestReport(id="", state="gone")).state == "gone":
                 self._wanted.pop(identifier)
                 self._guests.pop(identifier, None)
+                self._addresses.pop(identifier, None)
                 self._tasks.pop(identifier).cancel()
                 self._wake.pop(identifier, None)
                 self._departed.discard(identifier)
@@ -162,9 +169,7 @@ class Keeper:
                     self._joined = ()
                     await self._changed()
                 if self._traffic.take(await self._fabric.observe()):
-                    for report in list(self._guests.values()):
-                        self._hold(report)
-                    await self._changed()
+                    await self._retell()
             except (SkysailError, OSError) as failure:
                 log.warning("the network could not be looked after: %s", failure)
             pause = NETWORK_SECONDS if self._joined == self._networks else BACK_OFF_SECONDS[1]
@@ -248,6 +253,13 @@ class Keeper:
                 await self._blocks.ready(one.volume.id)
             await self._refuse_unsound(guest)
         report = await self._hypervisor.ensure(guest)
+        if guest.role == "stop":
+            try:
+                await self._apply_network()  # its addresses may have changed
+            except (SkysailError, OSError) as failure:
+                log.warning("guest %s is off, and its network is not set: %s", guest.id, failure)
+                return report
+        self._addresses[guest.id] = guest.port.public_addresses
         if guest.role == "gone" and report.state == "gone":
             await self._pool.remove(guest.volume.id)
             self._departed.add(guest.id)
@@ -295,10 +307,18 @@ class Keeper:
         """Move what stands on deleted snapshots off them; runs until cancelled."""
         await self._blocks.flatten()
 
+    async def _retell(self) -> None:
+        """Tell of the guests what is known of them beside their reports."""
+        for report in list(self._guests.values()):
+            self._hold(report)
+        await self._changed()
+
     def _hold(self, report: GuestReport) -> bool:
-        """Keep the report, with its guest's bytes; says whether it is news."""
+        """Keep the report, with its guest's bytes, addresses and how it is told of itself; says whether it is news."""
         flow = self._traffic.total(report.id)
-        report = msgspec.structs.replace(report, rx_bytes=flow.rx_bytes, tx_bytes=flow.tx_bytes)
+        report = msgspec.structs.replace(report, rx_bytes=flow.rx_bytes, tx_bytes=flow.tx_bytes,
+                                         public_addresses=self._addresses.get(report.id, ()),
+                                         metadata_options=self.metadata.options(report.id))
         if self._guests.get(report.id) == report:
             return False
         self._guests[report.id] = report
@@ -342,7 +362,7 @@ class Keeper:
             volumes=tuple(sorted(await self._pool.observe())), ports=tuple(sorted(await self._fabric.observe())),
             snapshots=tuple(await self._shelf.observe()), strays=tuple(await self._hypervisor.strays()),
             zones=await self.zones.inventory(), reached_by=joined.reached_by, routed=joined.routed,
-            names=await self.entrance.inventory())
+            names=await self.entrance.inventory(), metadata=await self.metadata.inventory())
 
     def wanted(self) -> dict[str, Guest]:
         """The guests that documents named, as the last one wants them."""

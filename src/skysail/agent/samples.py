@@ -13,7 +13,7 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -26,6 +26,7 @@ from skysail.hypervisor import Hypervisor, Usage
 from skysail.kit import durable
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread
+from skysail.metadata import Tokenless
 from skysail.network import Fabric, PortCounters
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ PAGE_SAMPLES = 100
 class Mark(msgspec.Struct, frozen=True, kw_only=True):
     """How far a guest is counted. ``process`` names the one that ``cpu_seconds`` is of; ``answered``: its agent has answered
     since. ``ran``: the owner's start that it was last seen to run for. ``balance_seconds`` is None before the first sample of
-    a plan with a baseline."""
+    a plan with a baseline. ``tokenless`` counts requests for metadata within ``life``."""
 
     at: float = 0.0
     process: str = ""
@@ -47,6 +48,8 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True):
     rx_bytes: int = 0
     tx_bytes: int = 0
     balance_seconds: float | None = None
+    life: str = ""
+    tokenless: int = 0
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,12 +140,14 @@ class Sampler:
     credits to its baseline."""
 
     def __init__(self, samples: SampleLog, hypervisor: Hypervisor, fabric: Fabric, traffic: Traffic,
-                 wanted: Callable[[], Mapping[str, Guest]], *, interval_seconds: float, throttles: bool) -> None:
+                 wanted: Callable[[], Mapping[str, Guest]], tokenless: Callable[[], Awaitable[Tokenless]], *,
+                 interval_seconds: float, throttles: bool) -> None:
         self._log = samples
         self._hypervisor = hypervisor
         self._fabric = fabric
         self._traffic = traffic
         self._wanted = wanted
+        self._tokenless = tokenless
         self._interval = interval_seconds
         self._throttles = throttles
         self._held: dict[str, tuple[str, bool]] = {}
@@ -163,14 +168,14 @@ class Sampler:
     async def take(self, now: float) -> Sample:
         """One sample, on the disk."""
         self._traffic.take(await self._fabric.observe())
-        usages = await self._hypervisor.usage()
+        usages, asked = await self._hypervisor.usage(), await self._tokenless()
         measured, marks = [], {}
         for identifier, guest in self._wanted().items():
             if guest.role == "gone":
                 continue
             mark = self._log.marks.get(identifier, Mark())
-            one, marks[identifier] = measure(guest, mark, usages.get(identifier), self._traffic.total(identifier), now)
-            if one.condition != "off" or one.cpu_seconds or one.rx_bytes or one.tx_bytes:
+            one, marks[identifier] = measure(guest, mark, usages.get(identifier), self._traffic.total(identifier), asked, now)
+            if one.condition != "off" or one.cpu_seconds or one.rx_bytes or one.tx_bytes or one.tokenless:
                 measured.append(one)
         sample = Sample(sequence=self._log.last + 1, at=now - self._interval, guests=tuple(measured))
         await in_thread(self._log.append, sample, marks)
@@ -198,7 +203,8 @@ class Sampler:
         return self._log.page(ring, after)
 
 
-def measure(guest: Guest, mark: Mark, usage: Usage | None, flow: PortCounters, now: float) -> tuple[GuestSample, Mark]:
+def measure(guest: Guest, mark: Mark, usage: Usage | None, flow: PortCounters, asked: Tokenless,
+            now: float) -> tuple[GuestSample, Mark]:
     """What ``guest`` did since ``mark``, and the next mark."""
     seconds = cpu = 0.0
     if usage is not None:
@@ -206,19 +212,21 @@ def measure(guest: Guest, mark: Mark, usage: Usage | None, flow: PortCounters, n
         cpu = max(0.0, usage.cpu_seconds - (mark.cpu_seconds if same else 0.0))
         seconds = max(0.0, min(usage.age_seconds, now - mark.at if mark.at else usage.age_seconds))
     answered = usage is not None and (bool(usage.answers) or (usage.process == mark.process and mark.answered))
+    tokenless = asked.counts.get(guest.id, 0)
     balance = burst.settle(mark.balance_seconds, guest.baseline_percent, guest.vcpus, seconds, cpu)
     sample = GuestSample(
         id=guest.id, condition=_condition(guest, usage, answered, mark.ran == guest.starts), seconds=round(seconds, 3),
         vcpus=guest.vcpus,
         cpu_seconds=round(cpu, 6), rx_bytes=max(0, flow.rx_bytes - mark.rx_bytes),
         tx_bytes=max(0, flow.tx_bytes - mark.tx_bytes), balance_seconds=round(max(balance or 0.0, 0.0), 3),
-        capacity_seconds=burst.capacity(guest.baseline_percent, guest.vcpus) if balance is not None else 0.0)
+        capacity_seconds=burst.capacity(guest.baseline_percent, guest.vcpus) if balance is not None else 0.0,
+        tokenless=max(0, tokenless - (mark.tokenless if mark.life == asked.life else 0)))
     # Rounded as it was told: what the rounding leaves is told next time.
     counted = sample.cpu_seconds + (mark.cpu_seconds if usage is not None and usage.process == mark.process else 0.0)
     process = usage.process if usage is not None else ""
     return sample, Mark(at=now, process=process, answered=answered, balance_seconds=balance, cpu_seconds=counted,
                         ran=guest.starts if process and guest.role == "run" else mark.ran,
-                        rx_bytes=flow.rx_bytes, tx_bytes=flow.tx_bytes)
+                        rx_bytes=flow.rx_bytes, tx_bytes=flow.tx_bytes, life=asked.life, tokenless=tokenless)
 
 
 def _condition(guest: Guest, usage: Usage | None, answered: bool, ran: bool) -> Condition:

@@ -84,7 +84,7 @@ def launch(name: str, *, blueprint: str = "debian_12", bundle: str = "nano_3_0",
            json: Json = False) -> None:
     """Create an instance and wait until it runs."""
     instance = customer.launch(configuration.load(), name, blueprint, bundle, region=region)
-    show.as_json(instance) if json else show.line(f"{name} runs at {instance.get('publicIpAddress', 'no address')}")
+    show.as_json(instance) if json else show.line(f"{name} runs at {customer.address(instance)}")
 
 
 @app.command(name="list")

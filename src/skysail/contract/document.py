@@ -32,18 +32,22 @@ class FirewallRule(msgspec.Struct, frozen=True, kw_only=True):
 
 class Port(msgspec.Struct, frozen=True, kw_only=True):
     """A guest's place in the network. ``network`` numbers its private network: guests of one reach each other privately.
-    A guest without ``public_ipv6`` has IPv4 alone. ``ssh_port`` of the machine's single address leads to its port 22, where
-    the machine has one."""
+    A guest without ``public_ipv6`` has IPv4 alone, one without ``public_ipv4`` reaches nobody by IPv4 but its neighbours.
+    ``ssh_port`` of the machine's single address leads to its port 22, where the machine has one."""
 
     id: Id
     mac: str
     # Records of guests that earlier versions made have it by the older name.
     network: int = msgspec.field(name="tenant")
     private_ipv4: str
-    public_ipv4: str
+    public_ipv4: str = ""
     public_ipv6: str = ""
     firewall: tuple[FirewallRule, ...] = ()
     ssh_port: int = 0
+
+    @property
+    def public_addresses(self) -> tuple[str, ...]:
+        return tuple(filter(None, (self.public_ipv4, self.public_ipv6)))
 
     def sources(self, tcp_port: int) -> tuple[str, ...]:
         """The IPv4 networks to which its firewall opens a TCP port, none where it is closed."""
@@ -97,12 +101,36 @@ class Personality(msgspec.Struct, frozen=True, kw_only=True):
     user_data: str = ""
 
 
+class MetadataOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How an instance may read its metadata, in the API's words. ``http_put_response_hop_limit`` is the IP time to live of
+    the answer that carries a token."""
+
+    http_tokens: Literal["optional", "required"] = "optional"
+    http_endpoint: Literal["enabled", "disabled"] = "enabled"
+    http_put_response_hop_limit: int = 1
+    http_protocol_ipv6: Literal["enabled", "disabled"] = "disabled"
+
+
+class Metadata(msgspec.Struct, frozen=True, kw_only=True):
+    """What a guest's metadata say beyond what the guest itself is. ``instance_id`` is the controller's, ``launched_at`` in
+    seconds since the epoch."""
+
+    instance_id: str
+    account: str
+    region: str
+    zone: str
+    bundle: str
+    key_name: str
+    launched_at: float
+    options: MetadataOptions = MetadataOptions()
+
+
 class Guest(msgspec.Struct, frozen=True, kw_only=True):
     """One QEMU process that shall exist (or not). ``starts`` and ``reboots`` count the owner's requests: a guest that
     powered itself off stays off until ``starts`` grows; a reboot is due while the agent has done fewer than ``reboots``.
     ``force`` skips the orderly shutdown when the role is ``stop``. All its disks together take ``iops`` operations a
     second; 0 sets no bound. ``baseline_percent`` of each processor is what its plan gives for good, more is burst; 100 for a
-    plan without burst."""
+    plan without burst. Without ``metadata`` it is told none: its instance is deleted."""
 
     id: Id
     instance: str
@@ -118,6 +146,7 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
     disks: tuple[Attachment, ...] = ()
     iops: int = 0
     baseline_percent: float = 100.0
+    metadata: Metadata | None = None
 
 
 class Disk(msgspec.Struct, frozen=True, kw_only=True):

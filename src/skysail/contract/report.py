@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from skysail.contract import VERSION
-from skysail.contract.document import RecordSet
+from skysail.contract.document import MetadataOptions, RecordSet
 
 GuestState = Literal["preparing", "starting", "running", "rebooting", "stopping", "stopped", "halted", "crashed",
                      "failed", "gone"]
@@ -24,7 +24,8 @@ class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
     a back-off; ``failed``: it could not be made at all, ``reason`` says why. ``stages`` maps a launch stage to the
     seconds since its start. ``disks`` are the block-storage disks that it holds; ``refused`` maps one that could not be
     plugged in while it runs to the reason, ``mounts`` one that mounts by itself to how that went. ``alone``: its system
-    disk stands on no snapshot, or not any more."""
+    disk stands on no snapshot, or not any more. ``metadata_options`` are those by which its metadata are answered
+    now; None while they are not. ``public_addresses``: those that lead to it now."""
 
     id: str
     state: GuestState
@@ -39,6 +40,8 @@ class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
     refused: dict[str, str] = {}
     mounts: dict[str, Mount] = {}
     alone: bool = False
+    metadata_options: MetadataOptions | None = None
+    public_addresses: tuple[str, ...] = ()
 
 
 class DiskReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,7 +137,7 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     too), ports, snapshots. ``strays`` says in words what is there of guests that the host does not hold.
     ``zones``: what its name server has. ``reached_by`` has the numbers of the networks whose guests reach each port,
     ``routed`` the ports that peer subnets do; ``names`` the host names that lead to guests, with the private address of
-    each."""
+    each. ``metadata``: a digest of what each guest is told of itself, by id; None when nobody answers guests that ask."""
 
     guests: tuple[str, ...] = ()
     running: tuple[str, ...] = ()
@@ -146,3 +149,4 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     reached_by: dict[str, tuple[int, ...]] = {}
     routed: tuple[str, ...] = ()
     names: dict[str, str] = {}
+    metadata: dict[str, str] | None = None

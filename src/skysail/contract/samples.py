@@ -14,7 +14,8 @@ Condition = Literal["up", "silent", "down", "off"]
 class GuestSample(msgspec.Struct, frozen=True, kw_only=True):
     """What one guest did since its last sample: processor seconds over ``seconds`` of time (0: it had no process), bytes as
     it sees them. ``balance_seconds`` of ``capacity_seconds``: the processor seconds that it may burn above its baseline,
-    after this sample; a capacity of 0 means that its plan has no baseline."""
+    after this sample; a capacity of 0 means that its plan has no baseline.
+    ``tokenless``: how often it asked for its metadata without a token."""
 
     id: str
     condition: Condition
@@ -25,6 +26,7 @@ class GuestSample(msgspec.Struct, frozen=True, kw_only=True):
     tx_bytes: int = 0
     balance_seconds: float = 0.0
     capacity_seconds: float = 0.0
+    tokenless: int = 0
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,6 +26,7 @@ from skysail.ingress.haproxy import HaProxy
 from skysail.kit import process
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
+from skysail.metadata.process import Answerer
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import Layout
 
@@ -102,6 +103,21 @@ def network(config: Config) -> Finding:
     return Finding(subject="network", verdict="bad" if problems else "good", where=where,
                    saw="; ".join(problems) or "rules and devices are accepted, no network of this machine is hidden",
                    cure="as said" if problems else "")
+
+
+def metadata(config: Config) -> Finding:
+    """Does the confined process run that tells instances of themselves? One is started without sockets, and ended."""
+    where = "a process of its own user id, without network"
+    if os.geteuid() != 0:
+        return Finding(subject="metadata", verdict="weak", saw="not looked at", where=where, cure="run with sudo")
+
+    async def nowhere() -> tuple[socket.socket, ...]:
+        return ()
+
+    probe = Answerer(nowhere, mark=f"skysail-metadata:{config.data}", uid=config.metadata_uid, key=lambda: bytes(32))
+    problems = asyncio.run(probe.check())
+    return Finding(subject="metadata", verdict="bad" if problems else "good", where=where,
+                   saw="; ".join(problems) or "it starts and answers", cure="as said" if problems else "")
 
 
 def name_server(config: Config) -> Finding:
@@ -207,6 +223,6 @@ def clock(_config: Config) -> Finding:
 
 LOOKS: tuple[tuple[str, Callable[[Config], Finding]], ...] = (
     ("qemu", qemu_version), ("accelerator", accelerator), ("namespaces", namespaces), ("network", network),
-    ("dns", name_server), ("ingress", single_address), ("disk", disk), ("memory", memory), ("cgroups", cgroups),
-    ("time", clock),
+    ("metadata", metadata), ("dns", name_server), ("ingress", single_address), ("disk", disk), ("memory", memory),
+    ("cgroups", cgroups), ("time", clock),
 )

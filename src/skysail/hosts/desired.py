@@ -13,6 +13,8 @@ from skysail.contract.document import (
     FirewallRule,
     Guest,
     HostDocument,
+    Metadata,
+    MetadataOptions,
     Network,
     Origin,
     Personality,
@@ -34,6 +36,9 @@ from skysail.store.schema import (
     snapshots,
 )
 from skysail.store.vault import Vault
+
+_OF_INSTANCE = (instances.c.bundle_id, instances.c.region, instances.c.zone, instances.c.key_pair_name,
+                instances.c.created_at, instances.c.metadata_options, instances.c.ssh_port)
 
 
 def bump(connection: Connection, host_id: str) -> None:
@@ -78,15 +83,14 @@ def compile(connection: Connection, host_id: str, vault: Vault, zones: ZoneCompi
             volume=system_volume(row), disks=tuple(attached.get(row["instance_id"], ())),
             iops=row["iops"],
             port=Port(id=row["id"], mac=row["mac"], network=row["network"],
-                      private_ipv4=row["private_ipv4"], public_ipv4=row["public_ipv4"],
+                      private_ipv4=row["private_ipv4"], public_ipv4=row["public_ipv4"] or "",
                       public_ipv6=row["public_ipv6"] or "",
                       firewall=tuple(rules.get(row["instance_id"], ())),
                       ssh_port=(row["ssh_port"] or 0) if host["shared_address"] else 0),
             personality=msgspec.convert(row["personality"], Personality),
-            baseline_percent=plans.baseline_percent(row["bundle_id"]))
+            baseline_percent=plans.baseline_percent(row["bundle_id"]), metadata=_metadata(row))
         for row in connection.execute(
-            select(guests, instances.c.bundle_id, instances.c.ssh_port)
-            .outerjoin(instances, instances.c.id == guests.c.instance_id)
+            select(guests, *_OF_INSTANCE).outerjoin(instances, instances.c.id == guests.c.instance_id)
             .where(guests.c.host_id == host_id).order_by(guests.c.id)).mappings())
     return HostDocument(
         host=host_id, generation=host["generation"], guests=found, entrance=entrance.compile(connection, host),
@@ -111,6 +115,19 @@ def joined(connection: Connection) -> Iterator[Network]:
     for row in rows:
         peers = tuple(number for number in of_account[row.account_id] if number != row.number)
         yield Network(number=row.number, peers=peers, routed=True)
+
+
+def metadata_options(instance: RowMapping) -> MetadataOptions:
+    """How the instance may read its metadata."""
+    return msgspec.convert(instance["metadata_options"] or {}, MetadataOptions)
+
+
+def _metadata(row: RowMapping) -> Metadata | None:
+    if row["region"] is None:
+        return None  # its instance is deleted
+    return Metadata(instance_id=row["instance_id"], account=row["account_id"], region=row["region"], zone=row["zone"],
+                    bundle=row["bundle_id"], key_name=row["key_pair_name"], launched_at=row["created_at"],
+                    options=metadata_options(row))
 
 
 def system_volume(guest: RowMapping) -> Volume:

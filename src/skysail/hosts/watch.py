@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 
 import httpx
+import msgspec
 from sqlalchemy import Connection, Table, delete, insert, select, update
 
 from skysail.contract.document import HostDocument
@@ -25,7 +26,8 @@ RETRY_SECONDS = 0.5
 # What a report may change of a guest's row.
 _OBSERVED = (guests.c.id, guests.c.observed_state, guests.c.observed_starts, guests.c.observed_reboots, guests.c.reason,
              guests.c.rx_bytes, guests.c.tx_bytes, guests.c.host_keys, guests.c.observed_disks,
-             guests.c.observed_refused, guests.c.observed_mounts, guests.c.origin)
+             guests.c.observed_refused, guests.c.observed_mounts, guests.c.origin, guests.c.observed_metadata,
+             guests.c.observed_addresses)
 
 
 class Watch:
@@ -133,7 +135,9 @@ def write_report(connection: Connection, host_id: str, report: HostReport, now: 
         values: dict[str, object] = {
             "observed_state": guest.state, "observed_starts": guest.starts, "observed_reboots": guest.reboots,
             "reason": guest.reason, "rx_bytes": guest.rx_bytes, "tx_bytes": guest.tx_bytes,
-            "observed_disks": list(guest.disks), "observed_refused": guest.refused, "observed_mounts": guest.mounts}
+            "observed_disks": list(guest.disks), "observed_refused": guest.refused, "observed_mounts": guest.mounts,
+            "observed_metadata": msgspec.to_builtins(guest.metadata_options),
+            "observed_addresses": list(guest.public_addresses)}
         if guest.alone and row["origin"] is not None:
             values["origin"] = None
         if guest.host_keys and list(guest.host_keys) != row["host_keys"]:

@@ -95,7 +95,8 @@ def addresses_of(connection: Connection) -> Addresses:
     for row in connection.execute(
             select(instances.c.account_id, instances.c.region, instances.c.name, guests.c.public_ipv4, guests.c.public_ipv6)
             .join(guests, guests.c.instance_id == instances.c.id)):
-        found[row.account_id, row.region, row.name, "A"] = [row.public_ipv4]
+        if row.public_ipv4:
+            found[row.account_id, row.region, row.name, "A"] = [row.public_ipv4]
         if row.public_ipv6:
             found[row.account_id, row.region, row.name, "AAAA"] = [row.public_ipv6]
     for row in connection.execute(select(static_ips)):

@@ -21,7 +21,18 @@ import msgspec
 
 from skysail.contract.document import Guest, Volume
 from skysail.contract.report import GuestReport, GuestState
-from skysail.hypervisor import Usage, confinement, disks, freezing, guest_agent, mounting, personality, process, qemu
+from skysail.hypervisor import (
+    Usage,
+    addressing,
+    confinement,
+    disks,
+    freezing,
+    guest_agent,
+    mounting,
+    personality,
+    process,
+    qemu,
+)
 from skysail.hypervisor.qmp import Channel, Gone, Monitor, Refused
 from skysail.hypervisor.record import Record
 from skysail.hypervisor.template import Image, Template
@@ -134,6 +145,7 @@ class QemuGuest:
             await (self._boot(guest) if self.record.made else self._make(guest))
             await self._plug_disks(guest, await self.monitor())
             self.save(starts=guest.starts)
+            await self._readdress(guest)
             await self._mount_disks(guest)
             return self.report("running")
         if self.record.reboots >= guest.reboots:
@@ -149,8 +161,23 @@ class QemuGuest:
         if self.record.reboots < guest.reboots:
             await self._reboot(guest)
             self.save(reboots=guest.reboots, leaving="", freezing=False)
+        await self._readdress(guest)
         await self._mount_disks(guest)
         return self.report("running")
+
+    async def _readdress(self, guest: Guest) -> None:
+        """Have a guest of ours take on the IPv6 address that it has now, or let go of one. What a foreign one does inside is
+        its owner's affair. One that cannot be told is told again after its next boot."""
+        around = self._shop.around()
+        wanted = around.ipv6(guest)
+        if self.record.ipv6 == wanted:
+            return
+        former = self.record.ipv6
+        told = former is None or not self.image(guest.volume.image).ours
+        if told or await addressing.tell(self.agent, guest, around, former or ""):
+            self.save(ipv6=wanted)
+        else:
+            log.warning("guest %s does not take on the address %s: its agent does not do it", guest.id, wanted or "''")
 
     async def _resume(self) -> GuestState:
         """Let a guest go on that stands because its disk could not be written; raises SkysailError while it cannot."""
@@ -284,7 +311,7 @@ class QemuGuest:
         volume = await self._shop.make_volume(guest.volume, Path(parents[0]), guest.volume.size_gib << 30,
                                               self.record.uid)
         await self._cold(guest, volume)
-        self.save(made=True)
+        self.save(made=True, ipv6=self._shop.around().ipv6(guest))
 
     async def _write_seed(self, guest: Guest, image: Image) -> None:
         if image.ours:
@@ -313,6 +340,7 @@ class QemuGuest:
                                 memory_mib=qemu.TEMPLATE_MEMORY_MIB)
         monitor = await self._spawn(guest, machine)
         self._stages["spawned"] = time.monotonic() - began
+        around = self._shop.around()
         # Connected before the restore, as it was when the template was saved: the personaliser's read never ends.
         channel = await Channel.connect(self.folder / "run" / "clone.sock")
         try:
@@ -322,14 +350,13 @@ class QemuGuest:
             await disks.throttle(monitor, disks.SYSTEM, guest.iops)
             await monitor.execute("cont")
             self._stages["running"] = time.monotonic() - began
-            answer = await channel.ask(
-                personality.message(guest, self.record.identity, self._shop.around()), CLONE_SECONDS)
+            answer = await channel.ask(personality.message(guest, self.record.identity, around), CLONE_SECONDS)
         finally:
             channel.close()
         if not answer.get("ready"):
             raise SkysailError(f"the clone could not take its identity: {answer}")
         # From here on its identity is on its disk (the personaliser synced it): never again thrown away.
-        self.save(made=True, grown=False)
+        self.save(made=True, grown=False, ipv6=around.ipv6(guest))
         self._stages["personalised"] = time.monotonic() - began
         await self._grow(guest, monitor)
         self._stages["grown"] = time.monotonic() - began

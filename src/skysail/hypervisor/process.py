@@ -16,7 +16,7 @@ import msgspec
 from skysail.hypervisor import confinement, qemu
 from skysail.hypervisor.qmp import Monitor
 from skysail.kit.errors import SkysailError
-from skysail.kit.process import in_thread, machine_boot, started_at
+from skysail.kit.process import in_thread, kill, machine_boot, started_at
 
 PROGRAM = "qemu-system-x86_64"
 SERIAL_LIMIT_BYTES = 1 << 20
@@ -74,7 +74,7 @@ async def start(machine: qemu.Machine, uid: int, extra: tuple[str, ...] = (),
                 raise SkysailError(f"QEMU did not start: {said(log)}")
         return pid, connecting.result()
     except BaseException:
-        confinement.kill(pid.pid, pid.started)
+        kill(pid.pid, pid.started)
         raise
 
 
@@ -88,7 +88,7 @@ def said(log: Path) -> str:
 async def end(pid: Pid, name: str, seconds: float = 10.0) -> None:
     """The process is gone when this returns; its cgroup too. Raises SkysailError when the kernel keeps it."""
     if pid.alive():
-        confinement.kill(pid.pid, pid.started)
+        kill(pid.pid, pid.started)
     stop = asyncio.get_running_loop().time() + seconds
     while pid.alive():
         if asyncio.get_running_loop().time() > stop:

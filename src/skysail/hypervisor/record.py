@@ -19,7 +19,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     one that was made from a snapshot has all of its ``parents`` here instead, snapshots or, once it was flattened, what is
     left. ``disks``: the block storage that may be given to it; ``mounts`` are those of them that were mounted in its present
     process, or failed to be. ``freezing``: its file systems may be frozen by us. ``copying``: the snapshots that its process
-    writes.
+    writes. ``ipv6``: the address that its own network configuration has; None before it is known.
     """
 
     id: str
@@ -39,3 +39,4 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     mounts: dict[str, Mount] = {}
     freezing: bool = False
     copying: dict[str, Manifest] = {}
+    ipv6: str | None = None

@@ -23,6 +23,7 @@ from skysail.inspect import blocks, networks
 from skysail.inspect.difference import Difference
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
+from skysail.metadata import tree
 from skysail.resources import catalog
 from skysail.resources.names import GLOBAL
 from skysail.resources.snapshot_rows import WHOLE
@@ -139,7 +140,8 @@ def _instances(connection: Connection) -> Iterator[Difference]:
     busy = set(connection.execute(select(operations.c.resource_id).where(operations.c.done.is_(False))).scalars())
     known = set()
     for row in connection.execute(
-            select(instances, guests.c.role, guests.c.vcpus, guests.c.memory_mib, guests.c.disk_gib, guests.c.observed_state)
+            select(instances, guests.c.role, guests.c.vcpus, guests.c.memory_mib, guests.c.disk_gib, guests.c.observed_state,
+                   guests.c.public_ipv4, guests.c.public_ipv6, guests.c.observed_addresses)
             .outerjoin(guests, guests.c.instance_id == instances.c.id)).mappings():
         known.add(row["id"])
         subject = f"instance {row['name']}"
@@ -152,8 +154,16 @@ def _instances(connection: Connection) -> Iterator[Difference]:
         elif (row["vcpus"], row["memory_mib"]) != (bundle["cpuCount"], round(bundle["ramSizeInGb"] * 1024)):
             yield Difference(subject=subject, saw=f"{row['vcpus']} processors, {row['memory_mib']} MiB",
                              wanted=f"what {row['bundle_id']} has")
+        elif (row["public_ipv4"] is not None) != bool(bundle["publicIpv4AddressCount"]):
+            yield Difference(subject=subject, saw=f"public IPv4 address {row['public_ipv4'] or 'none'}",
+                             wanted=f"as many as {row['bundle_id']} has")
+        if row["public_ipv4"] is None and row["public_ipv6"] is None:
+            yield Difference(subject=subject, saw="no public address", wanted="one at least")
         if row["id"] in busy:
             continue
+        if row["observed_addresses"] != [*filter(None, (row["public_ipv4"], row["public_ipv6"]))]:
+            yield Difference(subject=subject, wanted="its public addresses",
+                             saw=f"its host leads {', '.join(row['observed_addresses'] or ()) or 'nothing'} to it")
         role = {"running": "run", "pending": "run", "rebooting": "run", "stopped": "stop"}.get(row["state"])
         if row["role"] != role:
             yield Difference(subject=subject, saw=f"{row['state']}, its guest's role is {row['role']}",
@@ -280,8 +290,25 @@ def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[
     for stray in there.strays:
         yield Difference(subject=subject, saw=stray, wanted="only what the rows know")
     yield from _entrance(host, document, there)
+    yield from _metadata(document, there.metadata)
     signers = {row.name + ".": row.ds for row in connection.execute(select(domains))}
     yield from _zones(document.zones, there.zones, signers)
+
+
+def _metadata(document: HostDocument, held: Mapping[str, str] | None) -> Iterator[Difference]:
+    """What guests are told of themselves is what the rows say, and nobody else is told anything."""
+    wanted = {one.id: tree.digest(one) for one in map(tree.record, document.guests) if one is not None}
+    if held is None:
+        if wanted:
+            yield Difference(subject=f"host {document.host}", saw="nobody answers instances that ask for their metadata",
+                             wanted="a process that does")
+        return
+    for guest in document.guests:
+        if guest.id in wanted and held.get(guest.id) != wanted[guest.id]:
+            yield Difference(subject=f"metadata of guest {guest.id} of {guest.instance}", wanted="what the rows say",
+                             saw="it is told something else" if guest.id in held else "it is told nothing")
+    for identifier in sorted(held.keys() - wanted.keys()):
+        yield Difference(subject=f"metadata of guest {identifier}", saw="told to nobody that the rows know", wanted="none")
 
 
 def _entrance(host: RowMapping, document: HostDocument, there: Inventory) -> Iterator[Difference]:

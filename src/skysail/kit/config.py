@@ -211,6 +211,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.guest_uid_base + GUEST_UIDS
 
     @property
+    def metadata_uid(self) -> int:
+        """Under which guests are told of themselves: behind the importer's."""
+        return self.importer_uid + 1
+
+    @property
     def volumes_dir(self) -> Path:
         return self.root / "volumes"
 

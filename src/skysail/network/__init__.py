@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -37,6 +38,11 @@ class Fabric(Protocol):
     async def open_port(self, port: Port) -> int:
         """A file descriptor of the port's tap device; the caller owns and closes it. Raises SkysailError when the port
         does not exist, or somebody else holds its tap and does not let go."""
+        ...
+
+    async def listen(self) -> tuple[socket.socket, ...]:
+        """The sockets that guests reach where they ask for their metadata: the same ones as long as they are reached. They
+        stay the fabric's. Raises SkysailError when there is no data plane yet, or somebody else holds that address in it."""
         ...
 
     async def observe(self) -> dict[str, PortCounters]:

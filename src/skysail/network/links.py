@@ -15,11 +15,11 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from ipaddress import ip_interface, ip_network
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from pyroute2 import IPRoute
@@ -33,6 +33,8 @@ from skysail.network.plan import (
     BRIDGE,
     GATEWAY_IPV6,
     MACHINE_LINK_IPV6,
+    METADATA,
+    METADATA_IPV6,
     MTU,
     NAMESPACE_LINK_IPV6,
     TAP_PREFIX,
@@ -69,7 +71,7 @@ NAMESPACE_SETTINGS = {
 
 
 class Owner(msgspec.Struct, frozen=True, kw_only=True):
-    """Whom a finished tap was made for: what the kernel was told of the port, to be forgotten with it."""
+    """Whom a finished tap was made for: what the kernel was told of the port, to be forgotten with it. "-" is no address."""
 
     port: str
     mac: str
@@ -88,11 +90,20 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True):
         words = alias.rsplit(" ", 4 if ":" in alias.rpartition(" ")[2] else 3)
         if len(words) < 4:
             return None
-        return cls(port=words[0], mac=words[1], private_ipv4=words[2], public_ipv4=words[3],
+        return cls(port=words[0], mac=words[1], private_ipv4=words[2], public_ipv4=words[3].replace("-", ""),
                    public_ipv6="".join(words[4:]))
 
+    def agrees(self, other: Owner | None, version: Literal[4, 6]) -> bool:
+        """Whether the other one is the same port, and has the same addresses of this version of IP."""
+        if other is None or (self.port, self.mac) != (other.port, other.mac):
+            return False
+        if version == 6:
+            return self.public_ipv6 == other.public_ipv6
+        return (self.private_ipv4, self.public_ipv4) == (other.private_ipv4, other.public_ipv4)
+
     def __str__(self) -> str:
-        return " ".join(filter(None, (self.port, self.mac, self.private_ipv4, self.public_ipv4, self.public_ipv6)))
+        return " ".join(filter(None, (self.port, self.mac, self.private_ipv4, self.public_ipv4 or "-",
+                                      self.public_ipv6)))
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
@@ -252,7 +263,8 @@ def _link(message: Any) -> Link:
 
 
 def ensure_bridge(ipr: Any, layout: Layout) -> Link:
-    """The bridge of the guests, with the gateway's address. No STP: it has no loops, and a guest must not speak it."""
+    """The bridge of the guests, with the addresses of gateway and metadata. No STP: it has no loops, and a guest must not
+    speak it."""
     held = get(ipr, BRIDGE)
     if held is not None and held.kind != "bridge":
         ipr.link("del", index=held.index)
@@ -264,14 +276,14 @@ def ensure_bridge(ipr: Any, layout: Layout) -> Link:
         held = _must(ipr, BRIDGE)
     if held.mac != layout.gateway_mac:
         ipr.link("set", index=held.index, address=layout.gateway_mac)
-    ensure_addresses(ipr, held.index, f"{layout.gateway}/{layout.private_prefix}")
+    ensure_addresses(ipr, held.index, f"{layout.gateway}/{layout.private_prefix}", f"{METADATA}/32")
     if not held.up:
         ipr.link("set", index=held.index, state="up")
     # The kernel makes this one with the address, and does not make it again.
     ipr.route("replace", dst=layout.private_network, oif=held.index, scope=253, prefsrc=str(layout.gateway))
     if layout.public_ipv6:
         enable_ipv6(BRIDGE)
-        ensure_addresses(ipr, held.index, f"{GATEWAY_IPV6}/64", f"{layout.namespace_ipv6}/128")
+        ensure_addresses(ipr, held.index, f"{GATEWAY_IPV6}/64", f"{layout.namespace_ipv6}/128", f"{METADATA_IPV6}/128")
         ipr.route("replace", dst=layout.public_ipv6, oif=held.index, family=socket.AF_INET6)
     else:
         write_setting(f"ipv6/conf/{BRIDGE}/disable_ipv6", "1")
@@ -316,7 +328,7 @@ def ensure_taps(ipr: Any, layout: Layout, ports: list[Port]) -> None:
     wanted = {tap_name(port.id): port for port in ports}
     left_over = [link for name, link in held.items() if link.is_tap and name not in wanted]
     _delete(ipr, left_over)
-    _forget(ipr, bridge, left_over)
+    _forget(ipr, bridge, left_over, {})
     for name, port in wanted.items():
         alias = str(Owner.of(port))
         link_ = held.get(name)
@@ -326,7 +338,7 @@ def ensure_taps(ipr: Any, layout: Layout, ports: list[Port]) -> None:
             os.close(attach(name, persist=True))
             index = int(ipr.link_lookup(ifname=name)[0])
         else:
-            _forget(ipr, bridge, [link_])
+            _forget(ipr, bridge, [link_], {link_.index: Owner.of(port)})
             index = link_.index
         ipr.link("set", index=index, mtu=MTU, master=bridge, state="up")
         # What the gateway sends to a guest goes to its tap only, with no ARP and no flooding past other networks' taps.
@@ -348,8 +360,9 @@ def _delete(ipr: Any, doomed: list[Link]) -> None:
         ipr.link("del", group=_DOOMED)
 
 
-def _forget(ipr: Any, bridge: int, former: list[Link]) -> None:
-    """Drop what the kernel remembers of the ports that these taps were made for."""
+def _forget(ipr: Any, bridge: int, former: list[Link], heirs: Mapping[int, Owner]) -> None:
+    """Drop what the kernel remembers of the ports that these taps were made for. Where an heir's addresses of one version of
+    IP are the same ones, its connections go on."""
     owners = [(link.index, link.owner) for link in former if link.owner]  # a half-made one has carried nothing
     for index, owner in owners:
         for address in _addresses(owner):
@@ -357,10 +370,12 @@ def _forget(ipr: Any, bridge: int, former: list[Link]) -> None:
                 ipr.neigh("del", dst=address, ifindex=bridge, family=family_of(address))
         with contextlib.suppress(NetlinkError):
             ipr.fdb("del", ifindex=index, lladdr=owner.mac, flags=_NTF_MASTER)
-    if owners:
-        forget_connections(socket.AF_INET, {owner.private_ipv4 for _, owner in owners},
-                           {owner.public_ipv4 for _, owner in owners})
-    if routed := {owner.public_ipv6 for _, owner in owners if owner.public_ipv6}:
+    changed = [owner for index, owner in owners if not owner.agrees(heirs.get(index), 4)]
+    if changed:
+        forget_connections(socket.AF_INET, {owner.private_ipv4 for owner in changed},
+                           {owner.public_ipv4 for owner in changed if owner.public_ipv4})
+    if routed := {owner.public_ipv6 for index, owner in owners
+                  if owner.public_ipv6 and not owner.agrees(heirs.get(index), 6)}:
         forget_connections(socket.AF_INET6, routed, routed)
 
 

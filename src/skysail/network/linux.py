@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import threading
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network
@@ -14,6 +15,7 @@ from skysail.contract.document import FirewallRule, Network, Port
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import run
 from skysail.network import Joined, PortCounters, links, nftables
+from skysail.network.listeners import Listeners
 from skysail.network.memory import forget_untranslated
 from skysail.network.plan import Layout
 
@@ -29,6 +31,7 @@ class LinuxFabric:
         self._held: tuple[list[Port], list[Network]] | None = None  # as they were last applied
         # The private addresses that peer subnets reach; None before the first time, when an earlier agent's may be left.
         self._routed: set[str] | None = None
+        self._listeners = Listeners(layout)
 
     async def apply(self, ports: Sequence[Port], networks: Sequence[Network] = ()) -> None:
         """See :class:`skysail.network.Fabric`. Raises SkysailError; then the rules are the former ones."""
@@ -36,6 +39,9 @@ class LinuxFabric:
 
     async def open_port(self, port: Port) -> int:
         return await asyncio.to_thread(self._open, port)
+
+    async def listen(self) -> tuple[socket.socket, ...]:
+        return await asyncio.to_thread(self._listen)
 
     async def observe(self) -> dict[str, PortCounters]:
         return await asyncio.to_thread(self._observe)
@@ -128,6 +134,10 @@ class LinuxFabric:
         except FileNotFoundError as missing:
             raise SkysailError(f"the namespace {self._layout.namespace} does not exist", "apply the port first") from missing
 
+    def _listen(self) -> tuple[socket.socket, ...]:
+        with self._lock:
+            return self._listeners.get()
+
     def _observe(self) -> dict[str, PortCounters]:
         if not links.exists(self._layout.namespace):
             return {}
@@ -181,6 +191,7 @@ class LinuxFabric:
 
     def _teardown(self) -> None:
         with self._lock:
+            self._listeners.close()
             if links.exists(self._layout.namespace):
                 links.inside(self._layout.namespace, links.remove_taps)
             links.remove_link(self._layout)

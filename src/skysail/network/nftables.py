@@ -22,6 +22,9 @@ from skysail.network.plan import (
     GATEWAY_IPV6,
     HTTP_PORT,
     JUMP_PORT,
+    METADATA,
+    METADATA_IPV6,
+    METADATA_PORT,
     TLS_PORT,
     UPLINK,
     Layout,
@@ -268,25 +271,32 @@ iifname . ether saddr . arp saddr ether . arp saddr ip @senders accept{ipv6}
 def _inet(layout: Layout, ports: Sequence[Port], joined: Mapping[int, Network]) -> list[str]:
     routed = [port.private_ipv4 for port in ports if port.network in joined and joined[port.network].routed]
     peering = _Peering.of(layout.peer_subnets)
+    seen = [port for port in ports if port.public_ipv4]
     openings = {port.private_ipv4: _openings(port.firewall, 4) for port in ports}
     openings6 = {port.public_ipv6: _openings(port.firewall, 6) for port in ports if layout.public_ipv6 and port.public_ipv6}
     chains = _chains(layout, ports)
     entry = _more(layout.public_ipv6, f"""\
 iifname "{BRIDGE}" ip6 daddr {{ {GATEWAY_IPV6}, {SOLICITED_GATEWAY} }} icmpv6 type nd-neighbor-solicit accept
 iifname "{BRIDGE}" ip6 daddr {{ {GATEWAY_IPV6}, {layout.namespace_ipv6} }} icmpv6 type echo-request accept
+iifname "{BRIDGE}" ip6 daddr {METADATA_IPV6} tcp dport {METADATA_PORT} accept
 iifname "{UPLINK}" {NEIGHBOURS} accept
 iifname "{UPLINK}" ip6 saddr {layout.machine_ipv6} icmpv6 type echo-request accept""" if layout.public_ipv6 else "")
+    beyond = f"ip daddr != {{ {', '.join(layout.peer_subnets)} }} " if layout.peer_subnets else ""
+    untracked = [_more(layout.public_ipv6, f'{way}ifname "{BRIDGE}" ip6 {end}addr {METADATA_IPV6} notrack')
+                 for way, end in (("i", "d"), ("o", "s"))]
     shared = _more(layout.single_address, f"""\
 meta skuid {{ "{layout.ingress_user}", "{layout.jump_user}" }} ip daddr . tcp dport @shared accept
 meta skuid {{ "{layout.ingress_user}", "{layout.jump_user}" }} drop""")
     entry += _more(layout.single_address, f'iifname "{UPLINK}" ip daddr {layout.namespace_address} '
                                           f"tcp dport {_set(map(str, (HTTP_PORT, TLS_PORT, JUMP_PORT)))} accept")
-    offered = [element for port in ports for element in _offered(port)]
+    offered = [element for port in seen for element in _offered(port)]
     return [
         f"table inet {TABLE} {{",
         *(_elements("set shared", "ipv4_addr . inet_service", offered) if layout.single_address else ()),
-        *_elements("map inward", "ipv4_addr : ipv4_addr", (f"{port.public_ipv4} : {port.private_ipv4}" for port in ports)),
-        *_elements("map outward", "ipv4_addr : ipv4_addr", (f"{port.private_ipv4} : {port.public_ipv4}" for port in ports)),
+        *_elements("map inward", "ipv4_addr : ipv4_addr", (f"{port.public_ipv4} : {port.private_ipv4}" for port in seen)),
+        *_elements("map outward", "ipv4_addr : ipv4_addr", (f"{port.private_ipv4} : {port.public_ipv4}" for port in seen)),
+        # Without a public IPv4 address there is no way out: it is told so, and need not wait.
+        *_elements("set unseen", "ipv4_addr", (port.private_ipv4 for port in ports if not port.public_ipv4)),
         *(line for name, lines in sorted(chains.items()) for line in
           (f"    chain {name} {{", *(f"        {line}" for line in lines), "    }")),
         *_elements("map firewalls", "ipv4_addr : verdict", _verdicts(openings)),
@@ -296,18 +306,25 @@ meta skuid {{ "{layout.ingress_user}", "{layout.jump_user}" }} drop""")
     # Nothing enters but by the bridge and the uplink: frames to link-local MACs can surface on a tap itself.
     chain doors {{
         type filter hook prerouting priority raw; policy drop;
+        iifname "{BRIDGE}" ip daddr {METADATA} notrack{untracked[0]}
         iifname {{ "lo", "{BRIDGE}", "{UPLINK}" }} accept
     }}
     chain prerouting {{
         type nat hook prerouting priority dstnat; policy accept;
         dnat ip to ip daddr map @inward
     }}
-    # The gateway answers pings and whoever looks for it, and nothing else.
+    # Metadata are asked for without the kernel's keeping of connections, of which the whole machine has one table.
+    chain untracked {{
+        type filter hook output priority raw; policy accept;
+        oifname "{BRIDGE}" ip saddr {METADATA} notrack{untracked[1]}
+    }}
+    # The gateway answers pings and whoever looks for it, and guests that ask for their metadata; nothing else.
     chain input {{
         type filter hook input priority filter; policy drop;
         iifname "lo" accept
         ct state {{ established, related }} accept
         iifname "{BRIDGE}" ip daddr {layout.gateway} icmp type echo-request accept
+        iifname "{BRIDGE}" ip daddr {METADATA} tcp dport {METADATA_PORT} accept
         iifname "{UPLINK}" ip saddr {layout.machine_address} icmp type echo-request accept{entry}
     }}
     # Guests do not reach each other past the gateway, although they are on one link: IPv6 knows no switch for that.
@@ -324,6 +341,8 @@ meta skuid {{ "{layout.ingress_user}", "{layout.jump_user}" }} drop""")
     }}
     chain forward {{
         type filter hook forward priority filter; policy drop;{peering.forward}
+        ip daddr 169.254.0.0/16 drop
+        iifname "{BRIDGE}" ip saddr @unseen {beyond}reject with icmp net-unreachable
         ct state {{ established, related }} accept
         iifname "{BRIDGE}" ct state new add @busy {{ ip saddr ct count over {MAX_CONNECTIONS} }} drop
         iifname "{BRIDGE}" ct state new add @busy6 {{ ip6 saddr ct count over {MAX_CONNECTIONS} }} drop

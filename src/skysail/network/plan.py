@@ -22,6 +22,8 @@ HTTP_PORT, TLS_PORT, JUMP_PORT = 8080, 8443, 8022
 # Link-local, and so the same on every host: what guests have as their gateway, and the two ends of the transit link.
 GATEWAY_IPV6 = IPv6Address("fe80::1")
 MACHINE_LINK_IPV6, NAMESPACE_LINK_IPV6 = IPv6Address("fe80::2"), IPv6Address("fe80::3")
+# Where a guest asks for its metadata, by HTTP (EC2 user guide, "Retrieve instance metadata").
+METADATA, METADATA_IPV6, METADATA_PORT = IPv4Address("169.254.169.254"), IPv6Address("fd00:ec2::254"), 80
 UNIQUE_LOCAL = IPv6Network("fc00::/7")
 MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 
@@ -116,7 +118,9 @@ def vet(ports: Iterable[Port]) -> None:
     owners: dict[str, str] = {}
     for port in ports:
         try:
-            addresses = [str(IPv4Address(port.private_ipv4)), str(IPv4Address(port.public_ipv4))]
+            addresses = [str(IPv4Address(port.private_ipv4))]
+            if port.public_ipv4:
+                addresses.append(str(IPv4Address(port.public_ipv4)))
             if port.public_ipv6:
                 addresses.append(str(IPv6Address(port.public_ipv6)))
         except AddressValueError as wrong:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Sequence
 
 from skysail.contract.document import Network, Port
@@ -28,6 +29,9 @@ class SimFabric:
         if port.id not in self._ports:
             raise SkysailError(f"port {port.id} does not exist", "apply the port first")
         return os.open(os.devnull, os.O_RDWR)
+
+    async def listen(self) -> tuple[socket.socket, ...]:
+        return ()
 
     async def observe(self) -> dict[str, PortCounters]:
         flows = {identifier: self._flow(identifier) for identifier in self._ports}

@@ -56,7 +56,7 @@ class Access:
             "certKey": certificate.export_certificate().decode().strip(), "privateKey": key.export_private_key().decode(),
             "expiresAt": float(int(now) + CERTIFICATE_SECONDS), "protocol": "ssh", "instanceName": row["name"],
             "ipAddress": guest["public_ipv4"], "ipv6Addresses": ipv6_addresses(guest), "username": row["username"],
-            "hostKeys": [_host_key(text, guest["witnessed_at"] or now, guest["public_ipv4"])
+            "hostKeys": [_host_key(text, guest["witnessed_at"] or now)
                          for text in guest["host_keys"]],
         }}
 
@@ -70,7 +70,7 @@ class Access:
             resource_type="Instance", resource_id=row["id"], zone=row["zone"])]}
 
 
-def _host_key(text: str, witnessed_at: float, address: str) -> dict[str, Any]:
+def _host_key(text: str, witnessed_at: float) -> dict[str, Any]:
     key = asyncssh.import_public_key(text)
     algorithm, body = text.split()[:2]
     return {"algorithm": algorithm, "publicKey": body, "witnessedAt": witnessed_at,

@@ -23,6 +23,11 @@ _PLANS: tuple[tuple[str, bool, tuple[tuple[str, float, float, int, int, int], ..
         ("nano", 5.0, 0.5, 2, 20, 1024), ("micro", 7.0, 1.0, 2, 40, 2048), ("small", 12.0, 2.0, 2, 60, 3072),
         ("medium", 24.0, 4.0, 2, 80, 4096), ("large", 44.0, 8.0, 2, 160, 5120), ("xlarge", 84.0, 16.0, 4, 320, 6144),
         ("2xlarge", 164.0, 32.0, 8, 640, 7168), ("4xlarge", 384.0, 64.0, 16, 1280, 8192))),
+    # Without a public IPv4 address.
+    ("ipv6_3_0", True, (
+        ("nano", 3.5, 0.5, 2, 20, 1024), ("micro", 5.0, 1.0, 2, 40, 2048), ("small", 10.0, 2.0, 2, 60, 3072),
+        ("medium", 20.0, 4.0, 2, 80, 4096), ("large", 40.0, 8.0, 2, 160, 5120), ("xlarge", 80.0, 16.0, 4, 320, 6144),
+        ("2xlarge", 160.0, 32.0, 8, 640, 7168), ("4xlarge", 380.0, 64.0, 16, 1280, 8192))),
     ("2_0", False, (
         ("nano", 3.5, 0.5, 1, 20, 1024), ("micro", 5.0, 1.0, 1, 40, 2048), ("small", 10.0, 2.0, 1, 60, 3072),
         ("medium", 20.0, 4.0, 2, 80, 4096), ("large", 40.0, 8.0, 2, 160, 5120), ("xlarge", 80.0, 16.0, 4, 320, 6144),
@@ -40,7 +45,8 @@ def _bundle(generation: str, active: bool, plan: tuple[str, float, float, int, i
     return {
         "bundleId": f"{size}_{generation}", "name": size.capitalize(), "instanceType": size, "price": price,
         "ramSizeInGb": memory, "cpuCount": cpus, "diskSizeInGb": disk, "transferPerMonthInGb": transfer,
-        "power": _POWER[size], "isActive": active, "supportedPlatforms": ["LINUX_UNIX"], "publicIpv4AddressCount": 1,
+        "power": _POWER[size], "isActive": active, "supportedPlatforms": ["LINUX_UNIX"],
+        "publicIpv4AddressCount": 0 if generation.startswith("ipv6_") else 1,
         "supportedAppCategories": [],
     }
 
@@ -109,6 +115,16 @@ def get_bundle(bundle_id: str) -> dict[str, Any]:
     return BUNDLES[bundle_id]
 
 
+def counterpart(bundle: dict[str, Any]) -> dict[str, Any]:
+    """The plan of the same size that differs in whether it has a public IPv4 address; raises InvalidInputException."""
+    size, _, generation = str(bundle["bundleId"]).partition("_")
+    other = f"{size}_{generation.removeprefix('ipv6_') if generation.startswith('ipv6_') else 'ipv6_' + generation}"
+    if other not in BUNDLES:
+        raise invalid_input(f"The bundle {bundle['bundleId']} has no counterpart without a public IPv4 address.",
+                            "Bundles of the newest generation have one: make a snapshot, and an instance from it.")
+    return BUNDLES[other]
+
+
 def iops(bundle: dict[str, Any]) -> int:
     """How many operations a second the disks of an instance of this bundle take together, over longer than a burst."""
     return 2000 + 5 * int(bundle["diskSizeInGb"])
@@ -123,7 +139,8 @@ def check_power(blueprint_id: str, bundle: dict[str, Any]) -> None:
     """Raises InvalidInputException when the bundle is too small for what the blueprint carries."""
     needed = RECIPES[blueprint_id].min_power if blueprint_id in RECIPES else 0
     if bundle["power"] < needed:
-        fits = min((one for one in BUNDLES.values() if one["power"] >= needed and one["isActive"]),
+        fits = min((one for one in BUNDLES.values() if one["power"] >= needed and one["isActive"]
+                    and one["publicIpv4AddressCount"] == bundle["publicIpv4AddressCount"]),
                    key=lambda one: int(one["power"]))
         raise invalid_input(f"The blueprint {blueprint_id} needs a bundle with a power of {needed} or more, the bundle "
                             f"{bundle['bundleId']} has {bundle['power']}.", f"Choose {fits['bundleId']} or a larger one.")

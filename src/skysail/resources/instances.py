@@ -25,10 +25,12 @@ from skysail.operations import history
 from skysail.resources import (
     accounts,
     add_ons,
+    address_types,
     addresses,
     attachments,
     catalog,
     key_pairs,
+    metadata_options,
     names,
     paging,
     peering,
@@ -44,7 +46,7 @@ MAX_NAMES = 20
 MAX_USER_DATA_BYTES = 16 * 1024
 # What an instance shows of its guest.
 _SHOWN = (guests.c.instance_id, guests.c.private_ipv4, guests.c.public_ipv4, guests.c.public_ipv6, guests.c.vcpus,
-          guests.c.memory_mib, guests.c.disk_gib)
+          guests.c.memory_mib, guests.c.disk_gib, guests.c.observed_metadata)
 DEFAULT_PORTS = (("tcp", 22, 22), ("tcp", 80, 80))
 
 
@@ -117,8 +119,6 @@ class Instances:
         wanted: list[str] = asked["instanceNames"]
         if not wanted or len(wanted) > MAX_NAMES or len(set(wanted)) != len(wanted):
             raise invalid_input(f"instanceNames takes 1 to {MAX_NAMES} different names.")
-        if asked.get("ipAddressType") == "ipv6":
-            raise invalid_input("ipAddressType ipv6 is not offered by this cloud yet; use dualstack or ipv4.")
         user_data = asked.get("userData") or ""
         if len(user_data.encode()) > MAX_USER_DATA_BYTES:
             raise invalid_input(f"userData is limited to {MAX_USER_DATA_BYTES} bytes.")
@@ -148,6 +148,7 @@ class Instances:
                 bundle: dict[str, Any], image: Mapping[str, Any], key_name: str, personality: Personality,
                 origin: Origin | None, wanted_host: str) -> dict[str, Any]:
         memory_mib = round(bundle["ramSizeInGb"] * 1024)
+        kind = address_types.of_launch(self._config, bundle, request.params.get("ipAddressType"))
         try:
             host = placement.choose(self._candidates(connection, wanted_host, image["digest"]), zone=request.region + zone,
                                     image=image["digest"], vcpus=bundle["cpuCount"], memory_mib=memory_mib,
@@ -156,9 +157,6 @@ class Instances:
             raise invalid_input(f"The bundle {bundle['bundleId']} does not fit this cloud now: {full}.",
                                 "Choose a smaller bundle, or delete instances.") from full
         private = addresses.free_private(connection, self._config.private_network)
-        public = addresses.free_public(connection, self._config.public_pool)
-        public6 = addresses.free_public_ipv6(connection, self._config.public_ipv6) \
-            if self._config.public_ipv6 and request.params.get("ipAddressType") != "ipv4" else None
         now = self._clock.now()
         connection.execute(insert(instances).values(
             id=identifier, account_id=request.account_id, region=request.region, zone=zone, name=name,
@@ -174,7 +172,8 @@ class Instances:
             role="run", starts=1, reboots=0, vcpus=bundle["cpuCount"], memory_mib=memory_mib,
             disk_gib=bundle["diskSizeInGb"], image=image["digest"],
             network=peering.ensure_network(connection, request.account_id, request.region),
-            iops=catalog.iops(bundle), mac=mac, private_ipv4=private, public_ipv4=public, public_ipv6=public6,
+            iops=catalog.iops(bundle), mac=mac, private_ipv4=private,
+            **address_types.addresses_of(connection, self._config, kind),
             personality=msgspec.to_builtins(personality), host_keys=[],
             origin=msgspec.to_builtins(origin)))
         opened = (*DEFAULT_PORTS, ("tcp", 443, 443)) if catalog.is_app(image["blueprint"]) else DEFAULT_PORTS
@@ -247,7 +246,7 @@ class Instances:
             "resourceType": "Instance", "tags": tagged, "blueprintId": row["blueprint_id"],
             "blueprintName": row["blueprint_name"], "bundleId": row["bundle_id"], "isStaticIp": static,
             "privateIpAddress": guest["private_ipv4"], "publicIpAddress": guest["public_ipv4"],
-            "ipv6Addresses": ipv6_addresses(guest), "ipAddressType": "dualstack" if guest["public_ipv6"] else "ipv4",
+            "ipv6Addresses": ipv6_addresses(guest), "ipAddressType": address_types.of(guest),
             "hardware": {
                 "cpuCount": guest["vcpus"], "ramSizeInGb": guest["memory_mib"] / 1024,
                 "disks": [{"createdAt": row["created_at"], "sizeInGb": guest["disk_gib"], "isSystemDisk": True,
@@ -264,7 +263,7 @@ class Instances:
                 } for port in opened],
             },
             "state": {"code": STATE_CODES[row["state"]], "name": row["state"]}, "username": row["username"],
-            "sshKeyName": row["key_pair_name"],
+            "sshKeyName": row["key_pair_name"], "metadataOptions": metadata_options.shape(row, guest["observed_metadata"]),
         }
 
     def start(self, connection: Connection, request: Request) -> dict[str, Any]:
@@ -273,7 +272,7 @@ class Instances:
             raise invalid_input(f"The instance {row['name']} is {row['state']}; only a stopped one can be started.")
         guest = get_guest(connection, row)
         values: dict[str, Any] = {"role": "run", "starts": guest["starts"] + 1, "force": False}
-        if self._config.public_address == "changes" and not _static(connection, [row["id"]]):
+        if self._config.public_address == "changes" and guest["public_ipv4"] and not _static(connection, [row["id"]]):
             values["public_ipv4"] = addresses.free_public(connection, self._config.public_pool)
         return self._change(connection, request, row, guest, "StartInstance", "start", "pending", status="Started",
                             values=values)

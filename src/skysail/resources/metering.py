@@ -41,7 +41,7 @@ class Stats(msgspec.Struct):
 Rolled = dict[str, Stats]
 # A row has a metric's number in place of its name: there are 150,000 rows of an instance. Numbers are never given again.
 NUMBERS = {"CPUUtilization": 1, "NetworkIn": 2, "NetworkOut": 3, "StatusCheckFailed": 4, "StatusCheckFailed_Instance": 5,
-           "StatusCheckFailed_System": 6, "BurstCapacityPercentage": 7, "BurstCapacityTime": 8}
+           "StatusCheckFailed_System": 6, "BurstCapacityPercentage": 7, "BurstCapacityTime": 8, "MetadataNoToken": 9}
 _NAMES = {number: name for name, number in NUMBERS.items()}
 _decoder = msgspec.msgpack.Decoder(dict[int, tuple[int, float, float, float]])
 
@@ -64,6 +64,8 @@ def values(sample: GuestSample) -> dict[str, float]:
         found["CPUUtilization"] = min(100.0, sample.cpu_seconds / (sample.seconds * sample.vcpus) * 100)
     if sample.seconds > 0 or sample.rx_bytes or sample.tx_bytes:
         found |= {"NetworkIn": sample.rx_bytes, "NetworkOut": sample.tx_bytes}
+    if sample.condition != "off" or sample.tokenless:
+        found["MetadataNoToken"] = sample.tokenless
     if sample.condition != "off":
         instance, system = float(sample.condition == "silent"), float(sample.condition == "down")
         found |= {"StatusCheckFailed": max(instance, system), "StatusCheckFailed_Instance": instance,

@@ -35,7 +35,6 @@ class Metric(msgspec.Struct, frozen=True):
     statistic: str = "Average"
 
 
-# MetadataNoToken counts requests to an instance metadata service; this cloud has none, so nothing is ever counted.
 METRICS = {
     "CPUUtilization": Metric("Percent"), "NetworkIn": Metric("Bytes", statistic="Sum"),
     "NetworkOut": Metric("Bytes", statistic="Sum"), "StatusCheckFailed": Metric("Count", 60, "Sum"),

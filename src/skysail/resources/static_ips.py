@@ -56,6 +56,9 @@ class StaticIps:
         """One document later the address leads to the instance; one that it had from the pool is free at once."""
         row = self._get(connection, request)
         instance = get_row(connection, request, request.params["instanceName"])
+        if not get_guest(connection, instance)["public_ipv4"]:
+            raise invalid_input(f"The instance {instance['name']} is IPv6-only: a static IP is an IPv4 address.",
+                                "Change it with SetIpAddressType first.")
         if row["instance_id"] is not None:
             raise invalid_input(f"The static IP {row['name']} is attached to "
                                 f"{_instance_name(connection, row)}.", "Detach it first.")

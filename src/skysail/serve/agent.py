@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import uvicorn
 
@@ -40,6 +40,8 @@ from skysail.ingress.sim import SimIngress
 from skysail.kit.config import Config, load
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread
+from skysail.metadata.process import Answerer, kept_key
+from skysail.metadata.sim import SimResponder
 from skysail.network import Fabric
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import GATEWAY_IPV6, HTTP_PORT, JUMP_PORT, TLS_PORT, Layout
@@ -66,7 +68,7 @@ def build(config: Config) -> tuple[Keeper, Sampler]:
         simulated = SimHypervisor(volumes.ensure, shelf=shelf)
         network = SimFabric(simulated.flow)
         keeper = Keeper(_SIM, simulated, volumes, shelf, network, lambda: [_SIM_IMAGE], ledger, traffic, name_server(config),
-                        ingress=[SimIngress()])
+                        SimResponder(), ingress=[SimIngress()])
         return keeper, _sampler(config, simulated, network, traffic, keeper)
     library = Library(config.images_dir)
     for folder in (config.images_dir, config.templates_dir, config.guests_dir, config.volumes_dir,
@@ -81,13 +83,20 @@ def build(config: Config) -> tuple[Keeper, Sampler]:
         give_volume=pool.give, shelf=snapshots, around=lambda: surroundings(config))
     hypervisor = Qemu(workshop, config.guest_uid_base)
     keeper = Keeper(capacity(config, accelerator), hypervisor, pool, snapshots, fabric, lambda: _reports(library), ledger,
-                    traffic, name_server(config), lambda digest: in_thread(renewal.renews, library, digest), ingress(config))
+                    traffic, name_server(config), responder(config, fabric),
+                    lambda digest: in_thread(renewal.renews, library, digest), ingress(config))
     return keeper, _sampler(config, hypervisor, fabric, traffic, keeper)
 
 
 def _sampler(config: Config, hypervisor: Hypervisor, fabric: Fabric, traffic: Traffic, keeper: Keeper) -> Sampler:
     return Sampler(SampleLog(config.root / "agent" / "samples.jsonl"), hypervisor, fabric, traffic, keeper.wanted,
-                   interval_seconds=config.sample_seconds, throttles=config.cpu_burst)
+                   keeper.metadata.tokenless, interval_seconds=config.sample_seconds, throttles=config.cpu_burst)
+
+
+def responder(config: Config, fabric: LinuxFabric) -> Answerer:
+    """The process that tells guests of themselves."""
+    return Answerer(fabric.listen, mark=f"skysail-metadata:{config.data}", uid=config.metadata_uid,
+                    key=lambda: kept_key(config.root / "agent" / "metadata.key"))
 
 
 def name_server(config: Config) -> Zones:
@@ -115,19 +124,28 @@ def capacity(config: Config, accelerator: str) -> HostReport:
 def surroundings(config: Config) -> Surroundings:
     """What guests are told of their network."""
     private = ipaddress.IPv4Network(config.private_network)
-    return Surroundings(prefix=private.prefixlen, gateway=str(private[1]), resolvers=config.resolvers or resolvers(),
+    found = config.resolvers or resolvers(6 if config.public_ipv6 else 4)
+    return Surroundings(prefix=private.prefixlen, gateway=str(private[1]), resolvers=found,
                         gateway_ipv6=str(GATEWAY_IPV6) if config.public_ipv6 else "")
 
 
-def resolvers(paths: tuple[str, ...] = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")) -> tuple[str, ...]:
-    """The machine's own IPv4 resolvers. One that listens on the machine's loopback cannot be reached by a guest, so the
-    ones behind it are looked for; none is an honest answer (set ``resolvers`` in skysail.toml)."""
+def resolvers(version: Literal[4, 6], paths: tuple[str, ...] = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"),
+              ) -> tuple[str, ...]:
+    """The machine's own resolvers, at most three (resolv.conf(5)): of IPv4, and with ``version`` 6 one of IPv6, which guests
+    without a public IPv4 address need. One that listens on the machine's loopback, or on its link alone, cannot be reached by
+    a guest, so the ones behind it are looked for; none is an honest answer (set ``resolvers`` in skysail.toml)."""
     for path in paths:
         with contextlib.suppress(OSError):
             words = [line.split() for line in Path(path).read_text().splitlines() if line.startswith("nameserver")]
-            found = [word[1] for word in words if len(word) > 1 and ":" not in word[1] and not word[1].startswith("127.")]
-            if found:
-                return tuple(found[:3])
+            found: dict[int, list[str]] = {4: [], 6: []}
+            for word in words:
+                with contextlib.suppress(ValueError, IndexError):
+                    address = ipaddress.ip_address(word[1])
+                    if not (address.is_loopback or address.is_link_local):
+                        found[address.version].append(str(address))
+            routed = found[6][:1] if version == 6 else []
+            if found[4] or routed:
+                return (*found[4][:3 - len(routed)], *routed)
     return ()
 
 

@@ -35,11 +35,13 @@ from skysail.notices.webhook import Webhook
 from skysail.operations.engine import Engine
 from skysail.resources import (
     accounts,
+    address_type_changes,
     addresses,
     auto_snapshots,
     disks,
     domains,
     lifecycle,
+    metadata,
     metering,
     peering,
     regions,
@@ -48,6 +50,7 @@ from skysail.resources import (
 from skysail.resources import alarms as alarm_rows
 from skysail.resources.access import Access
 from skysail.resources.add_ons import AddOns
+from skysail.resources.address_type_changes import AddressTypes
 from skysail.resources.alarms import Alarms
 from skysail.resources.auto_snapshots import AutoSnapshots
 from skysail.resources.catalog import Catalog
@@ -57,6 +60,7 @@ from skysail.resources.domains import Domains
 from skysail.resources.instance_snapshots import InstanceSnapshots
 from skysail.resources.instances import Instances
 from skysail.resources.key_pairs import KeyPairs
+from skysail.resources.metadata import InstanceMetadata
 from skysail.resources.metrics import Metrics
 from skysail.resources.names import Names
 from skysail.resources.operation_log import OperationLog
@@ -74,7 +78,8 @@ from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
 HOST = "host-1"
-WORKFLOWS = lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS | auto_snapshots.WORKFLOWS | peering.WORKFLOWS
+WORKFLOWS = (lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS | auto_snapshots.WORKFLOWS | peering.WORKFLOWS
+             | metadata.WORKFLOWS | address_type_changes.WORKFLOWS)
 ALARM_SECONDS = 5.0
 # How often is looked whether an automatic snapshot is due.
 DUE_SECONDS = 2.0
@@ -144,7 +149,8 @@ def action_table(config: Config, clock: Clock,
     instances = Instances(config, clock, vault)
     nouns = (Regions(config), Catalog(), Names(), KeyPairs(clock, vault), instances, disks.Disks(config, clock),
              InstanceSnapshots(config, clock, instances), DiskSnapshots(clock), SnapshotCopies(config, clock), AddOns(clock),
-             AutoSnapshots(clock), PublicPorts(clock), StaticIps(config, clock), peering.Peering(config, clock),
+             InstanceMetadata(clock), AddressTypes(config, clock), AutoSnapshots(clock), PublicPorts(clock),
+             StaticIps(config, clock), peering.Peering(config, clock),
              Access(clock, vault), Tags(config, clock), Domains(config, clock), Metrics(clock), Alarms(clock),
              ContactMethods(config, clock, confirmation_page(config)), OperationLog())
     return {name: action for noun in nouns for name, action in noun.actions().items()}

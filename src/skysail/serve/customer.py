@@ -124,11 +124,13 @@ def login(access: dict[str, Any], folder: Path, command: list[str], options: Seq
     identity, hosts = folder / "identity", folder / "known_hosts"
     _private(identity, access["privateKey"])
     _private(folder / "identity-cert.pub", access["certKey"])
-    address = access["ipAddress"]
+    address = access.get("ipAddress") or access["ipv6Addresses"][0]
     lines = [f"{address} {key['algorithm']} {key['publicKey']}" for key in access.get("hostKeys", [])]
     _private(hosts, "\n".join(lines))
     return ["ssh", "-F", "none", "-i", str(identity), "-o", f"CertificateFile={identity}-cert.pub",
             "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none", "-o", f"UserKnownHostsFile={hosts}",
+            # ssh would look for an IPv6 address in its shortest form.
+            "-o", f"HostKeyAlias={address}",
             "-o", f"StrictHostKeyChecking={'yes' if lines else 'accept-new'}", "-o", "LogLevel=ERROR",
             *(word for option in options for word in ("-o", option)), f"{access['username']}@{address}", *command]
 
@@ -186,9 +188,14 @@ def listed(config: Config, region: str = "") -> list[dict[str, Any]]:
     return found
 
 
+def address(instance: dict[str, Any]) -> str:
+    """Where the instance is reached: by IPv4 if it can be."""
+    return next(iter([*filter(None, [instance.get("publicIpAddress")]), *instance.get("ipv6Addresses", [])]), "no address")
+
+
 def summary(instance: dict[str, Any]) -> dict[str, str]:
     """The few words of an instance that a list shows."""
     return {"name": instance["name"], "region": instance["location"]["regionName"], "state": instance["state"]["name"],
             "blueprint": instance.get("blueprintId", ""),
-            "address": instance.get("publicIpAddress", ""), "bundle": instance.get("bundleId", ""),
+            "address": address(instance), "bundle": instance.get("bundleId", ""),
             "ssh port": instance.get("sshPort") or ""}

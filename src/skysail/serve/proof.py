@@ -113,7 +113,7 @@ class _Proving:
     def _launched(self) -> None:
         word = self._recipe.blueprint.replace("_", "-")
         names = [f"proof-{word}-1", f"proof-{word}-2"]
-        fits = min((one for one in BUNDLES.values() if one["isActive"]
+        fits = min((one for one in BUNDLES.values() if one["isActive"] and one["publicIpv4AddressCount"]
                     and one["power"] >= OFFERS[self._recipe.blueprint].min_power), key=lambda one: int(one["power"]))
         taken = {one["name"] for one in customer.instances(self._config, self._config.default_region)} & set(names)
         if taken:

@@ -27,6 +27,7 @@ from skysail.kit import durable
 from skysail.kit.errors import ProcessFailed, SkysailError
 from skysail.kit.process import run
 from skysail.storage import Consistency
+from skysail.storage.chains import named
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -97,12 +98,9 @@ class Parcel(msgspec.Struct, frozen=True, kw_only=True):
 def flatten(chain: tuple[str, ...], out: Path, size_gib: int, uid: int, detail: Callable[[str], None]) -> Part:
     """Write all that the chain of files (nearest first) shows into ``out``, a whole qcow2, as user id ``uid``, which owns the
     folder of ``out``. Raises SkysailError."""
-    opened: dict[str, object] | None = None
-    for name in reversed(chain):
-        opened = {"driver": "qcow2", "file": {"driver": "file", "filename": name}, "backing": opened}
     try:
         run([*foreign.held(uid, (size_gib << 30) + (1 << 30)), "qemu-img", "convert", "-O", "qcow2", "-c", "-o",
-             "compression_type=zstd", f"json:{msgspec.json.encode(opened).decode()}", str(out)])
+             "compression_type=zstd", named(chain), str(out)])
     except ProcessFailed as failed:
         raise SkysailError(f"the disk could not be written: {failed.stderr.strip() or failed.what}",
                            "is there room on the disk? is the snapshot still there?") from failed

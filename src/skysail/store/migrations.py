@@ -156,6 +156,30 @@ def _attachments_that_mount(connection: Connection) -> None:
             connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} {words}")
 
 
+def _metadata_options(connection: Connection) -> None:
+    for table, column in (("instances", "metadata_options"), ("guests", "observed_metadata")):
+        if column not in _columns(connection, table):
+            connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} JSON")
+    # Documents say more of each guest from here on.
+    connection.exec_driver_sql("UPDATE hosts SET generation = generation + 1")
+
+
+def _guests_without_public_ipv4(connection: Connection) -> None:
+    columns = {row[1]: row for row in connection.exec_driver_sql("PRAGMA table_info(guests)")}
+    if columns["public_ipv4"][3]:  # NOT NULL, which SQLite takes from no column of a table that is there
+        for index in guests.indexes:
+            connection.exec_driver_sql(f"DROP INDEX IF EXISTS {index.name}")
+        connection.exec_driver_sql("ALTER TABLE guests RENAME TO former_guests")
+        guests.create(connection)
+        kept = ", ".join(f'"{column.name}"' for column in guests.columns if column.name in columns)
+        connection.exec_driver_sql(f"INSERT INTO guests ({kept}) SELECT {kept} FROM former_guests")
+        connection.exec_driver_sql("DROP TABLE former_guests")
+    elif "observed_addresses" not in columns:
+        connection.exec_driver_sql("ALTER TABLE guests ADD COLUMN observed_addresses JSON")
+    # Agents report more of each guest from here on: they are asked to look at each again.
+    connection.exec_driver_sql("UPDATE hosts SET generation = generation + 1")
+
+
 def _columns(connection: Connection, table: str) -> set[str]:
     return {row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({table})")}
 
@@ -183,7 +207,7 @@ def _add_columns(connection: Connection, table: str, columns: Iterable[tuple[str
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts,
     _metrics, _disks_and_snapshots, _regions, _networks, _automatic_snapshots, _shared_address, _reverse_zones,
-    _attachments_that_mount)
+    _attachments_that_mount, _metadata_options, _guests_without_public_ipv4)
 
 
 def upgrade(connection: Connection) -> int:

@@ -149,6 +149,8 @@ instances = Table(
     Column("created_at", Float, nullable=False),
     # The port of a shared address that leads to its SSH.
     Column("ssh_port", Integer),
+    # contract.document.MetadataOptions; the defaults where there are none.
+    Column("metadata_options", JSON),
     Index("ix_instances_listing", "account_id", "region", "name"),
     Index("uq_instances_ssh_port", "ssh_port", unique=True),
 )
@@ -170,7 +172,7 @@ guests = Table(
     Column("image", String(64), nullable=False),
     Column("mac", String(17), nullable=False, unique=True),
     Column("private_ipv4", String(15), nullable=False, unique=True),
-    Column("public_ipv4", String(15), nullable=False, unique=True),
+    Column("public_ipv4", String(15), unique=True),
     Column("public_ipv6", String(39)),
     Column("personality", JSON, nullable=False),
     Column("observed_state", String(16), nullable=False, default=""),
@@ -189,6 +191,8 @@ guests = Table(
     Column("observed_mounts", JSON, nullable=False, default=dict, server_default="{}"),
     # The number of its private network, which it keeps while it goes.
     Column("network", Integer, nullable=False, default=0, server_default="0"),
+    Column("observed_metadata", JSON),
+    Column("observed_addresses", JSON),
     Index("uq_guests_public_ipv6", "public_ipv6", unique=True),
 )
 
