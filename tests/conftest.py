@@ -14,12 +14,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from clouds import Cloud, RealCloud, running_cloud, running_real_cloud
 
 EVIDENCE = Path(__file__).parent.parent / "evidence"
 GOLDEN = Path(__file__).parent / "golden"
+# What a busy machine makes slow is not wrong.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
