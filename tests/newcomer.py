@@ -3,14 +3,15 @@ documentation says, letter by letter."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from clouds import RealCloud, ensure_image, taken_slot
@@ -43,16 +44,23 @@ class Newcomer(RealCloud):
         sudo.parent.mkdir(exist_ok=True)
         sudo.write_text('#!/bin/sh\nexec "$@"\n')
         sudo.chmod(0o755)
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=desk, capture_output=True, text=True,
-                              timeout=seconds, check=False, env={
-                                  **{name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
-                                  "PATH": f"{sudo.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-                                  "SKYSAIL_DATA": str(self.folder), "SKYSAIL_VENV": sys.prefix})
-        assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
+        shell = subprocess.Popen(
+            ["bash", "-euo", "pipefail", "-c", script], cwd=desk, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True, env={
+                **{name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
+                "PATH": f"{sudo.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "SKYSAIL_DATA": str(self.folder), "SKYSAIL_VENV": sys.prefix})
+        try:
+            said, complained = shell.communicate(timeout=seconds)
+        finally:
+            # What a script that failed had put into the background; the cloud's own processes have sessions of their own.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)
+        assert shell.returncode == 0, f"exit {shell.returncode}\n{said}\n{complained}"
+        return said
 
 
-@contextmanager
+@contextlib.contextmanager
 def newcomer() -> Iterator[Newcomer]:
     """Somebody with an empty data folder, beside whom the first image is there already; what was started goes at the end, and
     evidence stays of what failed."""
