@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import smtplib
 import ssl
+import textwrap
 from email.message import EmailMessage
 from email.utils import formatdate
 from pathlib import Path
@@ -13,6 +14,7 @@ from skysail.kit.config import Config
 from skysail.notices import Notice, Undeliverable
 
 TIMEOUT_SECONDS = 30.0
+LINE_LETTERS = 76
 
 
 class Smtp:
@@ -27,7 +29,9 @@ class Smtp:
         mail["Date"] = formatdate(notice.at)
         mail["Message-ID"] = f"<{notice.id}@{self._config.mail_from.rpartition('@')[2]}>"
         mail["Auto-Submitted"] = "auto-generated"  # RFC 3834: nobody's absence assistant answers
-        mail.set_content(notice.body)
+        # Longer lines would be sent encoded (RFC 5322, 2.1.1), and the links among them not be there for everyone to read.
+        mail.set_content("\n".join(textwrap.fill(line, LINE_LETTERS, break_long_words=False, break_on_hyphens=False)
+                                   for line in notice.body.splitlines()) + "\n")
         try:
             with self._connect() as relay:
                 relay.send_message(mail, self._config.mail_from, [notice.endpoint])
