@@ -172,7 +172,8 @@ def test_a_foreign_image_boots_cold_into_the_state_of_a_clone(real_cloud: RealCl
             (key,) = access["hostKeys"]
             assert told.pop("host_keys").strip(",") == f"{key['algorithm']} {key['publicKey']}"
             assert (told.pop("hostname"), told.pop("kept_hostname"), told.pop("user")) == (name, name, instance["username"])
-            assert told.pop("address") == f"{instance['privateIpAddress']}/16"
+            length = real_cloud.config.private_network.partition("/")[2]
+            assert told.pop("address") == f"{instance['privateIpAddress']}/{length}"
             assert re.fullmatch("[0-9a-f]{32}", told["machine_id"])
             seen[name] = told
         # The one thing that differs: a clone is told its machine-id, a cold boot makes its own.
