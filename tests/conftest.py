@@ -28,11 +28,12 @@ hypothesis.settings.load_profile("patient")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--hostile", type=int, default=300, help="how many hostile requests tests/test_hostile.py makes")
+    parser.addoption("--long", action="store_true", help="run the tests too that take ten minutes of emulated guests each")
     parser.addoption("--regenerate-golden", action="store_true",
                      help="write the files in tests/golden anew instead of comparing with them; read the difference")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Longest files go first, so that side by side with the others nothing waits for them at the end: those whose tests ask
     for more time than others, then those that run guests."""
     def rank(path: Path) -> int:
@@ -40,6 +41,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     marked = {name: {item.path for item in items if item.get_closest_marker(name)} for name in ("timeout", "real")}
     items.sort(key=lambda item: rank(item.path))
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="needs --long"))
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -43,6 +43,7 @@ def test_wordpress_is_proved(real_cloud: RealCloud) -> None:
 
 @pytest.mark.real
 @pytest.mark.timeout(3600)
+@pytest.mark.long
 def test_secrets_are_made_once(real_cloud: RealCloud) -> None:
     """They outlive a reboot, and go with a snapshot: what is restored from it is the same application with the same users."""
     ensure_image("wordpress")

@@ -83,6 +83,7 @@ def test_address() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.long
 def test_snapshot() -> None:
     figures = bench("snapshot", "--gib", "1", "--written", "0.2", "--snapshots", "1", "--restores", "1")
     (taken,) = figures["by_gib"].values()

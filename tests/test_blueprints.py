@@ -71,6 +71,7 @@ def test_images_are_listed(real_cloud: RealCloud) -> None:
     assert "debian_12" in table and "2 vCPU" in table
 
 
+@pytest.mark.long
 def test_debian_13_is_launched_with_a_fresh_identity(real_cloud: RealCloud) -> None:
     shown = offered(real_cloud, "debian_13")
     assert (shown["name"], shown["group"], shown["type"]) == ("Debian", "debian_13", "os")

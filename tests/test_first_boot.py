@@ -192,6 +192,7 @@ def test_a_foreign_image_boots_cold_into_the_state_of_a_clone(real_cloud: RealCl
         real_cloud.delete("warm", "cold")
 
 
+@pytest.mark.long
 def test_an_image_is_imported_by_its_name(real_cloud: RealCloud, foreign: tuple[str, str]) -> None:
     address, sha256 = foreign
     mirror = address.rpartition("/")[0]

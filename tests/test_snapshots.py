@@ -233,6 +233,7 @@ MOVES = ("Monitor.execute block-stream", "Monitor.execute human-monitor-command"
          "shutil:rmtree")
 
 
+@pytest.mark.long
 def test_an_agent_that_dies_while_it_moves_things_leaves_them_whole(tiny_cloud: RealCloud) -> None:
     family, doom = Family(tiny_cloud), Doom(tiny_cloud, "agent")
     family.grow()
