@@ -43,7 +43,7 @@ SLOTS = 16
 SLOT_LOCKS = Path("/run/lock/skysail-tests")
 
 
-def eventually(seen: Callable[[], Any], seconds: float = 30.0, what: str = "") -> Any:
+def eventually(seen: Callable[[], Any], seconds: float = 120.0, what: str = "") -> Any:
     """The first true answer of ``seen`` within ``seconds``."""
     end = time.monotonic() + seconds
     while True:
@@ -148,7 +148,7 @@ class RealCloud(Cloud):
             self.settled(operation["id"], 300, region)
         return [client.get_instance(instanceName=name)["instance"] for name in names]
 
-    def settled(self, operation: str, seconds: float = 120, region: str = "us-east-1") -> None:
+    def settled(self, operation: str, seconds: float = 600, region: str = "us-east-1") -> None:
         """The operation ends well."""
         def ended() -> dict[str, Any] | None:
             found: dict[str, Any] = self.client(region=region).get_operation(operationId=operation)["operation"]
@@ -175,7 +175,7 @@ class RealCloud(Cloud):
             for operation in self.client().delete_instance(instanceName=name)["operations"]:
                 self.settled(operation["id"])
 
-    def ssh(self, name: str, command: str, seconds: float = 120, region: str = "us-east-1") -> str:
+    def ssh(self, name: str, command: str, seconds: float = 600, region: str = "us-east-1") -> str:
         """What ``command`` prints in the guest, logged in to by certificate; the login is tried for ``seconds``."""
         def tried() -> str | None:
             done = subprocess.run([sys.executable, "-m", "skysail.cli.main", "ssh", "--region", region, name, "--", command],

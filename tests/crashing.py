@@ -200,7 +200,7 @@ def settled_serial(cloud: Cloud, name: str) -> str:
     return said
 
 
-def whole(cloud: Cloud, seconds: float = 120) -> None:
+def whole(cloud: Cloud, seconds: float = 300) -> None:
     """All work ends within ``seconds``, and then nothing is left over."""
     eventually(lambda: not open_work(cloud), seconds, f"all work ends: {open_work(cloud)}")
     try:
@@ -242,7 +242,7 @@ class Doom:
     def disarm(self) -> None:
         self.arm(["everything"])
 
-    def during(self, kind: str, act: Callable[[], Any], seconds: float = 240) -> str | None:
+    def during(self, kind: str, act: Callable[[], Any], seconds: float = 600) -> str | None:
         """The victim dies before the first step of ``act`` before which it has not died in this kind of work, comes back, and
         all ends well. Says before which step that was; None when it has died before them all, and now lived."""
         deaths = self.deaths.setdefault(kind, [])

@@ -43,7 +43,7 @@ from skysail.kit.process import in_thread
 
 log = logging.getLogger(__name__)
 # An orderly shutdown under emulation takes some 10 s; a guest that ignores the button is cut off after this.
-SHUTDOWN_SECONDS = 90.0
+SHUTDOWN_SECONDS, PRESS_SECONDS = 90.0, 5.0
 BOOT_SECONDS = 300.0
 CLONE_SECONDS = 60.0
 # A foreign guest is called running before its agent is up.
@@ -197,9 +197,13 @@ class QemuGuest:
                 with contextlib.suppress(SkysailError):  # one that stays frozen is cut off in the end
                     await self.melt()
                 monitor = await self.monitor()
-                await monitor.execute("system_powerdown")
-                end = time.monotonic() + SHUTDOWN_SECONDS
+                end = press = time.monotonic()
+                end += SHUTDOWN_SECONDS
                 while time.monotonic() < end and await process.status(monitor) == "running":
+                    if time.monotonic() >= press:
+                        # Again and again: a system that is still booting does not listen to the button yet.
+                        await monitor.execute("system_powerdown")
+                        press += PRESS_SECONDS
                     await asyncio.sleep(0.1)
             except Gone:
                 pass  # it is off, which is what was asked for
