@@ -52,7 +52,8 @@ if ! grep -Eqs "^[^#]*[[:space:]]$place[[:space:]]" /etc/fstab; then
     mv /etc/fstab.skysail /etc/fstab
     if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
 fi
-mount "$place"
+# At a boot the system mounts it too, by the line in fstab: whoever comes second is told that it is mounted, which is well.
+said=$(mount "$place" 2>&1) || mountpoint -q "$place" || { echo "$said"; exit 1; }
 """
 
 
