@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import gc
 import secrets
 import shutil
@@ -87,8 +88,10 @@ class QemuHouse(SimHouse):
     def guest(self) -> Guest:
         plain = super().guest()
         public = self.config.public_pool.replace(".0/24", ".10")
-        return msgspec.structs.replace(plain, volume=msgspec.structs.replace(plain.volume, image=self.image),
-                                       port=msgspec.structs.replace(plain.port, public_ipv4=public))
+        private = str(ipaddress.ip_network(self.config.private_network)[10])
+        return msgspec.structs.replace(
+            plain, volume=msgspec.structs.replace(plain.volume, image=self.image),
+            port=msgspec.structs.replace(plain.port, public_ipv4=public, private_ipv4=private))
 
     def cut_off(self, identifier: str) -> None:
         record = msgspec.json.decode((self.config.guests_dir / identifier / "guest.json").read_bytes(), type=Record)
