@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import gc
+import ipaddress
 import secrets
 import shutil
 import subprocess
