@@ -38,15 +38,18 @@ print(json.dumps({
     "data": ask("/latest/user-data", X_aws_ec2_metadata_token=token),
     "six": ask("/latest/meta-data/local-ipv4", host="[fd00:ec2::254]", X_aws_ec2_metadata_token=token)}))
 """
-# The whole of the data source but the platform's look, which wants Amazon's firmware strings.
+# The whole of the data source but the platform's look, which wants Amazon's firmware strings. It gives a token one second, once:
+# on emulated processors that others want too it may need several goes.
 CLOUD_INIT = r"""
-import json, logging
+import json, logging, time
 from cloudinit import distros, helpers
 from cloudinit.sources import DataSourceEc2 as source
 paths = helpers.Paths({"cloud_dir": "/tmp/crawl", "run_dir": "/tmp/crawl"})
 made = source.DataSourceEc2({}, distros.fetch("debian")("debian", {}, paths), paths)
 made._cloud_name = source.CloudNames.AWS
-assert made.wait_for_metadata_service()
+until = time.time() + 300
+while not made.wait_for_metadata_service():
+    assert time.time() < until
 found = made.crawl_metadata()
 made.metadata, made.identity = found["meta-data"], found.get("dynamic", {}).get("instance-identity", {}).get("document", {})
 print(json.dumps({"metadata": found["meta-data"], "zone": made.availability_zone, "region": made.region,
