@@ -87,8 +87,10 @@ class Watch:
     def _compile(self, sent: int) -> HostDocument | None:
         with self._database.transaction(write=False) as connection:
             generation = connection.execute(
-                select(hosts.c.generation).where(hosts.c.id == self._host_id)).scalar_one()
-            return desired.compile(connection, self._host_id, self._vault, self._zones) if generation > sent else None
+                select(hosts.c.generation).where(hosts.c.id == self._host_id)).scalar()
+            if generation is None or generation <= sent:  # a host without a row is about to be left
+                return None
+            return desired.compile(connection, self._host_id, self._vault, self._zones)
 
     def _overtake(self) -> None:
         # After a restored database our generation may be behind the agent's; the rows are the truth, so move ahead.
@@ -122,11 +124,13 @@ class Watch:
 
 def write_report(connection: Connection, host_id: str, report: HostReport, now: float) -> None:
     """Write what the host observes into the rows; states of instances follow in the workflows, not here."""
-    connection.execute(update(hosts).where(hosts.c.id == host_id).values(
+    there = connection.execute(update(hosts).where(hosts.c.id == host_id).values(
         observed_generation=report.generation, networked_generation=report.networked, vcpus=report.vcpus,
         memory_mib=report.memory_mib, disk_gib=report.disk_gib, accelerator=report.accelerator, seen_at=now,
         entrance_state=report.entrance.state if report.entrance else "",
-        entrance_reason=report.entrance.reason if report.entrance else ""))
+        entrance_reason=report.entrance.reason if report.entrance else "")).rowcount
+    if not there:  # its row went while the report was on its way
+        return
     known = {row["id"]: row for row in connection.execute(select(*_OBSERVED).where(guests.c.host_id == host_id)).mappings()}
     for guest in report.guests:
         row = known.get(guest.id)

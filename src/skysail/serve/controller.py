@@ -25,8 +25,7 @@ from skysail.api.tls import Certificates
 from skysail.api.wire import Wire
 from skysail.hosts import entrance, reverse
 from skysail.hosts.client import AgentClient
-from skysail.hosts.collector import Collector
-from skysail.hosts.watch import Watch
+from skysail.hosts.fleet import Fleet
 from skysail.kit.clock import Clock, SystemClock
 from skysail.kit.config import Config, load
 from skysail.kit.errors import SkysailError
@@ -173,16 +172,14 @@ def build(config: Config, clock: Clock | None = None,
         addresses.number_ssh_ports(connection, config)
         reverse.configure(connection, config.reverse_zones, config.name_servers, config.naming_domain, clock.now())
         entrance.configure(connection, HOST, config.single_address, config.instance_domain)
-    watches: list[Watch] = []
     generations: list[Any] = []
     loop_of: list[asyncio.AbstractEventLoop] = []
 
-    def touched() -> None:
-        for watch in watches:
-            watch.touch()
+    def observed() -> None:
+        engine.wake()
 
-    engine = Engine(database, WORKFLOWS, clock, touched)
-
+    fleet = Fleet(database, clock, vault, client, observed, metering.take_in, min(config.sample_seconds, COLLECT_SECONDS))
+    engine = Engine(database, WORKFLOWS, clock, fleet.touch)
     courier = Courier(database, clock, Smtp(config), Webhook())
 
     def follow() -> bool:
@@ -197,20 +194,17 @@ def build(config: Config, clock: Clock | None = None,
         generations[:] = now
         return changed
 
-    def observed() -> None:
-        engine.wake()
-
     def committed() -> None:
         """A request's transaction committed, in a worker thread: wake what acts on rows."""
         for loop in loop_of:
             loop.call_soon_threadsafe(engine.wake)
-            loop.call_soon_threadsafe(touched)
+            loop.call_soon_threadsafe(fleet.touch)
 
     async def follow_guests() -> None:
         while True:
             try:
                 if await asyncio.to_thread(follow):
-                    touched()
+                    fleet.touch()
             except Exception:
                 log.exception("following the guests failed; it is repeated")
             await asyncio.sleep(1.0)
@@ -240,7 +234,7 @@ def build(config: Config, clock: Clock | None = None,
             try:
                 if await asyncio.to_thread(take_due):
                     engine.wake()
-                    touched()
+                    fleet.touch()
             except Exception:
                 log.exception("automatic snapshots could not be looked at; it is tried again")
             await asyncio.sleep(DUE_SECONDS)
@@ -257,16 +251,8 @@ def build(config: Config, clock: Clock | None = None,
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         loop_of.append(asyncio.get_running_loop())
-        with database.transaction(write=False) as connection:
-            rows = connection.execute(select(hosts)).all()
-        for row in rows:
-            watches.append(Watch(row.id, client(row.address), database, clock, vault, observed))
-        collectors = [Collector(row.id, client(row.address), database, metering.take_in,
-                                min(config.sample_seconds, COLLECT_SECONDS)) for row in rows]
-        tasks = [asyncio.create_task(watch.run()) for watch in watches]
-        tasks += [asyncio.create_task(collector.run()) for collector in collectors]
-        tasks += [asyncio.create_task(work) for work in (
-            engine.run(), follow_guests(), follow_days(), follow_alarms(), forget_old(), courier.run())]
+        tasks = [asyncio.create_task(work) for work in (
+            fleet.run(), engine.run(), follow_guests(), follow_days(), follow_alarms(), forget_old(), courier.run())]
         try:
             yield
         finally:
