@@ -28,6 +28,7 @@ import boto3
 import httpx
 from botocore.config import Config as BotoConfig
 
+import stores
 from skysail.images.build import build, fingerprint
 from skysail.images.library import Library
 from skysail.images.recipe import RECIPES
@@ -62,7 +63,9 @@ class Cloud:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        (folder / "skysail.toml").write_text(f'port = {self.port}\nzones = ["a", "b"]\n{settings}')
+        # Where its rows are, as a line of its configuration.
+        self.store = "" if "database =" in settings else stores.setting()
+        (folder / "skysail.toml").write_text(f'port = {self.port}\n{self.store}zones = ["a", "b"]\n{settings}')
         (folder / "run").mkdir()
         self.folder = folder
         self.config: Config = load(str(folder))

@@ -159,9 +159,12 @@ def _doom_commits() -> None:
         if statement != "COMMIT":
             return plain(self, statement, *args, **kwargs)
         raw: Any = self.connection.dbapi_connection
-        changes = raw.total_changes
-        changed = changes != seen.get(id(raw), 0)
-        seen[id(raw)] = changes
+        if self.dialect.name == "sqlite":
+            changes = raw.total_changes
+            changed = changes != seen.get(id(raw), 0)
+            seen[id(raw)] = changes
+        else:
+            changed = plain(self, "SELECT pg_current_xact_id_if_assigned() IS NOT NULL").scalar_one()
         if changed:
             step("before a commit")
         done = plain(self, statement, *args, **kwargs)

@@ -75,7 +75,7 @@ def second() -> Iterator[Cloud]:
 
 
 def write(cloud: Cloud, *statements: Any) -> None:
-    database = Database(cloud.config.database)
+    database = Database.of(cloud.config)
     try:
         with database.transaction() as connection:
             for statement in statements:
@@ -85,7 +85,7 @@ def write(cloud: Cloud, *statements: Any) -> None:
 
 
 def row(cloud: Cloud, host: str) -> Any:
-    database = Database(cloud.config.database)
+    database = Database.of(cloud.config)
     try:
         with database.transaction(write=False) as connection:
             return connection.execute(select(hosts).where(hosts.c.id == host)).one()
@@ -103,7 +103,7 @@ def test_a_host_that_appears_is_given_instances_without_a_restart(cloud: Cloud, 
     client.create_instances(instanceNames=["there"], availabilityZone="us-east-1b", blueprintId="debian_12",
                             bundleId="nano_3_0")
     eventually(lambda: client.get_instance_state(instanceName="there")["state"]["name"] == "running", 60, "it runs")
-    database = Database(cloud.config.database)
+    database = Database.of(cloud.config)
     with database.transaction(write=False) as connection:
         assert connection.execute(select(guests.c.host_id, guests.c.observed_state)).all() == [("host-2", "running")]
     database.close()

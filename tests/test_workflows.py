@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, RowMapping, insert, select
 
+import stores
 from skysail.contract.report import GuestReport, GuestState, HostReport, ImageReport
 from skysail.hosts import desired
 from skysail.hosts.watch import write_report
 from skysail.kit.clock import HandClock
-from skysail.kit.config import Config
+from skysail.kit.config import load
 from skysail.operations import history
 from skysail.operations.engine import Engine
 from skysail.operations.workflow import Step, StepFailed, Workflow
@@ -36,11 +37,12 @@ class Desk:
     """A controller without its processes."""
 
     def __init__(self, folder: Path) -> None:
-        config = Config(data=str(folder), engines="sim")
+        (folder / "skysail.toml").write_text(stores.setting() + 'engines = "sim"\n')
+        config = load(str(folder))
         self.clock = HandClock()
         initialise(config, self.clock)
         self.account = admin_credentials(config, self.clock)["account_id"]
-        self.database = Database(config.database)
+        self.database = Database.of(config)
         self.vault = Vault.at(config.master_key)
         self.actions = action_table(config, self.clock, self.vault)
         self.workflows: dict[str, Workflow] = dict(lifecycle.WORKFLOWS)

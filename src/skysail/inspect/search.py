@@ -24,11 +24,9 @@ def search(config: Config, text: str) -> list[dict[str, Any]]:
     cloud, or nothing to look for."""
     if not text:
         raise SkysailError("there is nothing to look for", "name a part of a name, an address, a tag or an id")
-    if not config.database.exists():
-        raise SkysailError(f"there is no cloud in {config.data}", "run: sudo ./skysail up")
     with contextlib.suppress(ValueError):
         text = str(ipaddress.ip_address(text))  # an IPv6 address is written in many ways
-    database = Database(config.database)
+    database = Database.found(config)
     try:
         with database.transaction(write=False) as connection:
             owners = {row.id: row.name for row in connection.execute(select(accounts))}

@@ -22,12 +22,10 @@ from skysail.images.library import Library, file_digest
 from skysail.inspect import blocks, networks
 from skysail.inspect.difference import Difference
 from skysail.kit.config import Config
-from skysail.kit.errors import SkysailError
 from skysail.metadata import tree
 from skysail.resources import catalog
 from skysail.resources.names import GLOBAL
 from skysail.resources.snapshot_rows import WHOLE
-from skysail.store import migrations
 from skysail.store.database import Database
 from skysail.store.schema import (
     access_keys,
@@ -65,9 +63,7 @@ def verify(config: Config, pause_seconds: float = PAUSE_SECONDS) -> list[Differe
 
     Raises :class:`SkysailError` when there is no cloud there, or its database cannot be read.
     """
-    if not config.database.exists():
-        raise SkysailError(f"there is no cloud in {config.data}", "run: sudo ./skysail up")
-    database = Database(config.database)
+    database = Database.found(config)
     try:
         found = _look(database, config)
         for _ in range(LOOKS - 1):
@@ -83,7 +79,7 @@ def verify(config: Config, pause_seconds: float = PAUSE_SECONDS) -> list[Differe
 
 def _look(database: Database, config: Config) -> list[Difference]:
     with database.transaction(write=False) as connection:
-        found = [*_database(connection), *_names(connection), *_instances(connection), *_addresses(connection),
+        found = [*_database(database, connection), *_names(connection), *_instances(connection), *_addresses(connection),
                  *_owners(connection), *_metrics(connection), *blocks.rows(connection), *blocks.automatic(connection),
                  *networks.rows(connection),
                  *_work(connection, time.time()), *_secrets(connection, Vault.at(config.master_key))]
@@ -93,18 +89,10 @@ def _look(database: Database, config: Config) -> list[Difference]:
     return [*found, *_images(config), *kept]
 
 
-def _database(connection: Connection) -> Iterator[Difference]:
-    """The file itself: SQLite's own checks, and the schema's version."""
-    for row in connection.exec_driver_sql("PRAGMA integrity_check"):
-        if row[0] != "ok":
-            yield Difference(subject="database", saw=str(row[0]), wanted="a sound file")
-    for row in connection.exec_driver_sql("PRAGMA foreign_key_check"):
-        yield Difference(subject=f"database, table {row[0]}", wanted="no dangling references",
-                         saw=f"row {row[1]} points at a row of {row[2]} that is not there")
-    version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-    if version != len(migrations.MIGRATIONS):
-        yield Difference(subject="database", saw=f"schema version {version}",
-                         wanted=f"version {len(migrations.MIGRATIONS)} of this program")
+def _database(database: Database, connection: Connection) -> Iterator[Difference]:
+    """The database itself: its own checks, and the schema's version."""
+    for subject, saw, wanted in database.flaws(connection):
+        yield Difference(subject=subject, saw=saw, wanted=wanted)
 
 
 def _names(connection: Connection) -> Iterator[Difference]:

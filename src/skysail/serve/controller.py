@@ -71,7 +71,7 @@ from skysail.resources.static_ips import StaticIps
 from skysail.resources.tags import Tags
 from skysail.serve import confirmation, endpoint, prometheus
 from skysail.serve.courier import Courier
-from skysail.store.database import Database
+from skysail.store.database import Database, exists
 from skysail.store.schema import hosts
 from skysail.store.vault import Vault
 
@@ -92,11 +92,11 @@ def initialise(config: Config, clock: Clock | None = None) -> None:
     configuration; idempotent. Touches nothing outside of the controller's own folder. Raises SkysailError, with the rows as
     they were, when the configuration no longer has a region or zone that is in use."""
     clock = clock or SystemClock()
-    config.database.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    config.master_key.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     Vault.at(config.master_key)
     if config.secure:
         Certificates(config.certificates).ensure(served_names(config), clock.now())
-    database = Database(config.database)
+    database = Database.of(config)
     database.migrate()
     try:
         with database.transaction() as connection:
@@ -109,23 +109,25 @@ def initialise(config: Config, clock: Clock | None = None) -> None:
 
 def refused(config: Config) -> tuple[str, str] | None:
     """Why the cloud that is here cannot go on with this configuration, and the cure; None when it can. Changes nothing."""
-    if not config.database.exists():
-        return None
-    database = Database(config.database)
     try:
-        with database.transaction(write=False) as connection:
-            regions.refuse_abandoning(connection, config.regions)
+        database = Database.of(config)
+        try:
+            database.check()
+            if not exists(config):
+                return None
+            with database.transaction(write=False) as connection:
+                regions.refuse_abandoning(connection, config.regions)
+        finally:
+            database.close()
     except SkysailError as unfit:
         return unfit.what, unfit.cure
-    finally:
-        database.close()
     return None
 
 
 def admin_credentials(config: Config, clock: Clock | None = None) -> dict[str, str]:
     """A fresh access key of the admin account, which is made if there is none: its id, its secret, account and region."""
     clock = clock or SystemClock()
-    database = Database(config.database)
+    database = Database.of(config)
     try:
         with database.transaction() as connection:
             account = accounts.find_account(connection, "admin") or accounts.create_account(connection, "admin", clock.now())
@@ -165,7 +167,7 @@ def build(config: Config, clock: Clock | None = None,
     """The controller as an ASGI application; its lifespan runs engine and watches."""
     clock = clock or SystemClock()
     vault = Vault.at(config.master_key)
-    database = Database(config.database)
+    database = Database.of(config)
     database.migrate()
     with database.transaction() as connection:
         domains.delegate(connection, config.name_servers, clock.now())

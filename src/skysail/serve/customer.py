@@ -98,7 +98,7 @@ def ssh_ports(config: Config) -> dict[tuple[str, str], int]:
     from skysail.store.database import Database
     from skysail.store.schema import accounts, instances
 
-    database = Database(config.database)
+    database = Database.found(config)
     try:
         with database.transaction(write=False) as connection:
             found = connection.execute(select(instances.c.region, instances.c.name, instances.c.ssh_port).join(
@@ -143,7 +143,7 @@ def serial_log(config: Config, name: str, region: str = "") -> bytes:
     from skysail.store.schema import guests, networks
 
     place = served(config, region)
-    database = Database(config.database)
+    database = Database.found(config)
     try:
         with database.transaction(write=False) as connection:
             # A guest's region is that of its network, also where its launch failed and no instance is left.

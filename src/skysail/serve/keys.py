@@ -18,7 +18,7 @@ from skysail.store.vault import Vault
 
 def listed(config: Config) -> list[dict[str, Any]]:
     """Every access key of the admin account, oldest first, without secrets."""
-    database = Database(config.database)
+    database = Database.found(config)
     try:
         with database.transaction(write=False) as connection:
             rows = connection.execute(
@@ -31,7 +31,7 @@ def listed(config: Config) -> list[dict[str, Any]]:
 
 def create(config: Config) -> dict[str, str]:
     """A new access key of the admin account."""
-    database = Database(config.database)
+    database = Database.found(config)
     try:
         with database.transaction() as connection:
             key, secret = accounts.create_access_key(connection, Vault.at(config.master_key),
@@ -45,7 +45,7 @@ def revoke(config: Config, key: str) -> None:
     """Refuse ``key`` from now on. Raises :class:`SkysailError` when there is no such key that is still good."""
     if key == endpoint.credentials(config)[0]:
         raise SkysailError("this is the key that this command line signs with", cure="revoke another one")
-    database = Database(config.database)
+    database = Database.found(config)
     try:
         with database.transaction() as connection:
             done = connection.execute(

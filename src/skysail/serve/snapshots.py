@@ -242,9 +242,7 @@ def _await(config: Config, operation: str, name: str) -> None:
 
 @contextlib.contextmanager
 def _transaction(config: Config, write: bool = True) -> Iterator[Connection]:
-    if not config.database.exists():
-        raise SkysailError(f"there is no cloud in {config.data}", "run: sudo ./skysail up")
-    database = Database(config.database)
+    database = Database.found(config)
     try:
         with database.transaction(write=write) as connection:
             yield connection

@@ -153,7 +153,7 @@ def install_program(config: Config) -> str:
 def check_configuration(config: Config, digest: str) -> None:
     """Raises :class:`SkysailError` when this cloud cannot go on with its configuration, before anything of it is stopped.
     Looked at as the controller's user, whose database it is."""
-    if config.database.exists() and not programs.current(config, "controller", digest):
+    if not programs.current(config, "controller", digest):
         told = json.loads(process.run([*programs.command(config, "controller"), "--check"], env=programs.environment(config),
                                       timeout=300))
         if told is not None:

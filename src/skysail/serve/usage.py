@@ -16,9 +16,7 @@ def of_month(config: Config, month: str = "") -> list[transfer.Usage]:
     month = month or metering.month(time.time())
     if not re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", month):
         raise SkysailError(f"{month} is no month", "write it as 2026-01")
-    if not config.database.exists():
-        raise SkysailError(f"there is no cloud in {config.data}", "run: sudo ./skysail up")
-    database = Database(config.database)
+    database = Database.found(config)
     try:
         with database.transaction(write=False) as connection:
             return transfer.usage(connection, month)

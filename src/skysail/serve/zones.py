@@ -125,9 +125,7 @@ def _settled(config: Config, domain_id: str) -> str:
 
 @contextlib.contextmanager
 def _transaction(config: Config, write: bool = True) -> Iterator[Connection]:
-    if not config.database.exists():
-        raise SkysailError(f"there is no cloud in {config.data}", "run: sudo ./skysail up")
-    database = Database(config.database)
+    database = Database.found(config)
     try:
         with database.transaction(write=write) as connection:
             yield connection

@@ -1,7 +1,7 @@
 """The database as one thing: open it, migrate it, take a transaction.
 
-SQLite runs in WAL mode with ``synchronous=FULL``: an operation that was answered survives a power cut. A writing
-transaction takes the write lock at its start (``BEGIN IMMEDIATE``), so two requests never both read a name as free.
+One transaction writes at a time, and waits for its turn at its start, so two requests never both read a name as free: not in
+one controller, and not in several that share a PostgreSQL.
 
 Writing transactions that come while another one is under way share its commit, each as a savepoint of its own: one sync of
 the disk for all of them (group commit). Nobody outside sees, and no caller goes on with, what is not on the disk.
@@ -13,12 +13,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 
-import msgspec
-from sqlalchemy import Connection, create_engine, event
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 
+from skysail.kit.config import Config
+from skysail.kit.errors import SkysailError
 from skysail.store import migrations
+from skysail.store.dialect import POOLED, Dialect
+from skysail.store.postgres import Postgres
+from skysail.store.sqlite import Sqlite
 
 # The first of a group waits for the last one.
 _MEMBERS = 32
@@ -35,34 +39,56 @@ class _Group:
 
 
 class Database:
-    """One controller's store."""
+    """One controller's store: a SQLite file, or what another dialect opens."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, store: Path | Dialect) -> None:
         # SQLite lets a writer that has to wait sleep for up to 100 ms at a time, and whoever comes first then goes first.
-        # Only writers of other processes (the operator's) are met that way; those of this one wait here.
+        # Only writers of other processes (the operator's, other controllers) are met that way; those of this one wait here.
         self._turn = threading.Lock()
         self._counting = threading.Lock()
         self._waiting = 0
         self._group: _Group | None = None
-        self._engine = create_engine(f"sqlite:///{path}", pool_size=8, connect_args={"timeout": 30},
-                                     json_deserializer=msgspec.json.decode)
+        self._dialect = Sqlite(store) if isinstance(store, Path) else store
+        self._engine = self._dialect.engine()
 
-        @event.listens_for(self._engine, "connect")
-        def _configure(connection: Any, _record: Any) -> None:
-            connection.isolation_level = None  # we begin transactions ourselves
-            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
-                connection.execute(f"PRAGMA {pragma}")
+    @classmethod
+    def of(cls, config: Config) -> Database:
+        """The database that the configuration names."""
+        return cls(_dialect(config))
+
+    @classmethod
+    def found(cls, config: Config) -> Database:
+        """The database of a cloud that is there. Raises SkysailError when there is none, or it cannot be reached."""
+        if not exists(config):
+            raise SkysailError(f"there is no cloud in {config.data}", "run: sudo ./skysail up")
+        return cls.of(config)
 
     def migrate(self) -> None:
-        """Bring the schema to this version; safe to repeat, all migrations one transaction."""
-        with self._engine.connect() as connection:
-            # A table that is made anew is missing for a moment, to those that refer to it. Not possible within a transaction.
-            connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
-            try:
-                with self._begun(connection, write=True):
-                    migrations.upgrade(connection)
-            finally:
-                connection.exec_driver_sql("PRAGMA foreign_keys=ON")
+        """Bring the schema to this version; safe to repeat, all migrations one transaction. Raises SkysailError when the
+        database cannot be reached or used, RuntimeError when it is of a newer version."""
+        self._dialect.check()
+        with self._engine.connect() as connection, self._dialect.unreferenced(connection):
+            self._dialect.begin(connection, write=True)
+            with self._ended(connection):
+                version = self._dialect.version(connection)
+                migrations.upgrade(connection, abs(version))
+                if version != len(migrations.MIGRATIONS):
+                    self._dialect.set_version(connection, len(migrations.MIGRATIONS))
+
+    def check(self) -> None:
+        """Raises SkysailError when the database cannot be reached, or rows cannot be kept in it."""
+        self._dialect.check()
+
+    def now(self, connection: Connection) -> float:
+        """Seconds since the epoch by the database's own clock, which all controllers have in common."""
+        return self._dialect.now(connection)
+
+    def flaws(self, connection: Connection) -> Iterator[tuple[str, str, str]]:
+        """What is wrong with the database itself: where, what is there, what should be."""
+        yield from self._dialect.flaws(connection)
+        version = self._dialect.version(connection)
+        if version != len(migrations.MIGRATIONS):
+            yield "database", f"schema version {version}", f"version {len(migrations.MIGRATIONS)} of this program"
 
     def transaction(self, write: bool = True) -> AbstractContextManager[Connection]:
         """A transaction: committed at the end of the ``with`` block, rolled back by an exception. One that writes must not
@@ -71,7 +97,8 @@ class Database:
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
-        with self._engine.connect() as connection, self._begun(connection, write=False):
+        connection = self._begun(write=False)
+        with connection, self._ended(connection):
             yield connection
 
     @contextmanager
@@ -101,13 +128,7 @@ class Database:
             raise refusal
 
     def _open(self) -> _Group:
-        connection = self._engine.connect()
-        try:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-        except BaseException:
-            connection.close()
-            raise
-        self._group = _Group(connection)
+        self._group = _Group(self._begun(write=True))
         return self._group
 
     def _close(self, group: _Group) -> None:
@@ -115,24 +136,39 @@ class Database:
         self._group = None
         try:
             if group.failure is None:
+                self._dialect.announce(group.connection)
                 group.connection.exec_driver_sql("COMMIT")
         except BaseException as failure:
             group.failure = failure
         finally:
             try:
-                if _open(group.connection):
+                if self._dialect.is_open(group.connection):
                     group.connection.exec_driver_sql("ROLLBACK")
                 group.connection.close()
             finally:
                 group.ended.set()
 
+    def _begun(self, write: bool) -> Connection:
+        """A connection with a transaction. One that was kept may have been lost meanwhile: nothing was begun on it yet, so
+        that another one will do."""
+        for attempt in range(POOLED + 1):
+            connection = self._engine.connect()
+            try:
+                self._dialect.begin(connection, write)
+                return connection
+            except BaseException as failure:
+                connection.close()
+                if attempt == POOLED or not (isinstance(failure, DBAPIError) and failure.connection_invalidated):
+                    raise
+        raise AssertionError
+
     @contextmanager
-    def _begun(self, connection: Connection, write: bool) -> Iterator[None]:
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+    def _ended(self, connection: Connection) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            connection.exec_driver_sql("ROLLBACK")
+            if self._dialect.is_open(connection):
+                connection.exec_driver_sql("ROLLBACK")
             raise
         connection.exec_driver_sql("COMMIT")
 
@@ -164,7 +200,12 @@ def _savepoint(group: _Group) -> Iterator[None]:
     group.members += 1
 
 
-def _open(connection: Connection) -> bool:
-    """Whether a transaction is open, to SQLite's own knowledge."""
-    raw: Any = connection.connection.dbapi_connection
-    return bool(raw.in_transaction)
+def exists(config: Config) -> bool:
+    """Whether there is a cloud in the database of the configuration. Raises SkysailError when it cannot be reached."""
+    return _dialect(config).exists()
+
+
+def _dialect(config: Config) -> Dialect:
+    if config.database:
+        return Postgres(config.database, config.database_password_file)
+    return Sqlite(config.sqlite_file)
