@@ -122,7 +122,8 @@ PLANTED = {
     "network routed": ("update networks set peered = false", "of far: joined with the peer subnets; wanted: apart from them"),
     "network not routed": ("update networks set peered = true", "of one: apart from the peer subnets; wanted: joined"),
     "instance lost": ("delete from instances where name = 'one'", "no instance owns it"),
-    "tags left": ("update tags set resource_id = 'nobody' where resource_id || key = (select min(resource_id || key) from tags)", "tags of nobody"),
+    "tags left": ("update tags set resource_id = 'nobody' where resource_id || key = "
+                  "(select min(resource_id || key) from tags)", "tags of nobody"),
     "reference": ("update access_keys set account_id = 'nobody'", "points at a row of accounts"),
     "work without end": ("update operations set done = false where workflow = ''", "nothing carries it on"),
     "stuck work": ("update operations set done = false, created_at = 1 where type = 'CreateInstance'", "open since 1970"),

@@ -18,6 +18,7 @@ from skysail.hosts.client import AgentClient
 from skysail.hosts.zones import ZoneCompiler
 from skysail.kit.clock import Clock
 from skysail.store.database import Database
+from skysail.store.leases import Confirm, LeaseLost, alone
 from skysail.store.schema import disks, domains, guests, hosts, images, reverse_zones, snapshots, zone_reports
 from skysail.store.vault import Vault
 
@@ -31,10 +32,11 @@ _OBSERVED = (guests.c.id, guests.c.observed_state, guests.c.observed_starts, gue
 
 
 class Watch:
-    """Keeps host ``host_id`` and its rows together. ``observed`` is called after each report that was written."""
+    """Keeps host ``host_id`` and its rows together. ``observed`` is called after each report that was written; ``confirm``
+    says that it is still this controller that does so."""
 
     def __init__(self, host_id: str, client: AgentClient, database: Database, clock: Clock, vault: Vault,
-                 observed: Callable[[], None]) -> None:
+                 observed: Callable[[], None], confirm: Confirm = alone) -> None:
         self._host_id = host_id
         self._client = client
         self._database = database
@@ -42,6 +44,7 @@ class Watch:
         self._vault = vault
         self._zones = ZoneCompiler()
         self._observed = observed
+        self._confirm = confirm
         self._changed = asyncio.Event()
         self._changed.set()
 
@@ -73,6 +76,8 @@ class Watch:
                     self._changed.set()
                     continue
                 sent = document.generation
+            except LeaseLost as lost:
+                log.info("%s", lost)
             except (httpx.HTTPError, OSError):
                 await self._again()  # the one who listens says that it is away
             except Exception:
@@ -95,6 +100,7 @@ class Watch:
     def _overtake(self) -> None:
         # After a restored database our generation may be behind the agent's; the rows are the truth, so move ahead.
         with self._database.transaction() as connection:
+            self._confirm(connection)
             row = connection.execute(select(hosts).where(hosts.c.id == self._host_id)).one()
             connection.execute(update(hosts).where(hosts.c.id == self._host_id).values(
                 generation=max(row.generation, row.observed_generation) + 1))
@@ -109,6 +115,8 @@ class Watch:
                     away = False
                     await asyncio.to_thread(self._take_in, report)
                     self._observed()
+            except LeaseLost as lost:
+                log.info("%s", lost)
             except (httpx.HTTPError, OSError) as broken:
                 if not away:  # once, not twice a second for as long as it lasts
                     log.warning("reports of host %s broke off: %s", self._host_id, broken)
@@ -119,6 +127,7 @@ class Watch:
 
     def _take_in(self, report: HostReport) -> None:
         with self._database.transaction() as connection:
+            self._confirm(connection)
             write_report(connection, self._host_id, report, self._clock.now())
 
 

@@ -243,8 +243,8 @@ def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[
         yield Difference(subject=subject, saw="no document can be made for it", wanted="secrets that open")
         return
     try:
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(config.agent_socket)), base_url="http://agent",
-                          timeout=30) as agent:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=host["address"].removeprefix("unix:")),
+                          base_url="http://agent", timeout=30) as agent:
             there = msgspec.json.decode(agent.get("/inventory").raise_for_status().content, type=Inventory)
             held = msgspec.json.decode(agent.get("/document").raise_for_status().content, type=HostDocument | None)
     except (httpx.HTTPError, OSError) as silent:

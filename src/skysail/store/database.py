@@ -10,7 +10,7 @@ the disk for all of them (group commit). Nobody outside sees, and no caller goes
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from skysail.kit.errors import SkysailError
 from skysail.store import migrations
 from skysail.store.dialect import POOLED, Dialect
 from skysail.store.postgres import Postgres
+from skysail.store.schema import metadata
 from skysail.store.sqlite import Sqlite
 
 # The first of a group waits for the last one.
@@ -82,6 +83,28 @@ class Database:
     def now(self, connection: Connection) -> float:
         """Seconds since the epoch by the database's own clock, which all controllers have in common."""
         return self._dialect.now(connection)
+
+    def require_current(self, connection: Connection) -> None:
+        """Raises SkysailError unless the schema is this program's."""
+        version = self._dialect.version(connection)
+        if version != len(migrations.MIGRATIONS):
+            raise SkysailError(f"the database has schema version {version}, this program's is {len(migrations.MIGRATIONS)}",
+                               "run: sudo ./skysail up")
+
+    def begin_copy(self, connection: Connection) -> None:
+        """Make empty tables for a copy, which may take its time; a copy that no controller has worked on makes way. Raises
+        SkysailError when there is a cloud here."""
+        self._dialect.let_stand(connection)
+        if self._dialect.version(connection) > 0:
+            raise SkysailError("the database to move to holds a cloud already", "name an empty one")
+        metadata.drop_all(connection)
+        metadata.create_all(connection)
+        self._dialect.set_version(connection, -len(migrations.MIGRATIONS))
+
+    async def heard(self) -> AsyncIterator[None]:
+        """Something each time another controller, or this one, may have committed something."""
+        async for _ in self._dialect.heard():
+            yield
 
     def flaws(self, connection: Connection) -> Iterator[tuple[str, str, str]]:
         """What is wrong with the database itself: where, what is there, what should be."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -42,6 +42,10 @@ class Dialect(Protocol):
 
     def announce(self, connection: Connection) -> None:
         """The transaction is about to be committed: other controllers learn of it, if it wrote."""
+        ...
+
+    def heard(self) -> AsyncIterator[None]:
+        """Something after each announcement of anybody, and whenever one may have been missed; until cancelled."""
         ...
 
     def is_open(self, connection: Connection) -> bool:

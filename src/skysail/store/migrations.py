@@ -17,6 +17,7 @@ from skysail.store.schema import (
     alarms,
     authorities,
     contact_methods,
+    controllers,
     deliveries,
     disks,
     domain_entries,
@@ -24,6 +25,7 @@ from skysail.store.schema import (
     guests,
     host_zones,
     instances,
+    leases,
     measurements,
     metadata,
     meters,
@@ -205,10 +207,15 @@ def _add_columns(connection: Connection, table: str, columns: Iterable[tuple[str
             connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} {words}")
 
 
+def _leases(connection: Connection) -> None:
+    metadata.create_all(connection, tables=[controllers, leases], checkfirst=True)
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts,
     _metrics, _disks_and_snapshots, _regions, _networks, _automatic_snapshots, _shared_address, _reverse_zones,
-    _attachments_that_mount, _metadata_options, _guests_without_public_ipv4)
+    _attachments_that_mount, _metadata_options, _guests_without_public_ipv4,
+    _leases)
 
 
 def upgrade(connection: Connection, version: int) -> None:

@@ -11,7 +11,11 @@ by the server after ``PATIENCE_SECONDS``, which undoes the transaction and frees
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from sqlalchemy.engine import URL
 from skysail.kit.errors import SkysailError
 from skysail.store.dialect import POOLED
 
+log = logging.getLogger(__name__)
 # How long a transaction waits for others; how long the server waits for the next statement of one that writes, and of one
 # that reads.
 LOCK_SECONDS, PATIENCE_SECONDS, READING_SECONDS = 30, 5, 120
@@ -55,7 +60,7 @@ class Postgres:
         settings = (f"-c lock_timeout={LOCK_SECONDS}s -c idle_in_transaction_session_timeout={READING_SECONDS}s "
                     "-c timezone=UTC")
         return {name: value for name, value in found.items() if value is not None} | _KEEPALIVE | {
-            "connect_timeout": 10, "application_name": "skysail", "options": settings}
+            "connect_timeout": 10, "application_name": f"skysail {socket.gethostname()} {os.getpid()}", "options": settings}
 
     def engine(self) -> Engine:
         made = create_engine(URL.create("postgresql+psycopg"), pool_size=POOLED, isolation_level="AUTOCOMMIT",
@@ -108,6 +113,18 @@ class Postgres:
         # Delivered with the commit, once, however often it was said. A transaction without an id of its own wrote nothing.
         connection.exec_driver_sql(
             f"SELECT pg_notify('{CHANNEL}', '') WHERE pg_current_xact_id_if_assigned() IS NOT NULL")
+
+    async def heard(self) -> AsyncIterator[None]:
+        while True:
+            try:
+                async with await psycopg.AsyncConnection.connect(**self.conninfo, autocommit=True) as connection:
+                    await connection.execute(f"LISTEN {CHANNEL}")
+                    yield  # what was said before is missed
+                    async for _ in connection.notifies():
+                        yield
+            except psycopg.OperationalError as lost:
+                log.warning("other controllers are not heard: %s", " ".join(str(lost).split()))
+            await asyncio.sleep(1.0)
 
     def is_open(self, connection: Connection) -> bool:
         if connection.invalidated:

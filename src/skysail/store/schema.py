@@ -118,6 +118,22 @@ hosts = Table(
     Column("entrance_reason", String, nullable=False, default="", server_default=""),
 )
 
+# The controllers that work on this database, each in a ``place`` of its own; one is gone once the database's clock is past
+# ``until``. What only one of them does at a time has a lease, whose number grows when it changes hands.
+controllers = Table(
+    "controllers", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("place", String, nullable=False),
+    Column("until", Float, nullable=False),
+)
+
+leases = Table(
+    "leases", metadata,
+    Column("name", String(128), primary_key=True),
+    Column("holder", String(64), nullable=False),
+    Column("number", _Large, nullable=False),
+)
+
 # The availability zones that a host serves: one machine may serve all of a cloud's, and many machines one.
 host_zones = Table(
     "host_zones", metadata,

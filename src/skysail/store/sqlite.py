@@ -6,8 +6,9 @@ takes the write lock at its start (``BEGIN IMMEDIATE``).
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ class Sqlite:
 
     def announce(self, connection: Connection) -> None:
         """There is one controller: it knows."""
+
+    async def heard(self) -> AsyncIterator[None]:
+        await asyncio.Event().wait()
+        yield
 
     def is_open(self, connection: Connection) -> bool:
         raw: Any = connection.connection.dbapi_connection
