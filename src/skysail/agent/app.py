@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import msgspec
 from starlette.applications import Starlette
@@ -12,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from skysail.agent import logs
 from skysail.agent.keeper import Keeper, StaleGeneration
 from skysail.agent.samples import Sampler
 from skysail.contract import VERSION
@@ -19,7 +21,7 @@ from skysail.contract.document import HostDocument
 from skysail.kit.errors import SkysailError
 
 
-def application(keeper: Keeper, sampler: Sampler) -> Starlette:
+def application(keeper: Keeper, sampler: Sampler, log_folder: Path) -> Starlette:
     """PUT and GET /document, GET /report, /reports (a line of JSON per change), /samples, /inventory, /healthz,
     POST /prepare."""
 
@@ -74,7 +76,7 @@ def application(keeper: Keeper, sampler: Sampler) -> Starlette:
         await keeper.start()
         tasks = [asyncio.create_task(work) for work in (keeper.follow(), keeper.tend_network(), keeper.flatten(),
                                                           keeper.zones.run(), keeper.entrance.run(),
-                                                          keeper.metadata.run(), sampler.run())]
+                                                          keeper.metadata.run(), sampler.run(), logs.tend(log_folder))]
         try:
             yield
         finally:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from skysail.kit import process
+from skysail.kit import logs, process
 from skysail.kit.errors import SkysailError
 
 # What a listener is before it is itself.
@@ -109,8 +109,4 @@ class Listener:
         return found
 
     def _said(self) -> str:
-        if not self._log.exists():
-            return ""
-        with self._log.open("rb") as log:
-            log.seek(self._heard)
-            return log.read()[-1000:].decode(errors="replace").strip()
+        return logs.since(self._log, self._heard, 1000).decode(errors="replace").strip()

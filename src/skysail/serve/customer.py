@@ -160,14 +160,14 @@ def serial_log(config: Config, name: str, region: str = "") -> bytes:
 
 def _last_of(path: Path, limit_bytes: int = 4 << 20) -> bytes | None:
     """The end of a log that a guest's process writes into its own folder; None when there is none. What lies there may be a
-    link, a pipe or a very large hole: none of it is followed, waited for or read whole."""
+    link, another file's second name, a pipe or a very large hole: none of it is followed, waited for or read whole."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
     with os.fdopen(descriptor, "rb") as file:
         held = os.fstat(descriptor)
-        if not stat.S_ISREG(held.st_mode):
+        if not stat.S_ISREG(held.st_mode) or held.st_nlink != 1:
             return None
         file.seek(max(held.st_size - limit_bytes, 0))
         return file.read(limit_bytes)
