@@ -22,13 +22,11 @@ from skysail.images.library import Library, file_digest
 from skysail.inspect import blocks, networks
 from skysail.inspect.difference import Difference
 from skysail.kit.config import Config
-from skysail.kit.errors import SkysailError
 from skysail.metadata import tree
 from skysail.resources import catalog
 from skysail.resources.names import GLOBAL
 from skysail.resources.snapshot_rows import WHOLE
 from skysail.store import migrations
-from skysail.store.database import Database
 from skysail.store.schema import (
     access_keys,
     accounts,
@@ -53,6 +51,7 @@ from skysail.store.schema import (
     tags,
 )
 from skysail.store.vault import Vault
+from skysail.store.visit import visit
 
 # Longer than the slowest cold boot under emulation: an operation that is still open then is stuck.
 STUCK_SECONDS = 900.0
@@ -65,32 +64,30 @@ def verify(config: Config, pause_seconds: float = PAUSE_SECONDS) -> list[Differe
 
     Raises :class:`SkysailError` when there is no cloud there, or its database cannot be read.
     """
-    if not config.database.exists():
-        raise SkysailError(f"there is no cloud in {config.data}", "run: sudo ./skysail up")
-    database = Database(config.database)
-    try:
-        found = _look(database, config)
-        for _ in range(LOOKS - 1):
-            if not found:
-                break
-            time.sleep(pause_seconds)
-            again = set(_look(database, config))
-            found = [difference for difference in found if difference in again]
-        return found
-    finally:
-        database.close()
+    found = _look(config)
+    for _ in range(LOOKS - 1):
+        if not found:
+            break
+        time.sleep(pause_seconds)
+        again = set(_look(config))
+        found = [difference for difference in found if difference in again]
+    return found
 
 
-def _look(database: Database, config: Config) -> list[Difference]:
-    with database.transaction(write=False) as connection:
-        found = [*_database(connection), *_names(connection), *_instances(connection), *_addresses(connection),
-                 *_owners(connection), *_metrics(connection), *blocks.rows(connection), *blocks.automatic(connection),
-                 *networks.rows(connection),
-                 *_work(connection, time.time()), *_secrets(connection, Vault.at(config.master_key))]
-        for host in connection.execute(select(hosts)).mappings().all():
-            found += _host(connection, host, config)
+def _look(config: Config) -> list[Difference]:
+    found = visit(config, lambda connection: _rows(connection, config), list[Difference])
     kept = blocks.files(config.snapshots_dir) if config.engines == "real" else ()
     return [*found, *_images(config), *kept]
+
+
+def _rows(connection: Connection, config: Config) -> list[Difference]:
+    found = [*_database(connection), *_names(connection), *_instances(connection), *_addresses(connection),
+             *_owners(connection), *_metrics(connection), *blocks.rows(connection), *blocks.automatic(connection),
+             *networks.rows(connection),
+             *_work(connection, time.time()), *_secrets(connection, Vault.at(config.master_key))]
+    for host in connection.execute(select(hosts)).mappings().all():
+        found += _host(connection, host, config)
+    return found
 
 
 def _database(connection: Connection) -> Iterator[Difference]:
