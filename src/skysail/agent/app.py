@@ -23,7 +23,7 @@ from skysail.kit.errors import SkysailError
 
 def application(keeper: Keeper, sampler: Sampler, log_folder: Path) -> Starlette:
     """PUT and GET /document, GET /report, /reports (a line of JSON per change), /samples, /inventory, /healthz,
-    POST /prepare."""
+    POST /prepare, and POST /images when others changed the images here."""
 
     async def put_document(request: Request) -> Response:
         try:
@@ -68,6 +68,10 @@ def application(keeper: Keeper, sampler: Sampler, log_folder: Path) -> Starlette
             return PlainTextResponse(f"{failed.what}\n{failed.cure}", 500)
         return Response(status_code=204)
 
+    async def images(_request: Request) -> Response:
+        await keeper.recount()
+        return Response(status_code=204)
+
     async def healthz(_request: Request) -> Response:
         return PlainTextResponse("ok")
 
@@ -87,4 +91,5 @@ def application(keeper: Keeper, sampler: Sampler, log_folder: Path) -> Starlette
     return Starlette(lifespan=lifespan, routes=[
         Route("/document", put_document, methods=["PUT"]), Route("/document", document), Route("/report", report),
         Route("/reports", reports), Route("/samples", samples),
-        Route("/inventory", inventory), Route("/prepare", prepare, methods=["POST"]), Route("/healthz", healthz)])
+        Route("/inventory", inventory), Route("/prepare", prepare, methods=["POST"]),
+        Route("/images", images, methods=["POST"]), Route("/healthz", healthz)])

@@ -176,9 +176,13 @@ class Keeper:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._rewired.wait(), pause)
 
+    async def recount(self) -> None:
+        """Report the images that are here now."""
+        await self._changed()
+
     async def prepare(self, image: str, vcpus: int) -> None:
         """Make ready what a launch of this image needs, and report the images that are here; raises SkysailError."""
-        await self._changed()
+        await self.recount()
         await self._hypervisor.prepare(image, vcpus)
 
     def _call_off(self, identifier: str) -> None:

@@ -15,6 +15,7 @@ from typing import IO, Literal
 
 import uvicorn
 
+from skysail.agent import stock
 from skysail.agent.app import application
 from skysail.agent.keeper import Keeper
 from skysail.agent.ledger import Ledger
@@ -74,6 +75,7 @@ def build(config: Config) -> tuple[Keeper, Sampler]:
     for folder in (config.images_dir, config.templates_dir, config.guests_dir, config.volumes_dir,
                    config.snapshots_dir):
         folder.mkdir(parents=True, exist_ok=True)
+    stock.recover(config)
     accelerator = probe(config.accelerator_file).accelerator
     pool, snapshots, fabric = FilePool(config.volumes_dir), FileShelf(config.snapshots_dir), LinuxFabric(Layout.of(config))
     workshop = Workshop(
