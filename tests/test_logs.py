@@ -12,12 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
 from clouds import Cloud, eventually
 from skysail.hypervisor import process, qemu
 from skysail.kit import logs
 from skysail.kit.config import Config
-from skysail.serve import processes, programs
+from skysail.kit.errors import SkysailError
+from skysail.resources import accounts
+from skysail.serve import customer, processes, programs
+from skysail.store.database import Database
+from skysail.store.schema import guests
+from skysail.store.vault import Vault
 
 LIMIT = 256 << 10
 # Numbered lines, as fast as they can be written, to a standard output that was opened by somebody else.
@@ -159,3 +165,30 @@ def test_a_guests_process_cannot_have_another_file_cut(tmp_path: Path) -> None:
         process.trim(folder)
         assert image.stat().st_size == 4 * process.LOG_LIMIT_BYTES
         (folder / "serial.log").unlink()
+
+
+def test_each_account_has_the_serial_logs_of_its_own_instances(cloud: Cloud) -> None:
+    database = Database(cloud.config.database)
+    with database.transaction() as connection:
+        other = accounts.create_account(connection, "neighbour", time.time())
+        key, secret = accounts.create_access_key(connection, Vault.at(cloud.config.master_key), other, time.time())
+        accounts.create_account(connection, "nobody", time.time())
+    database.close()
+    for client in (cloud.client(), cloud.client(key, secret)):
+        eventually(lambda client=client: client.get_blueprints()["blueprints"], 30)  # type: ignore[misc]
+        client.create_instances(instanceNames=["one"], availabilityZone="us-east-1a", blueprintId="debian_12",
+                                bundleId="nano_3_0")
+        eventually(lambda client=client: (  # type: ignore[misc]
+            client.get_instance_state(instanceName="one")["state"]["name"] == "running"))
+    with database.transaction(write=False) as connection:
+        owners = {row.id: row.account_id for row in connection.execute(select(guests))}
+    for guest, owner in owners.items():
+        log = cloud.config.guests_dir / guest / "run" / "serial.log"
+        log.parent.mkdir(parents=True)
+        log.write_text("theirs" if owner == other else "mine")
+    assert len(owners) == 2
+    assert customer.serial_log(cloud.config, "one") == b"mine"
+    assert customer.serial_log(cloud.config, "one", account="neighbour") == b"theirs"
+    for account, words in (("nobody", "no instance named one of the account nobody"), ("stranger", "no account stranger")):
+        with pytest.raises(SkysailError, match=words):
+            customer.serial_log(cloud.config, "one", account=account)

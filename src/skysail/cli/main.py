@@ -124,9 +124,9 @@ def ssh(name: str, *command: Annotated[str, Parameter(allow_leading_hyphen=True)
 
 
 @app.command
-def logs(name: str, *, region: Region = "") -> None:
+def logs(name: str, *, region: Region = "", account: str = "admin") -> None:
     """What an instance's serial console said."""
-    show.console(customer.serial_log(configuration.load(), name, region))
+    show.console(customer.serial_log(configuration.load(), name, region, account))
 
 
 @app.command

@@ -133,24 +133,31 @@ def login(access: dict[str, Any], folder: Path, command: list[str], options: Seq
             *(word for option in options for word in ("-o", option)), f"{access['username']}@{address}", *command]
 
 
-def serial_log(config: Config, name: str, region: str = "") -> bytes:
-    """What the serial console of instance ``name`` said. Raises :class:`SkysailError` when there is no such guest."""
+def serial_log(config: Config, name: str, region: str = "", account: str = "admin") -> bytes:
+    """What the serial console of the account's instance ``name`` said. Raises :class:`SkysailError` when there is no such
+    guest, or no such account."""
     from sqlalchemy import Connection, select
 
+    from skysail.resources import accounts
     from skysail.store.schema import guests, networks
     from skysail.store.visit import visit
 
     place = served(config, region)
 
     def ids(connection: Connection) -> list[str]:
+        owner = accounts.find_account(connection, account)
+        if owner is None:
+            raise SkysailError(f"there is no account {account}")
         # A guest's region is that of its network, also where its launch failed and no instance is left.
         return list(connection.execute(select(guests.c.id).join(networks, networks.c.number == guests.c.network).where(
-            guests.c.instance_name == name, guests.c.role != "gone", networks.c.region == place)).scalars())
+            guests.c.account_id == owner, guests.c.instance_name == name, guests.c.role != "gone",
+            networks.c.region == place)).scalars())
 
     logs = [text for guest in visit(config, ids, list[str])
             if (text := _last_of(config.guests_dir / guest / "run" / "serial.log")) is not None]
     if not logs:
-        raise SkysailError(f"no instance named {name} has a serial log in {place}", cure="see: sudo ./skysail list")
+        raise SkysailError(f"no instance named {name} of the account {account} has a serial log in {place}",
+                           cure=f"see: sudo ./skysail search {name}")
     return b"".join(logs)
 
 
