@@ -36,7 +36,7 @@ EFFECTS = (
     "skysail.agent.ledger:Ledger.write", "skysail.agent.traffic:Traffic._write",
     "skysail.agent.samples:SampleLog.append", "skysail.agent.keeper:Keeper._say",
     "skysail.storage.files:_finish", "skysail.storage.files:FilePool.remove",
-    "skysail.network.linux:LinuxFabric.apply", "skysail.network.links:ensure_taps", "skysail.network.links:open_tap",
+    "skysail.network.linux:LinuxFabric.apply", "skysail.network.taps:ensure", "skysail.network.taps:open_tap",
     "skysail.hypervisor.confinement:spawn", "skysail.hypervisor.confinement:limit", "skysail.hypervisor.confinement:bound",
     "skysail.hypervisor.confinement:release",
     "skysail.metadata.process:spawn", "skysail.metadata.process:Answerer._tell",
