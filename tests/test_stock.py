@@ -154,7 +154,7 @@ def test_who_needs_an_image(house: House, how: str) -> None:
         def users() -> Sequence[tuple[str, str]]:
             return [(house.first, "the snapshot mine is of a server that is made of it")]
     stock = Stock(house.config, users)
-    with pytest.raises(SkysailError, match="cannot be removed: the (instance|snapshot)"):
+    with pytest.raises(SkysailError, match=r"cannot be removed: the (instance|snapshot)"):
         stock.remove(lambda piece: piece.path.stem == house.first)
     assert house.first in house.holds()[0]
     assert house.first not in {piece.path.stem for piece in free(stock.look())}
