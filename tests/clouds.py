@@ -28,6 +28,8 @@ import boto3
 import httpx
 from botocore.config import Config as BotoConfig
 
+import estates
+from estates import SLOT_LOCKS
 from skysail.images.build import build, fingerprint
 from skysail.images.library import Library
 from skysail.images.recipe import RECIPES
@@ -39,8 +41,6 @@ from skysail.serve.up import end_guests
 
 CACHE = Path(os.environ.get("SKYSAIL_TEST_CACHE", "/var/cache/skysail-tests"))
 SLOTS = 16
-# Not in the cache, of which there may be several: slots are the machine's.
-SLOT_LOCKS = Path("/run/lock/skysail-tests")
 
 
 def eventually(seen: Callable[[], Any], seconds: float = 120.0, what: str = "") -> Any:
@@ -62,6 +62,7 @@ class Cloud:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
+        estates.claim(folder)
         (folder / "skysail.toml").write_text(f'port = {self.port}\nzones = ["a", "b"]\n{settings}')
         (folder / "run").mkdir()
         self.folder = folder
@@ -78,6 +79,7 @@ class Cloud:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", f"skysail.serve.{name}"], env={**os.environ, "SKYSAIL_DATA": str(self.folder)},
                 stdout=out, stderr=out)
+        estates.note(self.folder, name, self.processes[name].pid)
         eventually(lambda: self._healthy(name), 30, f"{name} is healthy: {self.log(name)}")
 
     def _healthy(self, name: str) -> bool:
