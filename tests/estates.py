@@ -3,8 +3,8 @@
 A run that is killed tears nothing down: its controllers, agents and QEMUs go on. Each cloud is therefore claimed: an entry in
 ESTATES names its folder and is locked for as long as the run lives (flock(2), which the kernel lets go of with the process).
 The processes that the run started are noted in the folder, by pid, start time and boot; a guest is known by its control
-socket, whose path lies in that folder. Whoever claims a cloud settles the estates of the dead first. A run that is told to end
-by SIGTERM, as timeout(1) does, tears down like one that is interrupted at the keyboard.
+socket, whose path lies in that folder. Whoever claims a cloud settles the estates of the dead first. A run that is told to
+end by SIGTERM, as timeout(1) does, tears down like one that is interrupted at the keyboard.
 """
 
 from __future__ import annotations
