@@ -36,7 +36,7 @@ from skysail.images.recipe import RECIPES
 from skysail.kit.config import Config, load
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import Layout
-from skysail.serve import controller, endpoint
+from skysail.serve import agent, controller, endpoint
 from skysail.serve.up import end_guests
 
 CACHE = Path(os.environ.get("SKYSAIL_TEST_CACHE", "/var/cache/skysail-tests"))
@@ -194,6 +194,8 @@ class RealCloud(Cloud):
     def remove(self) -> None:
         self.stop()
         end_guests(self.config)
+        for listener in agent.ingress(self.config):
+            asyncio.run(listener.end())
         asyncio.run(LinuxFabric(Layout.of(self.config)).teardown())
 
 
