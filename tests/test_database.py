@@ -1,4 +1,4 @@
-"""The store's transactions: each whole or not at all, on the disk before anybody goes on, together where they come together."""
+"""The store's transactions: each whole or not at all, on the disk before anybody goes on, one commit where they meet."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ def test_a_commit_that_fails_fails_everybody_in_it(database: Database) -> None:
     def dangling(connection: Connection) -> None:
         # Looked at when it is committed, not before.
         connection.exec_driver_sql("PRAGMA defer_foreign_keys=ON")
-        connection.exec_driver_sql("INSERT INTO access_keys (id, account_id, secret_sealed, created_at) VALUES ('k','x','',0)")
+        connection.exec_driver_sql(
+            "INSERT INTO access_keys (id, account_id, secret_sealed, created_at) VALUES ('k', 'nobody', '', 0)")
 
     for one in together(database, lambda connection: put(connection, "good"), dangling):
         with pytest.raises(DBAPIError, match="FOREIGN KEY"):

@@ -3,6 +3,10 @@
 One change of a zone is one PATCH, which PowerDNS makes in one transaction of its database: a resolver sees the zone before it
 or after it. What PowerDNS holds is read before it is written, so nothing is assumed of what an interrupted change left. One
 that still has the serial with which we left it need not be read: a large zone takes longer to read than to change.
+
+To rectify a zone (to set what its names need beside their records: hashes, empty names in between, what is below a delegation)
+PowerDNS reads all of it. So it is told to only where a change may need that, by a setting of the zone that it heeds in the same
+transaction as the change. A zone whose changes were not rectified has no NSEC3 parameters, and to be given them rectifies it.
 Source: PowerDNS documentation, "HTTP API"; tried with 4.7 and 4.9 and their SQLite backend.
 """
 
@@ -68,12 +72,9 @@ class PowerDns:
         serial = zone.serial
         if found is None:
             await self._call("POST", "/zones", 201, {
-                "name": zone.name, "kind": "Native", "nameservers": [], **_SETTINGS, "rrsets": [
+                "name": zone.name, "kind": "Native", "nameservers": [], **_settings(True), "rrsets": [
                     *(_change(wanted) for wanted in zone.record_sets), _change(_soa(zone, zone.serial))]})
         else:
-            if any(found.get(name) != value for name, value in _SETTINGS.items()):
-                # A creation that was interrupted leaves a zone without settings and records.
-                await self._call("PUT", f"/zones/{zone.name}", 204, _SETTINGS)
             serial = await self._write(zone, found, held)
         left = HeldZone(name=zone.name, serial=serial, record_sets=zone.record_sets, ds=await self._sign(zone, found or {}))
         self._left[zone.name] = left
@@ -94,6 +95,10 @@ class PowerDns:
         wanted = {(one.name, one.type): one for one in zone.record_sets}
         changes = [_change(one) for key, one in wanted.items() if held.get(key) != one]
         changes += [{"name": name, "type": kind, "changetype": "DELETE"} for name, kind in held.keys() - wanted.keys()]
+        rectify = bool(zone.signing_key) or found["dnssec"] or _shifts(zone.name, held, wanted)
+        if found["soa_edit_api"] != "" or found["api_rectify"] < rectify or (changes and found["api_rectify"] > rectify):
+            # Also a creation that was interrupted: it leaves a zone without settings and records.
+            await self._call("PUT", f"/zones/{zone.name}", 204, _settings(rectify))
         serial = next_serial(zone, found["serial"], bool(changes))
         soa = _soa(zone, serial)
         if changes or serial != found["serial"] or _soa_of(found) not in ((), soa.records):
@@ -102,7 +107,7 @@ class PowerDns:
 
     async def _sign(self, zone: Zone, found: Mapping[str, Any]) -> tuple[str, ...]:
         """Give the zone exactly its key; the delegation signer records of it. The new key is there before an old one goes."""
-        if not zone.signing_key and not found.get("dnssec"):
+        if not zone.signing_key and not found.get("dnssec") and not found.get("nsec3param"):
             return ()
         path = f"/zones/{zone.name}/cryptokeys"
         signers: tuple[str, ...] | None = None
@@ -120,7 +125,9 @@ class PowerDns:
         for stranger in strangers:
             await self._call("DELETE", f"{path}/{stranger}", 204)
         if zone.signing_key and found.get("nsec3param") != _NSEC3:
-            await self._call("PUT", f"/zones/{zone.name}", 204, {"nsec3param": _NSEC3, **_SETTINGS})
+            await self._call("PUT", f"/zones/{zone.name}", 204, {**_settings(True), "nsec3param": _NSEC3})
+        if not zone.signing_key:
+            await self._call("PUT", f"/zones/{zone.name}", 204, {**_settings(True), "nsec3param": ""})
         return signers or ()
 
     async def remove(self, name: str) -> None:
@@ -165,8 +172,29 @@ class PowerDns:
         return answer.json() if answer.content else None
 
 
-# Serials are ours ("" keeps PowerDNS from counting); what signing adds to a zone is kept up with each change.
-_SETTINGS: dict[str, Any] = {"soa_edit_api": "", "api_rectify": True}
+def _settings(rectify: bool) -> dict[str, Any]:
+    """Serials are ours ("" keeps PowerDNS from counting)."""
+    # Without NSEC3 parameters, so that signing the zone again does rectify it.
+    return {"soa_edit_api": "", "api_rectify": rectify} | ({} if rectify else {"nsec3param": ""})
+
+
+def _shifts(apex: str, held: Mapping[tuple[str, str], RecordSet], wanted: Mapping[tuple[str, str], RecordSet]) -> bool:
+    """Whether an unsigned zone needs more than its record sets when it changes from ``held`` to ``wanted``: a name comes or
+    goes that lies between others, or below one that has no records itself (RFC 4592, 2.2.2), or there are delegations."""
+    before, after = {name for name, _ in held}, {name for name, _ in wanted}
+    if moved := before ^ after:
+        depth = apex.count(".") + 1
+        between = {above for name in before | after if name.count(".") > depth for above in _above(apex, name)}
+        stays = before & after
+        if any(name in between or any(above not in stays for above in _above(apex, name)) for name in moved):
+            return True
+    return any(kind == "NS" and name != apex for name, kind in held.keys() | wanted.keys())
+
+
+def _above(apex: str, name: str) -> list[str]:
+    """The names between a name and its zone's own."""
+    labels = name.removesuffix(f".{apex}").split(".")
+    return [] if name == apex else [f"{'.'.join(labels[cut:])}.{apex}" for cut in range(1, len(labels))]
 
 
 def _soa(zone: Zone, serial: int) -> RecordSet:

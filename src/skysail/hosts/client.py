@@ -10,6 +10,7 @@ import msgspec
 from skysail.contract.document import HostDocument
 from skysail.contract.report import HostReport
 from skysail.contract.samples import SamplePage
+from skysail.hosts.parts import Parting
 
 
 class AgentClient:
@@ -19,14 +20,24 @@ class AgentClient:
         if transport is None:
             transport = httpx.AsyncHTTPTransport(uds=address.removeprefix("unix:"))
         self._http = httpx.AsyncClient(transport=transport, base_url="http://agent", timeout=httpx.Timeout(10.0))
+        self._parting = Parting()
+        # The parts of zones that the agent had with the last document that it took.
+        self._held: frozenset[str] = frozenset()
 
     async def put(self, document: HostDocument) -> bool:
         """Hand the document over; False when the agent holds a newer one."""
-        answer = await self._http.put("/document", content=msgspec.json.encode(document))
+        answer = await self._deliver(document)
+        if answer.status_code == 428:  # it lost some, or is another agent than the last time
+            self._held -= frozenset(msgspec.json.decode(answer.content, type=tuple[str, ...]))
+            answer = await self._deliver(document)
         if answer.status_code == 409:
             return False
         answer.raise_for_status()
+        self._held = self._parting.digests()
         return True
+
+    async def _deliver(self, document: HostDocument) -> httpx.Response:
+        return await self._http.put("/document", content=msgspec.json.encode(self._parting.delivery(document, self._held)))
 
     async def reports(self) -> AsyncIterator[HostReport]:
         """The host's report now, and again at each change, until the stream breaks."""

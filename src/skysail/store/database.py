@@ -38,8 +38,8 @@ class Database:
     """One controller's store."""
 
     def __init__(self, path: Path) -> None:
-        # SQLite lets a writer that has to wait sleep for up to 100 ms at a time, and whoever comes first then goes first. Only
-        # writers of other processes (the operator's) are met that way; those of this one wait here.
+        # SQLite lets a writer that has to wait sleep, for up to 100 ms at a time, while others go first. Writers of this process
+        # wait here instead; only those of others (the operator's) are met that way.
         self._turn = threading.Lock()
         self._counting = threading.Lock()
         self._waiting = 0
@@ -143,8 +143,8 @@ class Database:
 
 @contextmanager
 def _savepoint(group: _Group) -> Iterator[None]:
-    """One member of the group: what it wrote goes with its exception, what the others wrote stays. Where that cannot be (a full
-    disk makes SQLite give up the whole transaction), the group has failed."""
+    """One member of the group: what it wrote goes with its exception, what the others wrote stays. Where that cannot be (a
+    full disk makes SQLite give up the whole transaction), the group has failed."""
     connection = group.connection
     connection.exec_driver_sql("SAVEPOINT member")
     try:
