@@ -206,8 +206,8 @@ class Zone(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ZoneOutline(msgspec.Struct, frozen=True, kw_only=True):
-    """A :class:`Zone` that shall be served, its record sets by reference: ``parts`` are the digests of its parts, each of which
-    is, in JSON, the record sets of some of its names. A change of one record set makes one part new, and leaves the others."""
+    """A :class:`Zone` that shall be served, its record sets by reference: ``parts`` are the digests of its parts, each of
+    which is, in JSON, the record sets of some of its names. A change of one record set makes one part new, and no other."""
 
     id: str
     name: str

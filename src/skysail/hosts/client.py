@@ -40,13 +40,16 @@ class AgentClient:
         return await self._http.put("/document", content=msgspec.json.encode(self._parting.delivery(document, self._held)))
 
     async def reports(self) -> AsyncIterator[HostReport]:
-        """The host's report now, and again at each change, until the stream breaks."""
+        """The host's report now, and again at each change, until the stream breaks. Each is of all that the host observes:
+        those that came while the caller took one in are passed over for the newest."""
         # The agent sends a keep-alive line every 15 s: a silence of 40 s is a dead agent, not a quiet one.
         async with self._http.stream("GET", "/reports", timeout=httpx.Timeout(10.0, read=40.0)) as stream:
             stream.raise_for_status()
-            async for line in stream.aiter_lines():
-                if line.strip() and line.strip() != "{}":
-                    yield msgspec.json.decode(line, type=HostReport)
+            rest = b""
+            async for chunk in stream.aiter_raw():
+                *lines, rest = (rest + chunk).split(b"\n")
+                if told := [line for line in lines if line.strip() not in (b"", b"{}")]:
+                    yield msgspec.json.decode(told[-1], type=HostReport)
 
     async def samples(self, ring: str, after: int) -> SamplePage:
         """The host's next samples behind number ``after`` of ``ring``."""

@@ -38,8 +38,8 @@ class Database:
     """One controller's store."""
 
     def __init__(self, path: Path) -> None:
-        # SQLite lets a writer that has to wait sleep, for up to 100 ms at a time, while others go first. Writers of this process
-        # wait here instead; only those of others (the operator's) are met that way.
+        # SQLite lets a writer that has to wait sleep, for up to 100 ms at a time, while others go first. Writers of this
+        # process wait here instead; only those of others (the operator's) are met that way.
         self._turn = threading.Lock()
         self._counting = threading.Lock()
         self._waiting = 0
