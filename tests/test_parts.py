@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
+from botocore.exceptions import BotoCoreError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import insert
 
+from clouds import Cloud, eventually, running_cloud
 from skysail.agent import ledger as ledgers
 from skysail.agent.app import application
 from skysail.agent.keeper import Keeper
 from skysail.agent.ledger import Ledger, MissingParts
 from skysail.agent.samples import Sampler
 from skysail.contract.document import Delivery, HostDocument, RecordSet, Zone
+from skysail.contract.report import Inventory
 from skysail.hosts.client import AgentClient
 from skysail.hosts.parts import PART_SETS, Parting
 from skysail.hosts.zones import ZoneCompiler
+from skysail.inspect.verify import verify
 from skysail.resources import accounts, domains
 from skysail.resources.records import Entry
 from skysail.store.database import Database
@@ -193,3 +200,51 @@ def test_a_zone_that_was_changed_bit_by_bit_is_the_zone_that_is_made_at_once(tmp
                        for one, other in zip(sets, former[name], strict=True)), "what stayed is not made again"
             former = now
     database.close()
+
+
+@pytest.mark.parametrize("killed", ["controller", "agent"])
+def test_kill_in_the_middle_of_many_changes_loses_none_that_was_answered(killed: str) -> None:
+    """Four clients at once, in a zone large enough for parts; then the name server has what the API says, and all of it."""
+    answered: list[str] = []
+    name = "many.example.com"
+
+    def change(client: Any, worker: int) -> None:
+        number = 0
+        with contextlib.suppress(BotoCoreError):  # the controller is away: nothing was answered
+            while not over.is_set():
+                owner = f"n{worker}-{number}.{name}"
+                client.create_domain_entry(domainName=name, domainEntry={"name": owner, "type": "A", "target": "192.0.2.1"})
+                answered.append(owner)
+                number += 1
+
+    def served(cloud: Cloud) -> set[str]:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(cloud.config.agent_socket)), timeout=30) as agent:
+            there = msgspec.json.decode(agent.get("http://agent/inventory").content, type=Inventory)
+        return {one.name.removesuffix(".") for held in there.zones for one in held.record_sets if one.type == "A"}
+
+    over = threading.Event()
+    with running_cloud() as cloud:
+        client = cloud.client()
+        client.create_domain(domainName=name)
+        with ThreadPoolExecutor(4) as pool:
+            working = [pool.submit(change, cloud.client(), worker) for worker in range(4)]
+            eventually(lambda: len(answered) > 3 * PART_SETS, 120, "changes are answered")
+            cloud.kill(killed)
+            if killed == "agent":
+                cloud.start("agent")
+                count = len(answered)
+                eventually(lambda: len(answered) > count + PART_SETS, 120, "changes go on")
+            over.set()
+            for one in working:
+                one.result()
+        if killed == "controller":
+            cloud.start("controller")
+        entries = {one["name"] for one in cloud.client().get_domain(domainName=name)["domain"]["domainEntries"]} - {name}
+        assert {*answered} <= entries and len(entries) <= len(answered) + 4, "at most one of each client was not answered"
+        eventually(lambda: served(cloud) == entries, 60, "the name server has what the API says")
+        assert verify(cloud.config) == []
+        # The same from the disk alone.
+        cloud.kill("controller")
+        cloud.kill("agent")
+        cloud.start("agent")
+        eventually(lambda: served(cloud) == entries, 60, "the ledger has it")
