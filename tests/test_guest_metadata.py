@@ -38,7 +38,7 @@ print(json.dumps({
     "data": ask("/latest/user-data", X_aws_ec2_metadata_token=token),
     "six": ask("/latest/meta-data/local-ipv4", host="[fd00:ec2::254]", X_aws_ec2_metadata_token=token)}))
 """
-# The whole of the data source but the platform's look, which wants Amazon's firmware strings. It gives a token one second, once:
+# The whole of the data source but the platform's look, which wants Amazon's firmware strings. It gives a token one second:
 # on emulated processors that others want too it may need several goes.
 CLOUD_INIT = r"""
 import json, logging, time

@@ -24,6 +24,7 @@ from skysail.contract.report import GuestReport, GuestState
 from skysail.hypervisor import (
     Usage,
     addressing,
+    boot,
     confinement,
     disks,
     freezing,
@@ -44,7 +45,6 @@ from skysail.kit.process import in_thread
 log = logging.getLogger(__name__)
 # An orderly shutdown under emulation takes some 10 s; a guest that ignores the button is cut off after this.
 SHUTDOWN_SECONDS, PRESS_SECONDS = 90.0, 5.0
-BOOT_SECONDS = 300.0
 CLONE_SECONDS = 60.0
 # A foreign guest is called running before its agent is up.
 MOUNT_SECONDS = 60.0
@@ -156,7 +156,7 @@ class QemuGuest:
         if self.record.starts != guest.starts:
             # An agent died while it booted, or it was started again while a stop had not reached it.
             if self.image(guest.volume.image).ours:
-                await self._await_agent(await self.monitor())
+                await boot.await_agent(self.folder / "run", await self.monitor())
             self.save(starts=guest.starts)
         if self.record.reboots < guest.reboots:
             await self._reboot(guest)
@@ -268,7 +268,8 @@ class QemuGuest:
         waiting = [one for one in guest.disks if one.mount and one.volume.id in self.record.disks
                    and self.record.mounts.get(one.volume.id, "Pending") == "Pending"]
         if waiting and not self.image(guest.volume.image).ours:
-            await self._await_agent(await self.monitor(), MOUNT_SECONDS)  # nobody waited for it when it booted
+            # Nobody waited for it when it booted.
+            await boot.await_agent(self.folder / "run", await self.monitor(), MOUNT_SECONDS)
         for one in waiting:
             self.save(mounts=self.record.mounts | {one.volume.id: await mounting.mount(self.agent, one.name)})
 
@@ -406,7 +407,7 @@ class QemuGuest:
         await monitor.execute("cont")
         self._stages["running"] = time.monotonic() - began
         if image.ours:
-            await self._await_agent(monitor)
+            await boot.await_agent(self.folder / "run", monitor)
         self._stages["answering"] = time.monotonic() - began
 
     def _machine(self, guest: Guest, chain: tuple[str, ...], *, memory_mib: int, seed: str = "", seed_serial: str = "seed",
@@ -439,16 +440,6 @@ class QemuGuest:
         finally:
             os.close(descriptor)
 
-    async def _await_agent(self, monitor: Monitor, seconds: float = BOOT_SECONDS) -> None:
-        """Until the guest's agent answers, or the guest goes off by itself; at most ``seconds``, because its owner may have
-        removed the agent, and a guest that runs is not restarted for that."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if await guest_agent.answers(self.agent, 2.0) or await process.status(monitor) != "running":
-                return
-            await asyncio.sleep(0.2)
-        log.warning("guest %s runs, but its agent did not answer in %.0f s", self.record.id, seconds)
-
     async def _reboot(self, guest: Guest) -> None:
         """By the guest's own shutdown where its agent answers, else by the reset line.
 
@@ -458,7 +449,7 @@ class QemuGuest:
         monitor = await self.monitor()
         image = self.image(guest.volume.image)
         if self.record.leaving:
-            await self._await_agent(monitor)
+            await boot.await_agent(self.folder / "run", monitor)
         answers = await guest_agent.answers(self.agent)
         present = await guest_agent.present_boot(self.agent) if answers else ""
         if not (self.record.leaving and present and present != self.record.leaving):
@@ -467,7 +458,7 @@ class QemuGuest:
             if not (answers and await self._shut_down_to_reboot(monitor)):
                 await monitor.execute("system_reset")
         if image.ours:
-            await self._await_agent(monitor)
+            await boot.await_agent(self.folder / "run", monitor)
 
     @property
     def agent(self) -> Path:
