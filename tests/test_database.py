@@ -67,7 +67,7 @@ def test_transactions_that_come_together_share_one_commit(database: Database) ->
     for one in together(database, *(lambda connection, name=f"n{number}": put(connection, name) for number in range(5))):
         one.result()
     assert held(database) >= {"first", *(f"n{number}" for number in range(5))}
-    assert (said.count("BEGIN IMMEDIATE"), said.count("COMMIT")) == (1, 2), "one that wrote, and the look at what is held"
+    assert (said.count("BEGIN IMMEDIATE"), said.count("COMMIT")) == (1, 1)
 
 
 def test_one_that_fails_leaves_the_others_whole(database: Database) -> None:

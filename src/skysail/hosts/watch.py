@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 0.5
 # How long changes are gathered for the next document where they come faster than documents are made. One that comes alone
 # does not wait.
-CROWDED_SECONDS = 0.05
+CROWDED_SECONDS = 0.1
 # What a report may change of a guest's row.
 _OBSERVED = (guests.c.id, guests.c.observed_state, guests.c.observed_starts, guests.c.observed_reboots, guests.c.reason,
              guests.c.rx_bytes, guests.c.tx_bytes, guests.c.host_keys, guests.c.observed_disks,

@@ -9,6 +9,7 @@ the disk for all of them (group commit). Nobody outside sees, and no caller goes
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -59,8 +60,13 @@ class Database:
             # A table that is made anew is missing for a moment, to those that refer to it. Not possible within a transaction.
             connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
             try:
-                with self._begun(connection, write=True):
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                try:
                     migrations.upgrade(connection)
+                except BaseException:
+                    connection.exec_driver_sql("ROLLBACK")
+                    raise
+                connection.exec_driver_sql("COMMIT")
             finally:
                 connection.exec_driver_sql("PRAGMA foreign_keys=ON")
 
@@ -71,8 +77,15 @@ class Database:
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
-        with self._engine.connect() as connection, self._begun(connection, write=False):
-            yield connection
+        with self._engine.connect() as connection:
+            driver = _driver(connection)
+            driver.execute("BEGIN")
+            try:
+                yield connection
+            except BaseException:
+                driver.execute("ROLLBACK")
+                raise
+            driver.execute("COMMIT")
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
@@ -120,21 +133,11 @@ class Database:
             group.failure = failure
         finally:
             try:
-                if _open(group.connection):
+                if _driver(group.connection).in_transaction:
                     group.connection.exec_driver_sql("ROLLBACK")
                 group.connection.close()
             finally:
                 group.ended.set()
-
-    @contextmanager
-    def _begun(self, connection: Connection, write: bool) -> Iterator[None]:
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
-        try:
-            yield
-        except BaseException:
-            connection.exec_driver_sql("ROLLBACK")
-            raise
-        connection.exec_driver_sql("COMMIT")
 
     def close(self) -> None:
         """Return every connection."""
@@ -145,26 +148,27 @@ class Database:
 def _savepoint(group: _Group) -> Iterator[None]:
     """One member of the group: what it wrote goes with its exception, what the others wrote stays. Where that cannot be (a
     full disk makes SQLite give up the whole transaction), the group has failed."""
-    connection = group.connection
-    connection.exec_driver_sql("SAVEPOINT member")
+    driver = _driver(group.connection)
+    driver.execute("SAVEPOINT member")
     try:
         yield
     except BaseException as raised:
         try:
-            connection.exec_driver_sql("ROLLBACK TO member")
-            connection.exec_driver_sql("RELEASE member")
+            driver.execute("ROLLBACK TO member")
+            driver.execute("RELEASE member")
         except BaseException:
             group.failure = raised
         raise
     try:
-        connection.exec_driver_sql("RELEASE member")
+        driver.execute("RELEASE member")
     except BaseException as failure:
         group.failure = failure
         raise
     group.members += 1
 
 
-def _open(connection: Connection) -> bool:
-    """Whether a transaction is open, to SQLite's own knowledge."""
+def _driver(connection: Connection) -> sqlite3.Connection:
+    """SQLite's own connection: what begins and ends each request goes there, and not by way of SQLAlchemy's events."""
     raw: Any = connection.connection.dbapi_connection
-    return bool(raw.in_transaction)
+    assert isinstance(raw, sqlite3.Connection)
+    return raw
