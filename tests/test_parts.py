@@ -128,6 +128,10 @@ def test_a_zone_of_which_a_part_is_damaged_is_left_out_and_sent_again(tmp_path: 
     again = parting.delivery(document(1, zone(500), zone(3, "small.test.")), parting.digests() - {*missing.value.digests})
     assert content(restarted.again(again.document, sent(again))) == content(document(1, zone(500), zone(3, "small.test.")))
     assert content(Ledger(tmp_path / "document.json").read()).keys() == {"large.test.", "small.test."}
+    later = msgspec.structs.replace(first.document, generation=2)
+    restarted.write(later)
+    assert pack not in (tmp_path / "zones").iterdir(), "it is of no use any more"
+    assert content(Ledger(tmp_path / "document.json").read()).keys() == {"large.test.", "small.test."}
 
 
 @settings(deadline=None, max_examples=15)

@@ -73,6 +73,7 @@ class Ledger:
         ValueError for a part that is not what its digest says; then nothing changed."""
         with self._lock:
             named = self._take_in(document, parts or {})
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             durable.replace(self._path, msgspec.json.encode(document))
             self._sweep(named)
             return self._whole(document)
@@ -87,7 +88,6 @@ class Ledger:
     def _take_in(self, document: HostDocument, parts: Mapping[str, bytes]) -> set[str]:
         """Have all parts that the document names; their digests."""
         if not self._opened:
-            self._folder.mkdir(parents=True, exist_ok=True)
             for path, held in self._read_packs():
                 self._packs[path] = frozenset(held)
                 self._parts |= held
@@ -103,6 +103,7 @@ class Ledger:
         return named
 
     def _pack(self, parts: Mapping[str, tuple[bytes, _Part]], named: set[str]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
         held = {digest: msgspec.Raw(raw) for digest, (raw, _) in parts.items() if digest in named}
         path = self._folder / f"{max((int(path.stem) for path in self._packs), default=0) + 1}.json"
         durable.replace(path, msgspec.json.encode(held))
@@ -131,14 +132,17 @@ class Ledger:
             *document.zones, *(zone for _, zone in self._zones.values())))
 
     def _read_packs(self) -> Iterator[tuple[Path, dict[str, tuple[bytes, _Part]]]]:
+        """Each pack and its parts; none of one that cannot be read."""
         for path in self._folder.glob("*.json"):
             if not path.stem.isdigit():
                 continue
             try:
-                held = msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
-                yield path, {digest: _decoded(digest, bytes(raw)) for digest, raw in held.items()}
+                raws = msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
+                held = {digest: _decoded(digest, bytes(raw)) for digest, raw in raws.items()}
             except (OSError, msgspec.MsgspecError, ValueError) as damaged:
                 log.error("%s cannot be read (%s)", path, damaged)
+                held = {}
+            yield path, held
 
 
 def _decoded(digest: str, raw: bytes) -> tuple[bytes, _Part]:
