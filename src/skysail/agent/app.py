@@ -15,9 +15,10 @@ from starlette.routing import Route
 
 from skysail.agent import logs
 from skysail.agent.keeper import Keeper, StaleGeneration
+from skysail.agent.ledger import MissingParts
 from skysail.agent.samples import Sampler
 from skysail.contract import VERSION
-from skysail.contract.document import HostDocument
+from skysail.contract.document import Delivery
 from skysail.kit.errors import SkysailError
 
 
@@ -27,15 +28,19 @@ def application(keeper: Keeper, sampler: Sampler, log_folder: Path) -> Starlette
 
     async def put_document(request: Request) -> Response:
         try:
-            document = msgspec.json.decode(await request.body(), type=HostDocument)
+            delivery = msgspec.json.decode(await request.body(), type=Delivery)
         except msgspec.ValidationError as wrong:
             return PlainTextResponse(f"not a document: {wrong}", 400)
-        if document.version != VERSION:
-            return PlainTextResponse(f"contract {VERSION} is spoken here, not {document.version}", 400)
+        if delivery.document.version != VERSION:
+            return PlainTextResponse(f"contract {VERSION} is spoken here, not {delivery.document.version}", 400)
         try:
-            await keeper.accept(document)
+            await keeper.accept(delivery.document, {digest: bytes(part) for digest, part in delivery.parts.items()})
         except StaleGeneration as stale:
             return PlainTextResponse(str(stale), 409)
+        except MissingParts as missing:
+            return Response(msgspec.json.encode(missing.digests), 428, media_type="application/json")
+        except ValueError as wrong:
+            return PlainTextResponse(f"not a document: {wrong}", 400)
         return Response(status_code=204)
 
     async def document(_request: Request) -> Response:

@@ -14,6 +14,7 @@ import msgspec
 from cryptography.exceptions import InvalidTag
 from sqlalchemy import Connection, RowMapping, select
 
+from skysail.contract import VERSION
 from skysail.contract.document import HostDocument, Zone
 from skysail.contract.report import HeldZone, Inventory
 from skysail.dns.sim import SIMULATED
@@ -262,7 +263,7 @@ def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[
     if held is None or held.generation != document.generation:
         yield Difference(subject=subject, saw=f"its agent holds generation {held.generation if held else 'none'}",
                          wanted=f"generation {document.generation}")
-    elif held != document:
+    elif _ordered(held) != _ordered(document):
         yield Difference(subject=subject, saw=f"its agent's generation {held.generation} is another document",
                          wanted="the document that the rows say")
     wanted = {guest.id: guest for guest in document.guests if guest.role != "gone"}
@@ -290,6 +291,14 @@ def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[
     yield from _metadata(document, there.metadata)
     signers = {row.name + ".": row.ds for row in connection.execute(select(domains))}
     yield from _zones(document.zones, there.zones, signers)
+
+
+def _ordered(document: HostDocument) -> HostDocument:
+    """The document with zones and record sets by name: those that came in parts are in the parts' order. The version is that
+    of the controller that wrote it."""
+    return msgspec.structs.replace(document, version=VERSION, zones=tuple(
+        msgspec.structs.replace(zone, record_sets=tuple(sorted(zone.record_sets, key=lambda one: (one.name, one.type))))
+        for zone in sorted(document.zones, key=lambda zone: zone.name)))
 
 
 def _metadata(document: HostDocument, held: Mapping[str, str] | None) -> Iterator[Difference]:

@@ -18,6 +18,8 @@ from skysail.store.database import Database
 from skysail.store.schema import operations
 
 log = logging.getLogger(__name__)
+# After a look that found nothing to do: each request wakes the engine, and many come at once.
+REST_SECONDS = 0.01
 
 
 class Engine:
@@ -45,6 +47,8 @@ class Engine:
             try:
                 if await asyncio.to_thread(self.drive):
                     self._touched()
+                else:
+                    await asyncio.sleep(REST_SECONDS)
             except Exception:
                 log.exception("the engine's pass failed; it is repeated")
             try:

@@ -200,11 +200,14 @@ def build(config: Config, clock: Clock | None = None,
     def observed() -> None:
         engine.wake()
 
+    def wake() -> None:
+        engine.wake()
+        touched()
+
     def committed() -> None:
         """A request's transaction committed, in a worker thread: wake what acts on rows."""
         for loop in loop_of:
-            loop.call_soon_threadsafe(engine.wake)
-            loop.call_soon_threadsafe(touched)
+            loop.call_soon_threadsafe(wake)
 
     async def follow_guests() -> None:
         while True:
