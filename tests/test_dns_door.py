@@ -27,8 +27,7 @@ from clouds import eventually
 from name_servers import NameServer, free_port
 from skysail.agent.zones import ZoneKeeper
 from skysail.contract.document import SOA_TIMES, RecordSet, Zone
-from skysail.dns import NameServerAway, Zones
-from skysail.dns.listening import listeners
+from skysail.dns import NameServerAway, Zones, listening
 from skysail.dns.powerdns import PowerDns
 from skysail.dns.sim import SimZones
 from skysail.kit.config import Config
@@ -250,17 +249,18 @@ def test_a_zone_that_was_changed_answers_as_one_that_was_made_so(power: NameServ
     run(walk())
 
 
+@pytest.mark.parametrize("asked", [listening.listeners, listening.diagnosed, listening.tabled])
 @pytest.mark.parametrize(("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::")])
-def test_who_listens_is_known(family: socket.AddressFamily, address: str) -> None:
+def test_who_listens_is_known(family: socket.AddressFamily, address: str, asked: Callable[[int], set[int]]) -> None:
     with socket.socket(family) as listener, socket.socket(family) as client:
         listener.bind((address, 0))
         port = listener.getsockname()[1]
-        assert listeners(port) == set(), "bound, and not listening"
+        assert asked(port) == set(), "bound, and not listening"
         listener.listen()
         client.connect(("::1" if family == socket.AF_INET6 else "127.0.0.1", port))
-        assert listeners(port) == {os.geteuid()}
-        assert listeners(client.getsockname()[1]) == set(), "connected, and not listening"
-    assert listeners(port) == set()
+        assert asked(port) == {os.geteuid()}
+        assert asked(client.getsockname()[1]) == set(), "connected, and not listening"
+    assert asked(port) == set()
 
 
 @pytest.mark.real
