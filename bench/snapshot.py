@@ -22,9 +22,9 @@ import time
 from typing import Annotated, Any
 
 import cyclopts
-from bench.launch import BLUEPRINT, BUNDLE, cold, follow, medians
 from cyclopts import Parameter
 
+from bench.launch import BLUEPRINT, BUNDLE, cold, follow, medians
 from clouds import RealCloud, ensure_image, eventually, running_real_cloud
 from skysail.cli import show
 from skysail.hypervisor.accelerator import probe
