@@ -24,8 +24,8 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import Parameter
 
+from bench.launch import BLUEPRINT, BUNDLE, cold, follow, medians
 from clouds import RealCloud, ensure_image, eventually, running_real_cloud
-from launch import BLUEPRINT, BUNDLE, cold, follow, medians
 from skysail.cli import show
 from skysail.hypervisor.accelerator import probe
 from skysail.images.library import Library

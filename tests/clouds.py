@@ -28,20 +28,20 @@ import boto3
 import httpx
 from botocore.config import Config as BotoConfig
 
+import estates
 import stores
+from estates import SLOT_LOCKS
 from skysail.images.build import build, fingerprint
 from skysail.images.library import Library
 from skysail.images.recipe import RECIPES
 from skysail.kit.config import Config, load
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import Layout
-from skysail.serve import controller, endpoint
+from skysail.serve import agent, controller, endpoint
 from skysail.serve.up import end_guests
 
 CACHE = Path(os.environ.get("SKYSAIL_TEST_CACHE", "/var/cache/skysail-tests"))
 SLOTS = 16
-# Not in the cache, of which there may be several: slots are the machine's.
-SLOT_LOCKS = Path("/run/lock/skysail-tests")
 
 
 def eventually(seen: Callable[[], Any], seconds: float = 120.0, what: str = "") -> Any:
@@ -65,6 +65,7 @@ class Cloud:
             self.port = probe.getsockname()[1]
         # Where its rows are, as a line of its configuration.
         self.store = "" if "database =" in settings else stores.setting()
+        estates.claim(folder)
         (folder / "skysail.toml").write_text(f'port = {self.port}\n{self.store}zones = ["a", "b"]\n{settings}')
         (folder / "run").mkdir()
         self.folder = folder
@@ -81,7 +82,8 @@ class Cloud:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", f"skysail.serve.{name}"], env={**os.environ, "SKYSAIL_DATA": str(self.folder)},
                 stdout=out, stderr=out)
-        eventually(lambda: self._healthy(name), 30, f"{name} is healthy: {self.log(name)}")
+        estates.note(self.folder, name, self.processes[name].pid)
+        eventually(lambda: self._healthy(name), 120, f"{name} is healthy: {self.log(name)}")
 
     def _healthy(self, name: str) -> bool:
         assert self.processes[name].poll() is None, f"{name} ended: {self.log(name)}"
@@ -195,6 +197,8 @@ class RealCloud(Cloud):
     def remove(self) -> None:
         self.stop()
         end_guests(self.config)
+        for listener in agent.ingress(self.config):
+            asyncio.run(listener.end())
         asyncio.run(LinuxFabric(Layout.of(self.config)).teardown())
 
 

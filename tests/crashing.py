@@ -22,6 +22,7 @@ import httpx
 import msgspec
 from botocore.exceptions import BotoCoreError, ClientError
 
+import estates
 import stores
 from clouds import Cloud, RealCloud, eventually, running_real_cloud
 from skysail.hypervisor import confinement
@@ -228,6 +229,7 @@ class Doom:
             self.cloud.processes[self.victim] = subprocess.Popen(
                 [sys.executable, str(Path(__file__).parent / "doomed.py"), self.victim],
                 env={**os.environ, "SKYSAIL_DATA": str(self.cloud.folder)}, stdout=out, stderr=out)
+        estates.note(self.cloud.folder, self.victim, self.cloud.processes[self.victim].pid)
         eventually(lambda: self.cloud._healthy(self.victim), 60, f"the doomed {self.victim} is healthy")
 
     def arm(self, survived: list[str]) -> None:

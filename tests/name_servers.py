@@ -8,6 +8,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+import estates
 from clouds import eventually
 from skysail.dns.powerdns import PowerDns
 from skysail.kit.config import Config
@@ -29,6 +30,7 @@ class NameServer:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        estates.claim(Path(config.data))
         up.ensure_user(self.config)
         name_server.prepare(self.config)
         self.process: subprocess.Popen[bytes] | None = None
@@ -36,6 +38,7 @@ class NameServer:
     def start(self) -> None:
         with (Path(self.config.data) / "dns.log").open("ab") as log:
             self.process = subprocess.Popen(name_server.command(self.config), stdout=log, stderr=log, cwd="/")
+        estates.note(Path(self.config.data), "dns", self.process.pid)
         eventually(lambda: name_server.healthy(self.config), 30, "PowerDNS answers")
 
     def kill(self) -> None:

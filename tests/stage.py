@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from pyroute2 import IPRoute
 
 from skysail.contract.document import Network, Port
-from skysail.network import links
+from skysail.network import links, taps
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import GATEWAY_IPV6, MTU, Layout
 
@@ -231,7 +231,7 @@ def attach(name: str) -> int:
     """A tap of the guest's own, like the fabric's."""
     descriptor = os.open(TUN_DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     fcntl.ioctl(descriptor, TUNSETIFF, struct.pack("16sH22x", name.encode(),
-                                                   links.IFF_TAP | links.IFF_NO_PI | links.IFF_VNET_HDR))
+                                                   taps.IFF_TAP | taps.IFF_NO_PI | taps.IFF_VNET_HDR))
     return descriptor
 
 

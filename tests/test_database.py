@@ -1,4 +1,4 @@
-"""The store's transactions: each whole or not at all, on the disk before anybody goes on, in one commit where they meet."""
+"""The store's transactions: each whole or not at all, on the disk before anybody goes on, one commit where they meet."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_transactions_that_come_together_share_one_commit(database: Database) ->
     for one in together(database, *(lambda connection, name=f"n{number}": put(connection, name) for number in range(5))):
         one.result()
     assert held(database) >= {"first", *(f"n{number}" for number in range(5))}
-    begun = [one for one in said if one.startswith("BEGIN")]
-    assert (len(begun), said.count("COMMIT")) == (2, 2), "one that wrote, and the look at what is held"
+    looks = 0 if database.dialect == "sqlite" else 1  # which begin and end at SQLite's own driver
+    assert (len([one for one in said if one.startswith("BEGIN")]), said.count("COMMIT")) == (1 + looks, 1 + looks)
 
 
 def test_one_that_fails_leaves_the_others_whole(database: Database) -> None:

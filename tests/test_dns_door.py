@@ -15,6 +15,9 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import dns.flags
+import dns.message
+import dns.query
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -24,7 +27,7 @@ from clouds import eventually
 from name_servers import NameServer, free_port
 from skysail.agent.zones import ZoneKeeper
 from skysail.contract.document import SOA_TIMES, RecordSet, Zone
-from skysail.dns import NameServerAway, Zones
+from skysail.dns import NameServerAway, Zones, listening
 from skysail.dns.powerdns import PowerDns
 from skysail.dns.sim import SimZones
 from skysail.kit.config import Config
@@ -178,6 +181,86 @@ def test_a_signed_zone_is_signed_to_the_last_answer(power: NameServer) -> None:
         assert "fully validated" in said.stdout + said.stderr, (name, said)
         assert words in said.stdout + said.stderr, (name, said)
     run(power.zones().remove("safe.test."))
+
+
+@pytest.mark.real
+def test_a_zone_that_was_changed_before_it_was_signed_is_signed_to_the_last_answer(power: NameServer) -> None:
+    """Changes of unsigned zones leave out what only signed ones need: it has to be there as soon as the zone is signed, also
+    the second time."""
+    names = ["www.late.test.", "x.deep.late.test."]
+
+    def sets() -> list[RecordSet]:
+        return [a(name, "192.0.2.1") for name in names]
+
+    def delv(name: str) -> str:
+        flags, protocol, algorithm, *key = power.dig("late.test", "DNSKEY").split()
+        anchors = Path(power.config.data) / "anchors"
+        anchors.write_text(f'trust-anchors {{ "late.test." static-key {flags} {protocol} {algorithm} "{"".join(key)}"; }};\n')
+        done = subprocess.run(["delv", "@127.0.0.1", "-p", str(power.config.dns_port), "-a", str(anchors), "+root=late.test",
+                               name, "A"], capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    for serial in (100, 200):
+        for number in range(3):
+            names.append(f"n{serial + number}.late.test.")
+            run(power.zones().apply(zone("late.test.", *sets(), serial=serial + number)))
+        private, _ = zone_keys.make("late.test")
+        run(power.zones().apply(zone("late.test.", *sets(), serial=serial + 10, key=private)))
+        for name in names:
+            assert "192.0.2.1" in delv(name) and "fully validated" in delv(name), (name, delv(name))
+        for absent in ("none.late.test.", "deep.late.test.", "y.deep.late.test."):
+            assert "negative response, fully validated" in delv(absent), (absent, delv(absent))
+        run(power.zones().apply(zone("late.test.", *sets(), serial=serial + 20)))
+    run(power.zones().remove("late.test."))
+
+
+PLACES = ("a", "b.a", "c.b.a", "d", "*.d", "e.f", "a.e.f")
+
+
+@pytest.mark.real
+@settings(max_examples=int(os.environ.get("SKYSAIL_ZONE_WALKS", "12")), deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from(PLACES), st.sampled_from(("A", "NS"))), min_size=2, max_size=5))
+def test_a_zone_that_was_changed_answers_as_one_that_was_made_so(power: NameServer, steps: list[dict[str, str]]) -> None:
+    """Empty names between others, names below a delegation: PowerDNS is not told to look for them with every change."""
+    def held(apex: str, step: dict[str, str], serial: int) -> Zone:
+        return zone(apex, *(RecordSet(name=f"{place}.{apex}", type=kind, ttl=60, records=(
+            "192.0.2.1" if kind == "A" else "ns.other.test.",)) for place, kind in sorted(step.items())), serial=serial)
+
+    def answers(apex: str) -> dict[str, tuple[int, str]]:
+        found = {}
+        for place in (*PLACES, "f", "x", "x.a", "x.d", "x.f", "y.x.e.f"):
+            said = dns.query.udp(dns.message.make_query(f"{place}.{apex}", "A"), "127.0.0.1", 5, power.config.dns_port)
+            sections = [sorted(f"{one.name.to_text()} {one.rdtype}" for one in section)
+                        for section in (said.answer, said.authority)]
+            found[place] = int(said.rcode()), f"{sections} {said.flags & dns.flags.AA}".replace(apex, "zone.")
+        return found
+
+    async def walk() -> None:
+        zones = power.zones()
+        try:
+            for number, step in enumerate(steps):
+                await zones.apply(held("walk.test.", step, 100 + number), believing=True)
+                await zones.remove("made.test.")
+                await zones.apply(held("made.test.", step, 100 + number))
+                assert answers("walk.test.") == answers("made.test."), steps[:number + 1]
+        finally:
+            for name in ("walk.test.", "made.test."):
+                await zones.remove(name)
+    run(walk())
+
+
+@pytest.mark.parametrize("asked", [listening.listeners, listening.diagnosed, listening.tabled])
+@pytest.mark.parametrize(("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::")])
+def test_who_listens_is_known(family: socket.AddressFamily, address: str, asked: Callable[[int], set[int]]) -> None:
+    with socket.socket(family) as listener, socket.socket(family) as client:
+        listener.bind((address, 0))
+        port = listener.getsockname()[1]
+        assert asked(port) == set(), "bound, and not listening"
+        listener.listen()
+        client.connect(("::1" if family == socket.AF_INET6 else "127.0.0.1", port))
+        assert asked(port) == {os.geteuid()}
+        assert asked(client.getsockname()[1]) == set(), "connected, and not listening"
+    assert asked(port) == set()
 
 
 @pytest.mark.real

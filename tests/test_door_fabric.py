@@ -19,7 +19,7 @@ from clouds import eventually, taken_slot
 from skysail.contract.document import FirewallRule, Port
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
-from skysail.network import Fabric, links
+from skysail.network import Fabric, links, taps
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import BRIDGE, UPLINK, Layout, link_local, tap_name
 from skysail.network.sim import SimFabric
@@ -414,7 +414,7 @@ def test_a_foreign_firewall_that_drops_is_found(linux: Door, family: str, cure: 
 
 @pytest.mark.real
 def test_a_tap_that_somebody_holds_is_refused_until_it_is_let_go(linux: Door, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(links, "BUSY_SECONDS", 0.2)
+    monkeypatch.setattr(taps, "BUSY_SECONDS", 0.2)
     linux.apply(ONE)
     held = linux.does(lambda: linux.fabric.open_port(ONE))
     with pytest.raises(SkysailError, match="cannot be opened"):

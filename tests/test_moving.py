@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -22,12 +21,12 @@ from skysail.kit.config import load
 from skysail.kit.errors import SkysailError
 from skysail.serve import moving
 from skysail.store import copying
-from skysail.store.database import Database
+from skysail.store.database import Database, flaws
 from skysail.store.migrations import MIGRATIONS
 from skysail.store.postgres import Postgres
 from skysail.store.schema import access_keys, accounts, guests, hosts, measurements, metadata, meters
 
-SETTINGS = 'database = ""\ncontroller_user = "root"\n[regions]\n"us-east-1" = ["a", "b"]\n'
+SETTINGS = 'database = ""\n[regions]\n"us-east-1" = ["a", "b"]\n'
 
 
 @pytest.fixture
@@ -91,6 +90,7 @@ def test_a_cloud_moves_and_goes_on(lived: Cloud) -> None:
 # Ends itself before the NUMBERth table is compared, or once all is committed.
 DYING = """
 import os, signal, sys
+from skysail.kit.config import load
 from skysail.serve import moving
 from skysail.store import copying
 
@@ -105,13 +105,13 @@ def counted(connection, table):
     return sums(connection, table)
 
 copying._sum = counted
-moving.main()
-os.kill(os.getpid(), signal.SIGKILL)
+moving.point = lambda config, there: os.kill(os.getpid(), signal.SIGKILL)
+moving.move(load(), sys.argv.pop(), "", print)
 """
 
 
 def dies(cloud: Cloud, url: str, before: int) -> None:
-    done = subprocess.run([sys.executable, "-c", DYING, str(before)], input=json.dumps({"database": url}).encode(),
+    done = subprocess.run([sys.executable, "-c", DYING, url, str(before)],
                           env={**os.environ, "SKYSAIL_DATA": str(cloud.folder)}, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
@@ -184,7 +184,7 @@ def test_a_copy_is_exact(source: Database, target: Database) -> None:
             assert connection.execute(select(guests.c.id).where(guests.c.origin.is_(null()))).scalars().all() == ["g-1"]
     target.migrate()
     with target.transaction() as connection:
-        assert list(target.flaws(connection)) == []
+        assert list(flaws(connection)) == []
     with pytest.raises(SkysailError, match="holds a cloud"):
         copying.copy(source, target)
 

@@ -18,6 +18,7 @@ from skysail.store import postgres
 from skysail.store.database import Database
 from skysail.store.postgres import Postgres
 from skysail.store.schema import accounts
+from skysail.store.visit import visit
 
 
 @pytest.fixture
@@ -74,13 +75,14 @@ def test_the_kernel_says_who_asks(url: str) -> None:
 
 
 def test_what_cannot_be_used_is_refused_with_its_cure(tmp_path: Path) -> None:
+    (tmp_path / "controller").mkdir()
     nowhere = f"postgresql:///cloud?host={tmp_path}"
     with pytest.raises(SkysailError, match="cannot be reached") as refused:
-        Database.found(Config(data=str(tmp_path), database=nowhere))
+        visit(Config(data=str(tmp_path), database=nowhere), lambda connection: 1, int)
     assert "docs/database.md" in refused.value.cure
     empty = stores.server().create()
     with pytest.raises(SkysailError, match="there is no cloud"):
-        Database.found(Config(data=str(tmp_path), database=empty))
+        visit(Config(data=str(tmp_path), database=empty), lambda connection: 1, int)
     stores.server().run("CREATE DATABASE french TEMPLATE template0 ENCODING 'UTF8' LC_COLLATE 'C' LC_CTYPE 'C' "
                         "ICU_LOCALE 'fr' LOCALE_PROVIDER icu")
     latin = "CREATE DATABASE latin TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'"

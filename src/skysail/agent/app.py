@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import msgspec
 from starlette.applications import Starlette
@@ -12,28 +13,34 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from skysail.agent import logs
 from skysail.agent.keeper import Keeper, StaleGeneration
+from skysail.agent.ledger import MissingParts
 from skysail.agent.samples import Sampler
 from skysail.contract import VERSION
-from skysail.contract.document import HostDocument
+from skysail.contract.document import Delivery
 from skysail.kit.errors import SkysailError
 
 
-def application(keeper: Keeper, sampler: Sampler) -> Starlette:
+def application(keeper: Keeper, sampler: Sampler, log_folder: Path) -> Starlette:
     """PUT and GET /document, GET /report, /reports (a line of JSON per change), /samples, /inventory, /healthz,
-    POST /prepare."""
+    POST /prepare, and POST /images when others changed the images here."""
 
     async def put_document(request: Request) -> Response:
         try:
-            document = msgspec.json.decode(await request.body(), type=HostDocument)
+            delivery = msgspec.json.decode(await request.body(), type=Delivery)
         except msgspec.ValidationError as wrong:
             return PlainTextResponse(f"not a document: {wrong}", 400)
-        if document.version != VERSION:
-            return PlainTextResponse(f"contract {VERSION} is spoken here, not {document.version}", 400)
+        if delivery.document.version != VERSION:
+            return PlainTextResponse(f"contract {VERSION} is spoken here, not {delivery.document.version}", 400)
         try:
-            await keeper.accept(document)
+            await keeper.accept(delivery.document, {digest: bytes(part) for digest, part in delivery.parts.items()})
         except StaleGeneration as stale:
             return PlainTextResponse(str(stale), 409)
+        except MissingParts as missing:
+            return Response(msgspec.json.encode(missing.digests), 428, media_type="application/json")
+        except ValueError as wrong:
+            return PlainTextResponse(f"not a document: {wrong}", 400)
         return Response(status_code=204)
 
     async def document(_request: Request) -> Response:
@@ -66,6 +73,10 @@ def application(keeper: Keeper, sampler: Sampler) -> Starlette:
             return PlainTextResponse(f"{failed.what}\n{failed.cure}", 500)
         return Response(status_code=204)
 
+    async def images(_request: Request) -> Response:
+        await keeper.recount()
+        return Response(status_code=204)
+
     async def healthz(_request: Request) -> Response:
         return PlainTextResponse("ok")
 
@@ -74,7 +85,7 @@ def application(keeper: Keeper, sampler: Sampler) -> Starlette:
         await keeper.start()
         tasks = [asyncio.create_task(work) for work in (keeper.follow(), keeper.tend_network(), keeper.flatten(),
                                                           keeper.zones.run(), keeper.entrance.run(),
-                                                          keeper.metadata.run(), sampler.run())]
+                                                          keeper.metadata.run(), sampler.run(), logs.tend(log_folder))]
         try:
             yield
         finally:
@@ -85,4 +96,5 @@ def application(keeper: Keeper, sampler: Sampler) -> Starlette:
     return Starlette(lifespan=lifespan, routes=[
         Route("/document", put_document, methods=["PUT"]), Route("/document", document), Route("/report", report),
         Route("/reports", reports), Route("/samples", samples),
-        Route("/inventory", inventory), Route("/prepare", prepare, methods=["POST"]), Route("/healthz", healthz)])
+        Route("/inventory", inventory), Route("/prepare", prepare, methods=["POST"]),
+        Route("/images", images, methods=["POST"]), Route("/healthz", healthz)])

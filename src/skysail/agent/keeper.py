@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
 import msgspec
 
@@ -94,15 +94,15 @@ class Keeper:
             await self._take(document)
         await self._changed()
 
-    async def accept(self, document: HostDocument) -> None:
-        """Store the document, then converge to it behind the answer; raises StaleGeneration for an older one."""
+    async def accept(self, document: HostDocument, parts: Mapping[str, bytes] | None = None) -> None:
+        """Store the document and the parts of its zones that came with it, then converge to it behind the answer; raises
+        StaleGeneration for an older one, MissingParts, and ValueError for a part that is damaged."""
         # One at a time: a controller that was killed may still have an older one under way behind its successor's.
         async with self._accepting:
             if document.generation < self._report.generation:
                 raise StaleGeneration(f"generation {self._report.generation} is held, {document.generation} is older")
-            if document.generation > self._report.generation:
-                await in_thread(self._ledger.write, document)
-            await self._take(document)
+            keep = self._ledger.write if document.generation > self._report.generation else self._ledger.again
+            await self._take(await in_thread(keep, document, parts))
         await self._changed()
 
     async def _take(self, document: HostDocument) -> None:
@@ -176,9 +176,13 @@ class Keeper:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._rewired.wait(), pause)
 
+    async def recount(self) -> None:
+        """Report the images that are here now."""
+        await self._changed()
+
     async def prepare(self, image: str, vcpus: int) -> None:
         """Make ready what a launch of this image needs, and report the images that are here; raises SkysailError."""
-        await self._changed()
+        await self.recount()
         await self._hypervisor.prepare(image, vcpus)
 
     def _call_off(self, identifier: str) -> None:

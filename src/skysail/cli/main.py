@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import Parameter
@@ -126,9 +126,9 @@ def ssh(name: str, *command: Annotated[str, Parameter(allow_leading_hyphen=True)
 
 
 @app.command
-def logs(name: str, *, region: Region = "") -> None:
+def logs(name: str, *, region: Region = "", account: str = "admin") -> None:
     """What an instance's serial console said."""
-    show.console(customer.serial_log(configuration.load(), name, region))
+    show.console(customer.serial_log(configuration.load(), name, region, account))
 
 
 @app.command
@@ -164,12 +164,29 @@ def revoke_key(key: str) -> None:
 
 
 @images.command(name="list")
-def list_images(*, json: Json = False) -> None:
-    """Images that this machine holds."""
+def list_images(*, unused: Annotated[bool, Parameter(negative="")] = False, json: Json = False) -> None:
+    """Images that this machine holds; with --unused the images and templates that nobody needs."""
+    if unused:
+        _show_pieces(blueprints.unused(configuration.load()), json)
+        return
     found = blueprints.held(configuration.load())
     show.as_json(found) if json else show.table(
         [blueprints.summary(image) for image in found],
-        ["blueprint", "version", "size", "packages", "built (UTC)", "template", "offered"])
+        ["blueprint", "version", "digest", "size", "packages", "built (UTC)", "template", "offered", "needed"])
+
+
+@images.command(name="remove")
+def remove_image(*names: str, unused: Annotated[bool, Parameter(negative="")] = False, json: Json = False) -> None:
+    """Remove images, by digest or blueprint, with their templates; --unused all images and templates that nobody needs."""
+    gone = blueprints.remove(configuration.load(), names, unused)
+    _show_pieces(gone, json)
+    if not json:
+        show.line(f"{sum(piece['bytes'] for piece in gone) >> 20} MiB freed")
+
+
+def _show_pieces(pieces: list[dict[str, Any]], json: bool) -> None:
+    show.as_json(pieces) if json else show.table(
+        [blueprints.piece_summary(piece) for piece in pieces], ["kind", "blueprint", "name", "size"])
 
 
 @images.command(name="build")

@@ -1,3 +1,4 @@
 """What controller and agent say to each other: one document down, reports up. Frozen, versioned, no behaviour."""
 
-VERSION = 1
+# 2: large zones come in parts.
+VERSION = 2

@@ -6,6 +6,9 @@ or a bad restore stops nobody's server.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
+from itertools import chain
 from typing import Annotated, Literal
 
 import msgspec
@@ -202,6 +205,30 @@ class Zone(msgspec.Struct, frozen=True, kw_only=True):
     signing_key: str = ""
 
 
+class ZoneOutline(msgspec.Struct, frozen=True, kw_only=True):
+    """A :class:`Zone` that shall be served, its record sets by reference: ``parts`` are the digests of its parts, each of
+    which is, in JSON, the record sets of some of its names. A change of one record set makes one part new, and no other."""
+
+    id: str
+    name: str
+    serial: int
+    primary: str
+    hostmaster: str
+    parts: tuple[str, ...]
+    signing_key: str = ""
+
+    def zone(self, parts: Iterable[tuple[RecordSet, ...]]) -> Zone:
+        """The zone that is made of these parts."""
+        return Zone(id=self.id, name=self.name, role="serve", serial=self.serial, primary=self.primary,
+                    hostmaster=self.hostmaster, signing_key=self.signing_key,
+                    record_sets=tuple(chain.from_iterable(parts)))
+
+
+def part_digest(part: bytes) -> str:
+    """By what a part of a zone is known: half of its SHA-256, in hexadecimal."""
+    return hashlib.sha256(part).hexdigest()[:32]
+
+
 class HostName(msgspec.Struct, frozen=True, kw_only=True):
     """A name by which guest ``guest`` is asked for: in lower case, without a final dot; ``*.`` before it stands for one
     label."""
@@ -226,7 +253,8 @@ class Entrance(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HostDocument(msgspec.Struct, frozen=True, kw_only=True):
-    """All that one host shall hold. The agent refuses a ``generation`` older than the one that it has."""
+    """All that one host shall hold. The agent refuses a ``generation`` older than the one that it has. On its way to the
+    agent, and in the agent's ledger, large zones are ``outlines``; everywhere else all of them are ``zones``."""
 
     host: str
     generation: int
@@ -236,4 +264,13 @@ class HostDocument(msgspec.Struct, frozen=True, kw_only=True):
     zones: tuple[Zone, ...] = ()
     entrance: Entrance | None = None
     networks: tuple[Network, ...] = ()
+    outlines: tuple[ZoneOutline, ...] = ()
     version: int = VERSION
+
+
+class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+    """A document on its way, with parts of its zones by their digests: those that the agent may not have yet. If others are
+    missing, it takes nothing and names them."""
+
+    document: HostDocument
+    parts: dict[str, msgspec.Raw] = {}

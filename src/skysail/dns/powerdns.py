@@ -3,6 +3,10 @@
 One change of a zone is one PATCH, which PowerDNS makes in one transaction of its database: a resolver sees the zone before it
 or after it. What PowerDNS holds is read before it is written, so nothing is assumed of what an interrupted change left. One
 that still has the serial with which we left it need not be read: a large zone takes longer to read than to change.
+
+To rectify a zone (to set what its names need beside their records: hashes, empty names in between, what is below a
+delegation) PowerDNS reads all of it. So it is told to only where a change may need that, by a setting of the zone that it
+heeds in the same transaction as the change. An unsigned zone has no NSEC3 parameters, and to be given them rectifies it.
 Source: PowerDNS documentation, "HTTP API"; tried with 4.7 and 4.9 and their SQLite backend.
 """
 
@@ -10,7 +14,8 @@ from __future__ import annotations
 
 import ipaddress
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ import httpx
 from skysail.contract.document import SOA_TIMES, RecordSet, Zone
 from skysail.contract.report import HeldZone
 from skysail.dns import NameServerAway, next_serial
+from skysail.dns.listening import listeners
 from skysail.kit.errors import SkysailError
 
 # SQL that makes the backend's tables; with the package, so that it fits the server.
@@ -36,17 +42,13 @@ def api_key(port: int, key_file: Path) -> str:
     name server that is away, and collect the key. Raises :class:`NameServerAway`."""
     try:
         key, owner = key_file.read_text().strip(), key_file.with_name("pdns.conf").stat().st_uid
-        # A listener on [::] takes what comes to the IPv4 loopback address, too.
-        sockets = [line.split() for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if table.exists()
-                   for line in table.read_text().splitlines()[1:]]
+        holders = listeners(port)
     except OSError as missing:
         raise NameServerAway(f"the name server's API key cannot be read: {missing}",
                              "run: sudo ./skysail up") from missing
-    # proc(5): local address and port in hexadecimal, state (0A listens), user.
-    listeners = {int(words[7]) for words in sockets if words[3] == "0A" and words[1].endswith(f":{port:04X}")}
-    if not listeners:
+    if not holders:
         raise NameServerAway(f"nothing listens on port {port}", "run: sudo ./skysail up")
-    if listeners - {owner}:
+    if holders - {owner}:
         raise NameServerAway(f"port {port} belongs to a process of another user", "set dns_api_port in skysail.toml")
     return key
 
@@ -68,12 +70,9 @@ class PowerDns:
         serial = zone.serial
         if found is None:
             await self._call("POST", "/zones", 201, {
-                "name": zone.name, "kind": "Native", "nameservers": [], **_SETTINGS, "rrsets": [
+                "name": zone.name, "kind": "Native", "nameservers": [], **_settings(True), "rrsets": [
                     *(_change(wanted) for wanted in zone.record_sets), _change(_soa(zone, zone.serial))]})
         else:
-            if any(found.get(name) != value for name, value in _SETTINGS.items()):
-                # A creation that was interrupted leaves a zone without settings and records.
-                await self._call("PUT", f"/zones/{zone.name}", 204, _SETTINGS)
             serial = await self._write(zone, found, held)
         left = HeldZone(name=zone.name, serial=serial, record_sets=zone.record_sets, ds=await self._sign(zone, found or {}))
         self._left[zone.name] = left
@@ -90,10 +89,17 @@ class PowerDns:
 
     async def _write(self, zone: Zone, found: Mapping[str, Any], sets: Iterable[RecordSet]) -> int:
         """Patch the record sets that differ, all at once; the serial that the zone then has."""
-        held = {(one.name, one.type): one for one in sets}
-        wanted = {(one.name, one.type): one for one in zone.record_sets}
+        # Of a large zone all but a few record sets are the very ones that were written before.
+        sets = tuple(sets)
+        common = {*map(id, sets)} & {*map(id, zone.record_sets)}
+        held = {(one.name, one.type): one for one in sets if id(one) not in common}
+        wanted = {(one.name, one.type): one for one in zone.record_sets if id(one) not in common}
         changes = [_change(one) for key, one in wanted.items() if held.get(key) != one]
         changes += [{"name": name, "type": kind, "changetype": "DELETE"} for name, kind in held.keys() - wanted.keys()]
+        rectify = bool(zone.signing_key) or found["dnssec"] or _shifts(zone.name, sets, zone.record_sets)
+        if found["soa_edit_api"] != "" or found["api_rectify"] < rectify or (changes and found["api_rectify"] > rectify):
+            # Also a creation that was interrupted: it leaves a zone without settings and records.
+            await self._call("PUT", f"/zones/{zone.name}", 204, _settings(rectify))
         serial = next_serial(zone, found["serial"], bool(changes))
         soa = _soa(zone, serial)
         if changes or serial != found["serial"] or _soa_of(found) not in ((), soa.records):
@@ -102,7 +108,7 @@ class PowerDns:
 
     async def _sign(self, zone: Zone, found: Mapping[str, Any]) -> tuple[str, ...]:
         """Give the zone exactly its key; the delegation signer records of it. The new key is there before an old one goes."""
-        if not zone.signing_key and not found.get("dnssec"):
+        if not zone.signing_key and not found.get("dnssec") and not found.get("nsec3param"):
             return ()
         path = f"/zones/{zone.name}/cryptokeys"
         signers: tuple[str, ...] | None = None
@@ -120,7 +126,9 @@ class PowerDns:
         for stranger in strangers:
             await self._call("DELETE", f"{path}/{stranger}", 204)
         if zone.signing_key and found.get("nsec3param") != _NSEC3:
-            await self._call("PUT", f"/zones/{zone.name}", 204, {"nsec3param": _NSEC3, **_SETTINGS})
+            await self._call("PUT", f"/zones/{zone.name}", 204, {**_settings(True), "nsec3param": _NSEC3})
+        if not zone.signing_key:
+            await self._call("PUT", f"/zones/{zone.name}", 204, {**_settings(True), "nsec3param": ""})
         return signers or ()
 
     async def remove(self, name: str) -> None:
@@ -165,8 +173,29 @@ class PowerDns:
         return answer.json() if answer.content else None
 
 
-# Serials are ours ("" keeps PowerDNS from counting); what signing adds to a zone is kept up with each change.
-_SETTINGS: dict[str, Any] = {"soa_edit_api": "", "api_rectify": True}
+def _settings(rectify: bool) -> dict[str, Any]:
+    """Serials are ours ("" keeps PowerDNS from counting)."""
+    # Without NSEC3 parameters, so that signing the zone again does rectify it.
+    return {"soa_edit_api": "", "api_rectify": rectify} | ({} if rectify else {"nsec3param": ""})
+
+
+def _shifts(apex: str, held: Sequence[RecordSet], wanted: Sequence[RecordSet]) -> bool:
+    """Whether an unsigned zone needs more than its record sets when it changes from ``held`` to ``wanted``: a name comes or
+    goes that lies between others, or below one that has no records itself (RFC 4592, 2.2.2), or there are delegations."""
+    before, after = {one.name for one in held}, {one.name for one in wanted}
+    if moved := before ^ after:
+        depth = apex.count(".") + 1
+        between = {above for name in before | after if name.count(".") > depth for above in _above(apex, name)}
+        stays = before & after
+        if any(name in between or any(above not in stays for above in _above(apex, name)) for name in moved):
+            return True
+    return any(one.type == "NS" and one.name != apex for one in chain(held, wanted))
+
+
+def _above(apex: str, name: str) -> list[str]:
+    """The names between a name and its zone's own."""
+    labels = name.removesuffix(f".{apex}").split(".")
+    return [] if name == apex else [f"{'.'.join(labels[cut:])}.{apex}" for cut in range(1, len(labels))]
 
 
 def _soa(zone: Zone, serial: int) -> RecordSet:

@@ -20,6 +20,7 @@ from typing import Literal
 
 import msgspec
 
+from skysail.agent.stock import Stock, free
 from skysail.dns.powerdns import PowerDns
 from skysail.hypervisor.accelerator import probe
 from skysail.ingress.haproxy import HaProxy
@@ -29,6 +30,7 @@ from skysail.kit.errors import SkysailError
 from skysail.metadata.process import Answerer
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import Layout
+from skysail.resources import image_use
 
 Verdict = Literal["good", "weak", "bad"]
 
@@ -187,6 +189,21 @@ def disk(config: Config) -> Finding:
                    cure="" if verdict == "good" else "free some space, or set SKYSAIL_DATA to another disk")
 
 
+def images(config: Config) -> Finding:
+    """How much of the disk do images and templates take that nobody needs?"""
+    where = str(config.images_dir)
+    if config.engines != "real" or os.geteuid() != 0:
+        return Finding(subject="images", verdict="good" if config.engines != "real" else "weak", where=where,
+                       saw="simulated" if config.engines != "real" else "not looked at",
+                       cure="" if config.engines != "real" else "run with sudo")
+    pieces = Stock(config, lambda: image_use.known(config)).look()
+    spare = free(pieces)
+    size = sum(piece.bytes for piece in spare) / 2**30
+    return Finding(subject="images", verdict="weak" if size >= 1 else "good", where=where,
+                   saw=f"{sum(piece.bytes for piece in pieces) / 2**30:.1f} GiB, of which nobody needs {size:.1f} GiB",
+                   cure="sudo ./skysail images remove --unused" if spare else "")
+
+
 def memory(_config: Config) -> Finding:
     """Memory that guests could take now."""
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -223,6 +240,6 @@ def clock(_config: Config) -> Finding:
 
 LOOKS: tuple[tuple[str, Callable[[Config], Finding]], ...] = (
     ("qemu", qemu_version), ("accelerator", accelerator), ("namespaces", namespaces), ("network", network),
-    ("metadata", metadata), ("dns", name_server), ("ingress", single_address), ("disk", disk), ("memory", memory),
-    ("cgroups", cgroups), ("time", clock),
+    ("metadata", metadata), ("dns", name_server), ("ingress", single_address), ("disk", disk), ("images", images),
+    ("memory", memory), ("cgroups", cgroups), ("time", clock),
 )

@@ -39,6 +39,7 @@ from skysail.store.vault import Vault
 
 _OF_INSTANCE = (instances.c.bundle_id, instances.c.region, instances.c.zone, instances.c.key_pair_name,
                 instances.c.created_at, instances.c.metadata_options, instances.c.ssh_port)
+_BUMP_ALL = update(hosts).values(generation=hosts.c.generation + 1)
 
 
 def bump(connection: Connection, host_id: str) -> None:
@@ -52,7 +53,7 @@ def bump(connection: Connection, host_id: str) -> None:
 
 def bump_zones(connection: Connection) -> None:
     """A zone changed: every host that answers for zones, which all do, gets its next generation."""
-    connection.execute(update(hosts).values(generation=hosts.c.generation + 1))
+    connection.execute(_BUMP_ALL)
 
 
 def bump_networks(connection: Connection) -> dict[str, int]:

@@ -24,6 +24,9 @@ from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 0.5
+# How long changes are gathered for the next document where they come faster than documents are made. One that comes alone
+# does not wait.
+CROWDED_SECONDS = 0.1
 # What a report may change of a guest's row.
 _OBSERVED = (guests.c.id, guests.c.observed_state, guests.c.observed_starts, guests.c.observed_reboots, guests.c.reason,
              guests.c.rx_bytes, guests.c.tx_bytes, guests.c.host_keys, guests.c.observed_disks,
@@ -75,7 +78,9 @@ class Watch:
                     await asyncio.to_thread(self._overtake)
                     self._changed.set()
                     continue
-                sent = document.generation
+                crowded, sent = 0 < sent < document.generation - 1, document.generation
+                if crowded:
+                    await asyncio.sleep(CROWDED_SECONDS)
             except LeaseLost as lost:
                 log.info("%s", lost)
             except (httpx.HTTPError, OSError):

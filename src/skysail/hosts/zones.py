@@ -1,35 +1,46 @@
 """Rows to zones: what name servers answer for. Reads rows, decides nothing, touches no host.
 
 A zone of ten thousand entries is made again only when something in it changed: its serial, or what an alias in it leads to.
+Of its record sets those are made again whose entries changed, and those of aliases.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, RowMapping, select
+from sqlalchemy import Connection, RowMapping, bindparam, select
 
 from skysail.contract.document import RecordSet, Zone
 from skysail.store.schema import domain_entries, domains, guests, hosts, instances, static_ips
 from skysail.store.vault import Vault
 
 NAME_SERVER_TTL = 3600
-_COLUMNS = (domain_entries.c.name, domain_entries.c.type, domain_entries.c.ttl, domain_entries.c.record,
-            domain_entries.c.alias, domain_entries.c.alias_region)
+_ENTRIES = select(
+    domain_entries.c.name, domain_entries.c.type, domain_entries.c.ttl, domain_entries.c.record, domain_entries.c.alias,
+    domain_entries.c.alias_region).where(domain_entries.c.domain_id == bindparam("domain")).order_by(
+    domain_entries.c.name, domain_entries.c.type)
 # By account, region, name and type of record.
 Addresses = dict[tuple[str, str, str, str], list[str]]
 # Region, name, type of record.
 Alias = tuple[str, str, str]
 
 
+# Name, type, time to live, record, alias, region of the alias.
+_Entry = tuple[str, str, int, str, str, str]
+
+
 class _Made(NamedTuple):
-    """A zone, and what it was made of: its row, its aliases with what they led to, the addresses that are shared."""
+    """A zone, and what it was made of: its row, its aliases with what they led to, the addresses that are shared, its
+    entries; ``sets`` has its record sets by name."""
 
     row: dict[str, Any]
     aliases: tuple[Alias, ...]
     led: list[list[str]]
     shared: dict[str, str]
+    entries: frozenset[_Entry]
+    sets: dict[str, tuple[RecordSet, ...]]
     zone: Zone
 
 
@@ -47,35 +58,48 @@ class ZoneCompiler:
         for row in connection.execute(select(domains).order_by(domains.c.name)).mappings().all():
             held = former.get(row["id"])
             if held is None or held.row != row or held.shared != shared or held.led != _led(row, held.aliases, addresses):
-                held = _make(connection, vault, row, addresses, shared)
+                held = _make(connection, vault, row, addresses, shared, held)
             self._made[row["id"]] = held
             yield held.zone
 
 
-def _make(connection: Connection, vault: Vault, row: RowMapping, addresses: Addresses, shared: dict[str, str]) -> _Made:
-    entries: Sequence[Any] = () if row["role"] == "gone" else connection.execute(
-        select(*_COLUMNS).where(domain_entries.c.domain_id == row["id"])
-        .order_by(domain_entries.c.name, domain_entries.c.type)).all()
-    aliases = tuple(dict.fromkeys((region, alias, kind) for _, kind, _, _, alias, region in entries if alias))
-    merged: list[tuple[str, str, int, list[str]]] = []
-    for name, kind, ttl, record, alias, region in entries:
-        found = addresses.get((row["account_id"], region, alias, kind), []) if alias else [record]
+def _make(connection: Connection, vault: Vault, row: RowMapping, addresses: Addresses, shared: dict[str, str],
+          former: _Made | None) -> _Made:
+    found: Sequence[_Entry] = ()
+    if row["role"] != "gone":
+        # As SQLite's driver gives them: to make thousands of SQLAlchemy's rows takes longer than to read them.
+        found = connection.execute(_ENTRIES, {"domain": row["id"]}).cursor.fetchall()
+    entries = frozenset(found)
+    aliases = tuple(dict.fromkeys((region, alias, kind) for _, kind, _, _, alias, region in found if alias))
+    if former is not None and former.shared == shared and former.row["account_id"] == row["account_id"]:
+        changed = {name for name, *_ in entries ^ former.entries} | {name for name, _, _, _, alias, _ in found if alias}
+        known = former.sets
+    else:
+        changed, known = {name for name, *_ in found}, {}
+    merged: dict[str, list[tuple[str, int, list[str]]]] = {}
+    for name, kind, ttl, record, alias, region in found:
+        if name not in changed:
+            continue
+        led = addresses.get((row["account_id"], region, alias, kind), []) if alias else [record]
         if shared and kind == "A":
-            found = [shared.get(one, one) for one in found]
-        if found and merged and merged[-1][:2] == (name, kind):
-            merged[-1][3].extend(found)
-        elif found:
-            merged.append((name, kind, ttl, [*found]))
-    sets = [RecordSet(name=f"{name}.", type=kind, ttl=ttl, records=tuple(sorted(set(records))))
-            for name, kind, ttl, records in merged]
+            led = [shared.get(one, one) for one in led]
+        of_name = merged.setdefault(name, [])
+        if led and of_name and of_name[-1][0] == kind:
+            of_name[-1][2].extend(led)
+        elif led:
+            of_name.append((kind, ttl, [*led]))
+    fresh = {name: tuple(RecordSet(name=f"{name}.", type=kind, ttl=ttl, records=tuple(sorted(set(records))))
+                         for kind, ttl, records in of_name) for name, of_name in merged.items()}
+    sets = {name: fresh[name] if name in changed else known[name] for name in dict.fromkeys(name for name, *_ in found)}
     apex = f"{row['name']}."
     servers = tuple(f"{name}." for name in row["name_servers"])
     zone = Zone(
         id=row["id"], name=apex, role=row["role"], serial=row["serial"], primary=servers[0], hostmaster=f"hostmaster.{apex}",
         record_sets=() if row["role"] == "gone" else (
-            RecordSet(name=apex, type="NS", ttl=NAME_SERVER_TTL, records=tuple(sorted(servers))), *sets),
+            RecordSet(name=apex, type="NS", ttl=NAME_SERVER_TTL, records=tuple(sorted(servers))),
+            *chain.from_iterable(sets.values())),
         signing_key=vault.open(row["signing_sealed"], f"zone:{row['id']}") if row["signing_sealed"] else "")
-    return _Made(dict(row), aliases, _led(row, aliases, addresses), shared, zone)
+    return _Made(dict(row), aliases, _led(row, aliases, addresses), shared, entries, sets, zone)
 
 
 def _led(row: RowMapping, aliases: tuple[Alias, ...], addresses: Addresses) -> list[list[str]]:

@@ -187,7 +187,7 @@ class Qemu:
                     looks.add(look)
                     look.add_done_callback(looks.discard)
             if turn % TRIM_EVERY == 0:
-                await in_thread(process.trim_serials, [guest.folder / "run" for guest in list(self._guests.values())])
+                await in_thread(process.trim_all, [guest.folder / "run" for guest in list(self._guests.values())])
             await asyncio.sleep(LOOK_SECONDS)
             while not news.empty():
                 yield news.get_nowait()

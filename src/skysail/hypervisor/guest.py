@@ -131,7 +131,7 @@ class QemuGuest:
     async def run(self, guest: Guest) -> GuestReport:
         """Let it run: clone or boot it, or adopt it as it is; carry out a reboot that is due."""
         state = await self.look()
-        process.trim_serial(self.folder / "run")
+        process.trim(self.folder / "run")
         if state == "halted" and self.record.starts >= guest.starts:
             # It powered itself off, and nobody asked for a start since.
             self.save(halted=True)

@@ -15,11 +15,13 @@ import msgspec
 
 from skysail.hypervisor import confinement, qemu
 from skysail.hypervisor.qmp import Monitor
+from skysail.kit import logs
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread, kill, machine_boot, started_at
 
 PROGRAM = "qemu-system-x86_64"
-SERIAL_LIMIT_BYTES = 1 << 20
+# Of the serial log, and of what QEMU itself prints.
+LOG_LIMIT_BYTES = 1 << 20
 
 
 class Pid(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,7 +55,7 @@ async def start(machine: qemu.Machine, uid: int, extra: tuple[str, ...] = (),
     groups = []
     if machine.accelerator == "kvm":
         groups.append(Path("/dev/kvm").stat().st_gid)
-    log = folder.parent / f"{folder.name}.qemu.log"
+    log = own_log(folder)
     log.unlink(missing_ok=True)
     program = shutil.which(PROGRAM)
     if program is None:
@@ -111,23 +113,35 @@ async def status(monitor: Monitor) -> str:
     return str(answer["status"])
 
 
-def trim_serials(folders: list[Path]) -> None:
-    """:func:`trim_serial` for each."""
+def own_log(folder: Path) -> Path:
+    """What QEMU itself prints, beside its folder: it cannot put a link in this place."""
+    return folder.parent / f"{folder.name}.qemu.log"
+
+
+def trim_all(folders: list[Path]) -> None:
+    """:func:`trim` for each."""
     for folder in folders:
-        trim_serial(folder)
+        trim(folder)
 
 
-def trim_serial(folder: Path) -> None:
-    """Bring the serial log back to its bound: a guest can write it for ever. QEMU appends, so truncating is safe."""
+def trim(folder: Path) -> None:
+    """Bring the logs of the process that has ``folder`` back to their bound: a guest can write its serial log for ever, and
+    provoke warnings of its QEMU. Both are appended to, so they can be cut under its hands."""
+    _trim(folder / "serial.log")
+    _trim(own_log(folder))
+
+
+def _trim(log: Path) -> None:
     try:
         # The folder is the guest process's own: a link that it put there must not lead us elsewhere.
-        descriptor = os.open(folder / "serial.log", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(log, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return
-    with os.fdopen(descriptor, "r+b", buffering=0) as file:
-        if stat.S_ISREG(os.fstat(descriptor).st_mode) and file.seek(0, os.SEEK_END) > 2 * SERIAL_LIMIT_BYTES:
-            file.seek(-SERIAL_LIMIT_BYTES, os.SEEK_END)
-            kept = file.read()
-            file.seek(0)
-            file.write(kept)
-            file.truncate()
+    try:
+        held = os.fstat(descriptor)
+        # A second name of a file that is not its own would be a link, too.
+        if stat.S_ISREG(held.st_mode) and held.st_nlink == 1 and held.st_size > 2 * LOG_LIMIT_BYTES:
+            surplus = (held.st_size - LOG_LIMIT_BYTES) // held.st_blksize * held.st_blksize
+            logs.cut(descriptor, surplus)
+    finally:
+        os.close(descriptor)

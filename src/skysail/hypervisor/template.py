@@ -28,10 +28,12 @@ from typing import Literal
 import msgspec
 
 from skysail.hypervisor import confinement, guest_agent, process, qemu
+from skysail.hypervisor.accelerator import probe
 from skysail.hypervisor.qmp import Channel, Monitor
 from skysail.kit import durable
+from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
-from skysail.kit.process import in_thread, run_async
+from skysail.kit.process import in_thread, run, run_async
 
 log = logging.getLogger(__name__)
 BOOT_SECONDS = 300.0
@@ -53,6 +55,36 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     path: Path
     ours: bool
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``template.json`` says of a template: the size of its disk, the image's digest, what it was made with."""
+
+    disk_bytes: int
+    image: str
+    vcpus: int
+    qemu: str = ""
+    memory: Way = "mapped"
+
+
+class Now(msgspec.Struct, frozen=True, kw_only=True):
+    """What templates are made with now: QEMU calls itself ``version``."""
+
+    version: str
+    accelerator: Literal["kvm", "tcg"]
+    way: Way
+
+    @classmethod
+    def of(cls, config: Config) -> Now:
+        """On this machine. Raises SkysailError when there is no QEMU, or none that can do what is configured."""
+        version = run([process.PROGRAM, "--version"]).decode().splitlines()[0]
+        return cls(version=version, accelerator=probe(config.accelerator_file).accelerator,
+                   way=choose_way(config.template_memory, version))
+
+    def key(self, digest: str, vcpus: int) -> str:
+        """The name of the template of the image with this digest."""
+        facts = (digest, vcpus, self.version, qemu.MACHINE, qemu.SHAPE, self.accelerator, qemu.TEMPLATE_MEMORY_MIB, self.way)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 class Template(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,10 +128,10 @@ def choose_way(wanted: Literal["auto", "mapped", "private"], version: str) -> Wa
 def held(folder: Path) -> dict[str, list[int]]:
     """For each image (by digest) that has templates under ``folder``, their numbers of processors."""
     found: dict[str, set[int]] = {}
-    for path in folder.glob("*/template.json"):
+    for path in folder.glob("[!.]*/template.json"):
         with contextlib.suppress(FileNotFoundError):  # it went while we looked
-            told = msgspec.json.decode(path.read_bytes())
-            found.setdefault(told["image"], set()).add(told["vcpus"])
+            told = msgspec.json.decode(path.read_bytes(), type=Facts)
+            found.setdefault(told.image, set()).add(told.vcpus)
     return {image: sorted(sizes) for image, sizes in found.items()}
 
 
@@ -133,15 +165,14 @@ class Templates:
         """The template of ``image`` with ``vcpus`` processors; raises SkysailError when it cannot be made."""
         version = await self._qemu_version()
         way = choose_way(self._memory, version)
-        facts = (image.digest, vcpus, version, qemu.MACHINE, qemu.SHAPE, self._accelerator, qemu.TEMPLATE_MEMORY_MIB, way)
-        key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        key = Now(version=version, accelerator=self._accelerator, way=way).key(image.digest, vcpus)
         folder = self._folder / key
         if not folder.exists():
             # A task of its own: one launch that is called off does not take the others' template with it.
             if key not in self._builds or self._builds[key].done():
                 self._builds[key] = asyncio.create_task(self._build(key, image, vcpus, version, way, folder))
             await asyncio.shield(self._builds[key])
-        size = msgspec.json.decode((folder / "template.json").read_bytes())["disk_bytes"]
+        size = msgspec.json.decode((folder / "template.json").read_bytes(), type=Facts).disk_bytes
         return Template(key=key, disk=folder / "disk.qcow2", disk_bytes=size, state=folder / "state",
                         memory=folder / "memory" if way == "mapped" else None)
 
@@ -183,9 +214,8 @@ class Templates:
             finally:
                 await monitor.close()
                 await process.end(pid, machine.id)
-            (work / "template.json").write_bytes(msgspec.json.encode(
-                {"disk_bytes": told["virtual-size"], "image": image.digest, "vcpus": vcpus, "qemu": version,
-                 "memory": way}))
+            (work / "template.json").write_bytes(msgspec.json.encode(Facts(
+                disk_bytes=told["virtual-size"], image=image.digest, vcpus=vcpus, qemu=version, memory=way)))
             shutil.rmtree(work / "run")
             (work / "run.qemu.log").unlink(missing_ok=True)
             for path in (*files, work / "state"):

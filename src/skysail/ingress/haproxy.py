@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import pwd
 import shutil
 import socket
 import threading
@@ -38,7 +37,6 @@ class HaProxy:
 
     def __init__(self, folder: Path, *, namespace: str, address: str, ports: tuple[int, int], user: str, log: Path) -> None:
         self._folder = folder
-        self._user = user
         self._lock = threading.Lock()
         self._listener = Listener(folder, "haproxy", namespace, user, log)
         self._text = settings(folder, address, *ports)
@@ -68,14 +66,9 @@ class HaProxy:
                     self._served[name] = lines
 
     def _prepare(self) -> None:
-        try:
-            account = pwd.getpwnam(self._user)
-        except KeyError as missing:
-            raise SkysailError(f"there is no user {self._user}", "run: sudo ./skysail up") from missing
+        account = self._listener.prepare()
         if not Path(PROGRAM).exists():
             raise SkysailError("HAProxy is not installed", "apt-get install haproxy")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._folder.chmod(0o755)
         # The one place that it can write: for the socket of its runtime API.
         run = self._folder / "run"
         run.mkdir(exist_ok=True)

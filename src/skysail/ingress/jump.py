@@ -21,7 +21,6 @@ import msgspec
 from skysail.contract.document import Entrance, Guest
 from skysail.ingress.listener import Listener
 from skysail.kit import durable
-from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread
 
 USER = "jump"
@@ -56,7 +55,6 @@ class Jump:
 
     def __init__(self, folder: Path, *, namespace: str, address: str, port: int, user: str, log: Path, program: Path) -> None:
         self._folder = folder
-        self._user = user
         self._lock = threading.Lock()
         self._listener = Listener(folder, "python", namespace, user, log)
         self._settings = Settings(address=address, port=port, host_key=str(folder / "host_key"),
@@ -80,12 +78,7 @@ class Jump:
                 "PYTHONPATH": os.environ.get("PYTHONPATH", "")})
 
     def _prepare(self) -> pwd.struct_passwd:
-        try:
-            account = pwd.getpwnam(self._user)
-        except KeyError as missing:
-            raise SkysailError(f"there is no user {self._user}", "run: sudo ./skysail up") from missing
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._folder.chmod(0o755)
+        account = self._listener.prepare()
         key = Path(self._settings.host_key)
         if not key.exists():
             made = asyncssh.generate_private_key("ssh-ed25519")

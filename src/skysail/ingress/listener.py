@@ -7,13 +7,14 @@ all the same: two of them would share the port, and lead to different guests.
 from __future__ import annotations
 
 import os
+import pwd
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from skysail.kit import process
+from skysail.kit import logs, process
 from skysail.kit.errors import SkysailError
 
 # What a listener is before it is itself.
@@ -34,6 +35,16 @@ class Listener:
         self._found: tuple[int, int] | None = None
         self._mark: Path | None = None
         self._heard = 0  # bytes of the log that earlier ones wrote
+
+    def prepare(self) -> pwd.struct_passwd:
+        """Its folder is there, for its user to look into; that user. Raises SkysailError when there is none."""
+        try:
+            account = pwd.getpwnam(self._user)
+        except KeyError as missing:
+            raise SkysailError(f"there is no user {self._user}", "run: sudo ./skysail up") from missing
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.chmod(0o755)
+        return account
 
     def alive(self) -> bool:
         """Is the one that was last ensured still there?"""
@@ -109,8 +120,4 @@ class Listener:
         return found
 
     def _said(self) -> str:
-        if not self._log.exists():
-            return ""
-        with self._log.open("rb") as log:
-            log.seek(self._heard)
-            return log.read()[-1000:].decode(errors="replace").strip()
+        return logs.since(self._log, self._heard, 1000).decode(errors="replace").strip()

@@ -12,8 +12,8 @@ from sqlalchemy import Connection, RowMapping, select
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
 from skysail.resources.names import GLOBAL
-from skysail.store.database import Database
 from skysail.store.schema import accounts, alarms, disks, domains, guests, instances, key_pairs, snapshots, static_ips, tags
+from skysail.store.visit import visit
 
 # The first one that there is stands in the list; each is found.
 _ADDRESSES = ("public_ipv4", "private_ipv4", "public_ipv6")
@@ -26,22 +26,21 @@ def search(config: Config, text: str) -> list[dict[str, Any]]:
         raise SkysailError("there is nothing to look for", "name a part of a name, an address, a tag or an id")
     with contextlib.suppress(ValueError):
         text = str(ipaddress.ip_address(text))  # an IPv6 address is written in many ways
-    database = Database.found(config)
-    try:
-        with database.transaction(write=False) as connection:
-            owners = {row.id: row.name for row in connection.execute(select(accounts))}
-            tagged: dict[str, list[str]] = {}
-            for row in connection.execute(select(tags)):
-                tagged.setdefault(row.resource_id, []).extend(filter(None, (row.key, row.value)))
-            found = [
-                {"region": row.get("region", GLOBAL), "type": kind, "name": row["name"], "state": state,
-                 "address": addresses[0] if addresses else "", "id": row["id"], "account": owners[row["account_id"]]}
-                for kind, row, state, addresses in _everything(connection)
-                if any(text.lower() in word.lower()
-                       for word in (row["name"], row["id"], *addresses, *tagged.get(row["id"], [])))]
-    finally:
-        database.close()
+    found = visit(config, lambda connection: _holding(connection, text), list[dict[str, Any]])
     return sorted(found, key=lambda one: (one["region"], one["type"], one["name"], one["account"]))
+
+
+def _holding(connection: Connection, text: str) -> list[dict[str, Any]]:
+    owners = {row.id: row.name for row in connection.execute(select(accounts))}
+    tagged: dict[str, list[str]] = {}
+    for row in connection.execute(select(tags)):
+        tagged.setdefault(row.resource_id, []).extend(filter(None, (row.key, row.value)))
+    return [
+        {"region": row.get("region", GLOBAL), "type": kind, "name": row["name"], "state": state,
+         "address": addresses[0] if addresses else "", "id": row["id"], "account": owners[row["account_id"]]}
+        for kind, row, state, addresses in _everything(connection)
+        if any(text.lower() in word.lower()
+               for word in (row["name"], row["id"], *addresses, *tagged.get(row["id"], [])))]
 
 
 def _everything(connection: Connection) -> Iterator[tuple[str, RowMapping, str, list[str]]]:

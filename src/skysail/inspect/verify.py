@@ -14,6 +14,7 @@ import msgspec
 from cryptography.exceptions import InvalidTag
 from sqlalchemy import Connection, RowMapping, select
 
+from skysail.contract import VERSION
 from skysail.contract.document import HostDocument, Zone
 from skysail.contract.report import HeldZone, Inventory
 from skysail.dns.sim import SIMULATED
@@ -26,7 +27,7 @@ from skysail.metadata import tree
 from skysail.resources import catalog
 from skysail.resources.names import GLOBAL
 from skysail.resources.snapshot_rows import WHOLE
-from skysail.store.database import Database
+from skysail.store.database import flaws
 from skysail.store.schema import (
     access_keys,
     accounts,
@@ -51,6 +52,7 @@ from skysail.store.schema import (
     tags,
 )
 from skysail.store.vault import Vault
+from skysail.store.visit import visit
 
 # Longer than the slowest cold boot under emulation: an operation that is still open then is stuck.
 STUCK_SECONDS = 900.0
@@ -63,35 +65,35 @@ def verify(config: Config, pause_seconds: float = PAUSE_SECONDS) -> list[Differe
 
     Raises :class:`SkysailError` when there is no cloud there, or its database cannot be read.
     """
-    database = Database.found(config)
-    try:
-        found = _look(database, config)
-        for _ in range(LOOKS - 1):
-            if not found:
-                break
-            time.sleep(pause_seconds)
-            again = set(_look(database, config))
-            found = [difference for difference in found if difference in again]
-        return found
-    finally:
-        database.close()
+    found = _look(config)
+    for _ in range(LOOKS - 1):
+        if not found:
+            break
+        time.sleep(pause_seconds)
+        again = set(_look(config))
+        found = [difference for difference in found if difference in again]
+    return found
 
 
-def _look(database: Database, config: Config) -> list[Difference]:
-    with database.transaction(write=False) as connection:
-        found = [*_database(database, connection), *_names(connection), *_instances(connection), *_addresses(connection),
-                 *_owners(connection), *_metrics(connection), *blocks.rows(connection), *blocks.automatic(connection),
-                 *networks.rows(connection),
-                 *_work(connection, time.time()), *_secrets(connection, Vault.at(config.master_key))]
-        for host in connection.execute(select(hosts)).mappings().all():
-            found += _host(connection, host, config)
+def _look(config: Config) -> list[Difference]:
+    found = visit(config, lambda connection: _rows(connection, config), list[Difference])
     kept = blocks.files(config.snapshots_dir) if config.engines == "real" else ()
     return [*found, *_images(config), *kept]
 
 
-def _database(database: Database, connection: Connection) -> Iterator[Difference]:
+def _rows(connection: Connection, config: Config) -> list[Difference]:
+    found = [*_database(connection), *_names(connection), *_instances(connection), *_addresses(connection),
+             *_owners(connection), *_metrics(connection), *blocks.rows(connection), *blocks.automatic(connection),
+             *networks.rows(connection),
+             *_work(connection, time.time()), *_secrets(connection, Vault.at(config.master_key))]
+    for host in connection.execute(select(hosts)).mappings().all():
+        found += _host(connection, host, config)
+    return found
+
+
+def _database(connection: Connection) -> Iterator[Difference]:
     """The database itself: its own checks, and the schema's version."""
-    for subject, saw, wanted in database.flaws(connection):
+    for subject, saw, wanted in flaws(connection):
         yield Difference(subject=subject, saw=saw, wanted=wanted)
 
 
@@ -253,7 +255,7 @@ def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[
     if held is None or held.generation != document.generation:
         yield Difference(subject=subject, saw=f"its agent holds generation {held.generation if held else 'none'}",
                          wanted=f"generation {document.generation}")
-    elif held != document:
+    elif _ordered(held) != _ordered(document):
         yield Difference(subject=subject, saw=f"its agent's generation {held.generation} is another document",
                          wanted="the document that the rows say")
     wanted = {guest.id: guest for guest in document.guests if guest.role != "gone"}
@@ -281,6 +283,14 @@ def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[
     yield from _metadata(document, there.metadata)
     signers = {row.name + ".": row.ds for row in connection.execute(select(domains))}
     yield from _zones(document.zones, there.zones, signers)
+
+
+def _ordered(document: HostDocument) -> HostDocument:
+    """The document with zones and record sets by name: those that came in parts are in the parts' order. The version is that
+    of the controller that wrote it."""
+    return msgspec.structs.replace(document, version=VERSION, zones=tuple(
+        msgspec.structs.replace(zone, record_sets=tuple(sorted(zone.record_sets, key=lambda one: (one.name, one.type))))
+        for zone in sorted(document.zones, key=lambda zone: zone.name)))
 
 
 def _metadata(document: HostDocument, held: Mapping[str, str] | None) -> Iterator[Difference]:

@@ -14,7 +14,7 @@ import msgspec
 from skysail.contract.document import FirewallRule, Network, Port
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import run
-from skysail.network import Joined, PortCounters, links, nftables
+from skysail.network import Joined, PortCounters, conflicts, links, nftables, taps
 from skysail.network.listeners import Listeners
 from skysail.network.memory import forget_untranslated
 from skysail.network.plan import Layout
@@ -105,7 +105,7 @@ class LinuxFabric:
         self._load("namespace", (tuple(ports), tuple(networks)), ruleset)
         with links.netlink() as ipr:
             links.ensure_bridge(ipr, self._layout)
-            links.ensure_taps(ipr, self._layout, ports)
+            taps.ensure(ipr, self._layout, ports)
 
     def _part(self, ports: list[Port], routed: set[int]) -> None:
         """What was joined with peer subnets, and is no more, has no connections left with them."""
@@ -130,7 +130,7 @@ class LinuxFabric:
 
     def _open(self, port: Port) -> int:
         try:
-            return links.inside(self._layout.namespace, lambda: links.open_tap(port))
+            return links.inside(self._layout.namespace, lambda: taps.open_tap(port))
         except FileNotFoundError as missing:
             raise SkysailError(f"the namespace {self._layout.namespace} does not exist", "apply the port first") from missing
 
@@ -186,14 +186,14 @@ class LinuxFabric:
         if self._layout.public_ipv6 and not (links.SETTINGS / "ipv6").exists():
             problems.append("this kernel has no IPv6: boot without ipv6.disable=1, or set public_ipv6 = '' in skysail.toml")
         if not problems:
-            problems += links.overlaps(self._layout) + links.foreign_drops(self._layout)
+            problems += conflicts.overlaps(self._layout) + conflicts.foreign_drops(self._layout)
         return problems
 
     def _teardown(self) -> None:
         with self._lock:
             self._listeners.close()
             if links.exists(self._layout.namespace):
-                links.inside(self._layout.namespace, links.remove_taps)
+                links.inside(self._layout.namespace, taps.remove_all)
             links.remove_link(self._layout)
             links.load(nftables.without("inet", nftables.machine_table(self._layout)))
             links.remove_namespace(self._layout.namespace)

@@ -21,6 +21,8 @@ from skysail.store.leases import Confirm, LeaseLost, alone
 from skysail.store.schema import operations
 
 log = logging.getLogger(__name__)
+# After a look that found nothing to do: each request wakes the engine, and many come at once.
+REST_SECONDS = 0.01
 # Into so many parts operations are divided among engines: whatever concerns one resource is in one.
 PARTS = tuple(f"operations:{number}" for number in range(16))
 
@@ -58,6 +60,8 @@ class Engine:
             try:
                 if await asyncio.to_thread(self.drive):
                     self._touched()
+                else:
+                    await asyncio.sleep(REST_SECONDS)
             except Exception:
                 log.exception("the engine's pass failed; it is repeated")
             try:

@@ -6,11 +6,15 @@ Source: Lightsail API reference, data type Operation. ``NotStarted`` is never sh
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from sqlalchemy import Connection, RowMapping, insert, select, update
 
 from skysail.store.schema import operations
+
+# Made once, for every request comes by: to put a statement together takes longer than SQLite takes to run it.
+_RECORD = insert(operations)
 
 
 class Asker(Protocol):
@@ -26,13 +30,12 @@ def record(connection: Connection, request: Asker, *, now: float, type: str, res
            resource_id: str, zone: str = "", status: str = "Succeeded", details: str = "", workflow: str = "",
            arguments: dict[str, Any] | None = None) -> dict[str, Any]:
     """Write one operation and return its API shape. With a ``workflow`` the engine carries it on after the commit."""
-    identifier = str(uuid.uuid4())
-    connection.execute(insert(operations).values(
-        id=identifier, account_id=request.account_id, region=request.region, zone=zone, type=type,
-        resource_name=resource_name, resource_type=resource_type, resource_id=resource_id, status=status,
-        details=details, created_at=now, status_changed_at=now, workflow=workflow, done=not workflow,
-        arguments=arguments or {}))
-    return shape(find(connection, identifier))
+    row = {"id": str(uuid.uuid4()), "account_id": request.account_id, "region": request.region, "zone": zone, "type": type,
+           "resource_name": resource_name, "resource_type": resource_type, "resource_id": resource_id, "status": status,
+           "details": details, "created_at": now, "status_changed_at": now, "workflow": workflow, "done": not workflow,
+           "arguments": arguments or {}, "error_code": None, "error_details": None}
+    connection.execute(_RECORD, row)
+    return shape(row)
 
 
 def find(connection: Connection, identifier: str) -> RowMapping:
@@ -48,7 +51,7 @@ def settle(connection: Connection, identifier: str, status: str, now: float, *, 
     ).values(status=status, status_changed_at=now, error_code=error_code, error_details=error_details))
 
 
-def shape(row: RowMapping) -> dict[str, Any]:
+def shape(row: RowMapping | Mapping[str, Any]) -> dict[str, Any]:
     """The API's Operation."""
     return {
         "id": row["id"], "resourceName": row["resource_name"], "resourceType": row["resource_type"],

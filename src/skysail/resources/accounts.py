@@ -6,12 +6,15 @@ import secrets
 from typing import Any
 
 import asyncssh
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, insert, select, update
 
 from skysail.store.schema import access_keys, accounts, authorities
 from skysail.store.vault import Vault
 
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
+# Made once: each request asks it.
+_FIND_SECRET = select(access_keys.c.account_id, access_keys.c.secret_sealed).where(
+    access_keys.c.id == bindparam("key"), access_keys.c.revoked_at.is_(None))
 
 
 def create_account(connection: Connection, name: str, now: float) -> str:
@@ -52,8 +55,7 @@ def list_access_keys(connection: Connection) -> list[dict[str, object]]:
 
 def find_secret(connection: Connection, vault: Vault, key_id: str) -> tuple[str, str] | None:
     """Account and secret of a key that is not revoked."""
-    row = connection.execute(select(access_keys).where(
-        access_keys.c.id == key_id, access_keys.c.revoked_at.is_(None))).first()
+    row = connection.execute(_FIND_SECRET, {"key": key_id}).first()
     return None if row is None else (row.account_id, vault.open(row.secret_sealed, f"access-key:{key_id}"))
 
 

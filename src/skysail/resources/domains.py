@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, delete, func, insert, or_, select, update
 
 from skysail.contract.document import SOA_TIMES
 from skysail.hosts import desired
@@ -34,12 +34,20 @@ from skysail.store.schema import (
 )
 
 MAX_ENTRIES = 10_000
+# The statements of a change, made once: to put one together takes longer than SQLite takes to run it.
+_FIND = select(domains).where(domains.c.account_id == bindparam("account"), domains.c.role == "serve",
+                              domains.c.name == bindparam("name"))
+_CHANGED = update(domains).where(domains.c.id == bindparam("domain")).values(serial=bindparam("next"))
+_COUNT = select(func.count()).where(domain_entries.c.domain_id == bindparam("domain"))
+_ALIKE = select(domain_entries).where(
+    domain_entries.c.domain_id == bindparam("domain"), domain_entries.c.name == bindparam("name")).order_by(
+    domain_entries.c.type, domain_entries.c.target, domain_entries.c.id)
+_INSERT = insert(domain_entries)
 
 
 def find_row(connection: Connection, account_id: str, name: str) -> RowMapping | None:
     """The account's domain ``name``, or None."""
-    return connection.execute(select(domains).where(
-        domains.c.account_id == account_id, domains.c.role == "serve", domains.c.name == name)).mappings().first()
+    return connection.execute(_FIND, {"account": account_id, "name": name}).mappings().first()
 
 
 def create(connection: Connection, account_id: str, text: str, name_servers: Sequence[str], now: float) -> RowMapping:
@@ -73,8 +81,8 @@ def _refuse_foreign(connection: Connection, account_id: str, name: str) -> None:
 
 def changed(connection: Connection, domain: RowMapping, now: float, **values: Any) -> None:
     """The domain's zone changed: it gets its next serial, and its hosts a new document."""
-    connection.execute(update(domains).where(domains.c.id == domain["id"]).values(
-        serial=_next(domain["serial"], now), **values))
+    connection.execute(_CHANGED.values(**values) if values else _CHANGED,
+                       {"domain": domain["id"], "next": _next(domain["serial"], now)})
     desired.bump_zones(connection)
 
 
@@ -121,9 +129,9 @@ def replace_entries(connection: Connection, domain: RowMapping, wanted: Iterable
 
 
 def _insert(connection: Connection, domain: RowMapping, entry: Entry) -> None:
-    connection.execute(insert(domain_entries).values(
-        id=str(uuid.uuid4()), domain_id=domain["id"], name=entry.name, type=entry.type, target=entry.target,
-        record=entry.record, alias=entry.alias, alias_region=entry.alias_region, ttl=entry.ttl))
+    connection.execute(_INSERT, {
+        "id": str(uuid.uuid4()), "domain_id": domain["id"], "name": entry.name, "type": entry.type, "target": entry.target,
+        "record": entry.record, "alias": entry.alias, "alias_region": entry.alias_region, "ttl": entry.ttl})
 
 
 def _entry(row: RowMapping) -> Entry:
@@ -204,7 +212,7 @@ class Domains:
     def create_entry(self, connection: Connection, request: Request) -> dict[str, Any]:
         row = self._get(connection, request)
         entry = self._read(connection, row, request.params["domainEntry"])
-        count = connection.execute(select(func.count()).where(domain_entries.c.domain_id == row["id"])).scalar_one()
+        count = connection.execute(_COUNT, {"domain": row["id"]}).scalar_one()
         if count >= MAX_ENTRIES:
             raise invalid_input(f"A domain takes at most {MAX_ENTRIES} entries.")
         self._fit(connection, row, entry)
@@ -275,8 +283,7 @@ class Domains:
 
     def _alike(self, connection: Connection, domain: RowMapping, entry: Entry) -> Sequence[RowMapping]:
         """The entries that have the entry's name."""
-        return connection.execute(_in_order().where(
-            domain_entries.c.domain_id == domain["id"], domain_entries.c.name == entry.name)).mappings().all()
+        return connection.execute(_ALIKE, {"domain": domain["id"], "name": entry.name}).mappings().all()
 
     def _fit(self, connection: Connection, domain: RowMapping, entry: Entry, instead_of: str = "") -> None:
         others = [_entry(row) for row in self._alike(connection, domain, entry) if row["id"] != instead_of]

@@ -15,6 +15,7 @@ from typing import IO, Literal
 
 import uvicorn
 
+from skysail.agent import stock
 from skysail.agent.app import application
 from skysail.agent.keeper import Keeper
 from skysail.agent.ledger import Ledger
@@ -46,7 +47,7 @@ from skysail.network import Fabric
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import GATEWAY_IPV6, HTTP_PORT, JUMP_PORT, TLS_PORT, Layout
 from skysail.network.sim import SimFabric
-from skysail.serve import jump
+from skysail.serve import jump, processes
 from skysail.storage.files import FilePool
 from skysail.storage.shelf import FileShelf
 from skysail.storage.sim import SimPool, SimShelf
@@ -74,6 +75,7 @@ def build(config: Config) -> tuple[Keeper, Sampler]:
     for folder in (config.images_dir, config.templates_dir, config.guests_dir, config.volumes_dir,
                    config.snapshots_dir):
         folder.mkdir(parents=True, exist_ok=True)
+    stock.recover(config)
     accelerator = probe(config.accelerator_file).accelerator
     pool, snapshots, fabric = FilePool(config.volumes_dir), FileShelf(config.snapshots_dir), LinuxFabric(Layout.of(config))
     workshop = Workshop(
@@ -108,9 +110,9 @@ def ingress(config: Config) -> list[Ingress]:
     """Those who share the machine's single address; without one they are ended, should they run."""
     layout = Layout.of(config)
     return [HaProxy(config.ingress_dir / "haproxy", namespace=layout.namespace, address=str(layout.namespace_address),
-                    ports=(HTTP_PORT, TLS_PORT), user=config.ingress_user, log=config.root / "logs" / "haproxy.log"),
+                    ports=(HTTP_PORT, TLS_PORT), user=config.ingress_user, log=processes.log_path(config, "haproxy")),
             Jump(config.ingress_dir / "jump", namespace=layout.namespace, address=str(layout.namespace_address),
-                 port=JUMP_PORT, user=config.jump_user, log=config.root / "logs" / "jump.log",
+                 port=JUMP_PORT, user=config.jump_user, log=processes.log_path(config, "jump"),
                  program=Path(jump.__file__))]
 
 
@@ -204,8 +206,8 @@ def main() -> None:
     alone = hold(config)
     keeper, sampler = build(config)
     # qemu.qmp passes descriptors through the event loop's own socket, which uvloop hides.
-    server = uvicorn.Server(uvicorn.Config(application(keeper, sampler), log_level="warning", access_log=False,
-                                           loop="asyncio", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(application(keeper, sampler, processes.log_folder(config)), log_level="warning",
+                                           access_log=False, loop="asyncio", timeout_graceful_shutdown=1))
     server.run(sockets=[listen(config)])
     alone.close()
 

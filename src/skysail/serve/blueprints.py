@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
 
+from skysail.agent.stock import Piece, Stock, free
 from skysail.hypervisor import template
 from skysail.images import foreign
 from skysail.images.build import build as build_image
@@ -18,6 +20,7 @@ from skysail.images.recipe import RECIPES
 from skysail.kit import process
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
+from skysail.resources import image_use
 from skysail.resources.catalog import BUNDLES, is_app
 from skysail.serve import programs
 
@@ -27,8 +30,10 @@ FIRST_BLUEPRINT, FIRST_BUNDLE = "debian_12", "nano_3_0"
 
 def held(config: Config) -> list[dict[str, Any]]:
     """Images in the library, oldest first. ``offered``: new instances are made of it, the newest of its blueprint;
-    ``templates``: the numbers of processors for which there is a template to clone."""
+    ``templates``: the numbers of processors for which there is a template to clone; ``needed``: who needs it, '' when nobody
+    does, None when whoever asks may not know."""
     library = Library(config.images_dir)
+    needed = {one.digest: one.needed for one in stock(config).look() if one.kind == "image"} if os.geteuid() == 0 else {}
     newest = {one.blueprint: one.digest for one in library.list()}
     ready = template.held(config.templates_dir)
     return [{
@@ -36,7 +41,7 @@ def held(config: Config) -> list[dict[str, Any]]:
         "offered": newest[one.blueprint] == one.digest, "disk_bytes": one.size_bytes,
         "file_bytes": library.path(one.digest).stat().st_size, "packages": len(one.packages),
         "built": datetime.datetime.fromtimestamp(one.built, datetime.UTC).isoformat(timespec="seconds"),
-        "templated": bool(one.recipe), "templates": ready.get(one.digest, []),
+        "templated": bool(one.recipe), "templates": ready.get(one.digest, []), "needed": needed.get(one.digest),
     } for one in library.list()]
 
 
@@ -45,11 +50,54 @@ def summary(image: dict[str, Any]) -> dict[str, str]:
     sizes = ", ".join(map(str, image["templates"]))
     ready = f"{sizes} vCPU" if sizes else "none yet"
     return {
-        "blueprint": image["blueprint"], "version": image["version"] or "unknown",
+        "blueprint": image["blueprint"], "version": image["version"] or "unknown", "digest": image["digest"][:12],
         "size": f"{image['file_bytes'] >> 20} MiB", "packages": str(image["packages"] or "unknown"),
         "built (UTC)": image["built"][:16].replace("T", " "), "template": ready if image["templated"] else "boots cold",
         "offered": "yes" if image["offered"] else "replaced",
+        "needed": "unknown" if image["needed"] is None else "yes" if image["needed"] else "no",
     }
+
+
+def stock(config: Config) -> Stock:
+    """The images and templates of this machine, and who needs them."""
+    return Stock(config, lambda: image_use.known(config))
+
+
+def unused(config: Config) -> list[dict[str, Any]]:
+    """The images that newer ones replaced and the templates that nothing is cloned from any more, which nobody needs."""
+    process.require_root()
+    return [_piece(piece) for piece in free(stock(config).look())]
+
+
+def remove(config: Config, names: Sequence[str], unused: bool) -> list[dict[str, Any]]:
+    """Remove the images with these digests, or their beginnings, or of these blueprints, with their templates; with
+    ``unused`` what :func:`unused` lists. What went. Raises :class:`SkysailError`, and nothing went, when one is needed."""
+    process.require_root()
+    if bool(names) == unused:
+        raise SkysailError("it is not clear what shall go", "name images by digest or blueprint, or say --unused")
+    there = Library(config.images_dir).list()
+    digests = set()
+    for name in names:
+        found = {one.digest for one in there if name == one.blueprint or (len(name) >= 8 and one.digest.startswith(name))}
+        if not found:
+            raise SkysailError(f"there is no image {name}", "see: sudo ./skysail images list")
+        digests |= found
+    gone = stock(config).remove(lambda piece: piece.old and not piece.needed if unused else piece.digest in digests)
+    if programs.healthy(config, "agent"):
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(config.agent_socket)), timeout=30) as client:
+            client.post("http://agent/images")
+    return [_piece(piece) for piece in gone]
+
+
+def _piece(piece: Piece) -> dict[str, Any]:
+    return {"kind": piece.kind, "blueprint": piece.blueprint, "name": piece.path.stem, "image": piece.digest,
+            "bytes": piece.bytes}
+
+
+def piece_summary(piece: dict[str, Any]) -> dict[str, str]:
+    """A piece of :func:`unused` in the few words that a list shows."""
+    return {"kind": piece["kind"], "blueprint": piece["blueprint"] or "unknown", "name": piece["name"][:16],
+            "size": f"{piece['bytes'] >> 20} MiB"}
 
 
 def offers(config: Config) -> list[dict[str, Any]]:

@@ -75,7 +75,7 @@ from skysail.resources.tags import Tags
 from skysail.serve import confirmation, endpoint, prometheus
 from skysail.serve.courier import COURIER, Courier
 from skysail.serve.rounds import Round
-from skysail.store.database import Database, exists
+from skysail.store.database import Database
 from skysail.store.leases import BEAT_SECONDS, Shares
 from skysail.store.schema import hosts
 from skysail.store.vault import Vault
@@ -120,7 +120,7 @@ def refused(config: Config) -> tuple[str, str] | None:
         database = Database.of(config)
         try:
             database.check()
-            if not exists(config):
+            if not database.exists():
                 return None
             with database.transaction(write=False) as connection:
                 regions.refuse_abandoning(connection, config.regions)

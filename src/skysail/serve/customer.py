@@ -93,20 +93,18 @@ def ssh(config: Config, name: str, command: list[str], region: str = "") -> int:
 
 def ssh_ports(config: Config) -> dict[tuple[str, str], int]:
     """The ports of the single address that lead to the SSH of the admin account's instances, by region and name."""
-    from sqlalchemy import select
+    from sqlalchemy import Connection, select
 
-    from skysail.store.database import Database
     from skysail.store.schema import accounts, instances
+    from skysail.store.visit import visit
 
-    database = Database.found(config)
-    try:
-        with database.transaction(write=False) as connection:
-            found = connection.execute(select(instances.c.region, instances.c.name, instances.c.ssh_port).join(
-                accounts, accounts.c.id == instances.c.account_id).where(
-                    accounts.c.name == "admin", instances.c.ssh_port.is_not(None)))
-            return {(region, name): port for region, name, port in found}
-    finally:
-        database.close()
+    def ports(connection: Connection) -> list[tuple[str, str, int]]:
+        return [(row.region, row.name, row.ssh_port) for row in connection.execute(
+            select(instances.c.region, instances.c.name, instances.c.ssh_port)
+            .join(accounts, accounts.c.id == instances.c.account_id)
+            .where(accounts.c.name == "admin", instances.c.ssh_port.is_not(None)))]
+
+    return {(region, name): port for region, name, port in visit(config, ports, list[tuple[str, str, int]])}
 
 
 def ask(config: Config, name: str, command: str) -> tuple[int, str]:
@@ -135,39 +133,44 @@ def login(access: dict[str, Any], folder: Path, command: list[str], options: Seq
             *(word for option in options for word in ("-o", option)), f"{access['username']}@{address}", *command]
 
 
-def serial_log(config: Config, name: str, region: str = "") -> bytes:
-    """What the serial console of instance ``name`` said. Raises :class:`SkysailError` when there is no such guest."""
-    from sqlalchemy import select
+def serial_log(config: Config, name: str, region: str = "", account: str = "admin") -> bytes:
+    """What the serial console of the account's instance ``name`` said. Raises :class:`SkysailError` when there is no such
+    guest, or no such account."""
+    from sqlalchemy import Connection, select
 
-    from skysail.store.database import Database
+    from skysail.resources import accounts
     from skysail.store.schema import guests, networks
+    from skysail.store.visit import visit
 
     place = served(config, region)
-    database = Database.found(config)
-    try:
-        with database.transaction(write=False) as connection:
-            # A guest's region is that of its network, also where its launch failed and no instance is left.
-            found = connection.execute(select(guests.c.id).join(networks, networks.c.number == guests.c.network).where(
-                guests.c.instance_name == name, guests.c.role != "gone", networks.c.region == place))
-            ids = [row[0] for row in found]
-    finally:
-        database.close()
-    logs = [text for guest in ids if (text := _last_of(config.guests_dir / guest / "run" / "serial.log")) is not None]
+
+    def ids(connection: Connection) -> list[str]:
+        owner = accounts.find_account(connection, account)
+        if owner is None:
+            raise SkysailError(f"there is no account {account}")
+        # A guest's region is that of its network, also where its launch failed and no instance is left.
+        return list(connection.execute(select(guests.c.id).join(networks, networks.c.number == guests.c.network).where(
+            guests.c.account_id == owner, guests.c.instance_name == name, guests.c.role != "gone",
+            networks.c.region == place)).scalars())
+
+    logs = [text for guest in visit(config, ids, list[str])
+            if (text := _last_of(config.guests_dir / guest / "run" / "serial.log")) is not None]
     if not logs:
-        raise SkysailError(f"no instance named {name} has a serial log in {place}", cure="see: sudo ./skysail list")
+        raise SkysailError(f"no instance named {name} of the account {account} has a serial log in {place}",
+                           cure=f"see: sudo ./skysail search {name}")
     return b"".join(logs)
 
 
 def _last_of(path: Path, limit_bytes: int = 4 << 20) -> bytes | None:
     """The end of a log that a guest's process writes into its own folder; None when there is none. What lies there may be a
-    link, a pipe or a very large hole: none of it is followed, waited for or read whole."""
+    link, another file's second name, a pipe or a very large hole: none of it is followed, waited for or read whole."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
     with os.fdopen(descriptor, "rb") as file:
         held = os.fstat(descriptor)
-        if not stat.S_ISREG(held.st_mode):
+        if not stat.S_ISREG(held.st_mode) or held.st_nlink != 1:
             return None
         file.seek(max(held.st_size - limit_bytes, 0))
         return file.read(limit_bytes)

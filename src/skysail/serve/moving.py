@@ -1,23 +1,18 @@
-"""From SQLite to PostgreSQL: the rows are copied and compared, then the configuration says where they are.
-
-``python -m skysail.serve.moving`` copies, as the controller's user, whose file the rows are in; it takes what to do as JSON.
-"""
+"""From SQLite to PostgreSQL: the rows are copied and compared, then the configuration says where they are."""
 
 from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from skysail.kit import durable, process
-from skysail.kit.config import Config, load
+from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
-from skysail.serve import programs
-from skysail.serve import up as machine
+from skysail.kit.owner import as_owner
 from skysail.store import copying
 from skysail.store.database import Database
 
@@ -25,31 +20,29 @@ _FIELDS = ("database", "database_password_file")
 _TABLE = re.compile(rb"(^\s*\[)", re.MULTILINE)
 
 
-class Answer(msgspec.Struct, kw_only=True):
-    """What was copied, or why not and the cure."""
-
-    copied: list[copying.Copied] = []
-    refusal: tuple[str, str] | None = None
-
-
 def move(config: Config, url: str, password_file: str, progress: Callable[[str], None]) -> list[copying.Copied]:
-    """Move the rows of this cloud, whose controller is stopped, to the empty database at ``url``.
+    """Move the rows of this cloud, whose controller is stopped, to the empty database at ``url``. They are copied as the
+    controller's user, whose file they are in.
 
     A crash at any moment leaves the cloud where it was, or, once all is copied and the configuration says so, where it is
     then. The file stays as it was. Raises SkysailError with nothing changed.
     """
     process.require_root()
     there = moved(config, url, password_file)
-    machine.install_program(config)
+    source, target = Database.of(config), Database.of(there)
+
+    def copied() -> list[copying.Copied]:
+        try:
+            return copying.copy(source, target)
+        finally:
+            source.close()
+            target.close()
+
     progress("rows: copying")
-    asked = {"database": there.database, "database_password_file": there.database_password_file}
-    said = process.run(programs.command(config, "moving"), env=programs.environment(config), input=msgspec.json.encode(asked))
-    answer = msgspec.json.decode(said, type=Answer)
-    if answer.refusal is not None:
-        raise SkysailError(*answer.refusal)
+    found = as_owner(config.sqlite_file.parent, copied, list[copying.Copied])
     point(config, there)
     progress("configuration: names PostgreSQL")
-    return answer.copied
+    return found
 
 
 def moved(config: Config, url: str, password_file: str) -> Config:
@@ -81,22 +74,3 @@ def point(config: Config, there: Config) -> None:
     durable.replace(path, whole, found.st_mode & 0o777 if found else 0o644,
                     (found.st_uid, found.st_gid) if found else None)
 
-
-def main() -> None:
-    """Copy the rows of the cloud in ``$SKYSAIL_DATA`` to the database that stdin names, and print an :class:`Answer`."""
-    config = load()
-    asked = msgspec.json.decode(sys.stdin.buffer.read(), type=dict[str, str])
-    answer = Answer()
-    source, target = Database.found(config), Database.of(msgspec.structs.replace(config, **asked))
-    try:
-        answer.copied = copying.copy(source, target)
-    except SkysailError as refused:
-        answer.refusal = refused.what, refused.cure
-    finally:
-        source.close()
-        target.close()
-    sys.stdout.buffer.write(msgspec.json.encode(answer))
-
-
-if __name__ == "__main__":
-    main()

@@ -40,9 +40,14 @@ def record_path(config: Config, name: str) -> Path:
     return config.root / "run" / f"{name}.json"
 
 
+def log_folder(config: Config) -> Path:
+    """Where our processes write what they say. The agent keeps each log in it to its bound (:mod:`skysail.kit.logs`)."""
+    return config.root / "logs"
+
+
 def log_path(config: Config, name: str) -> Path:
-    """Where process ``name`` writes what it says."""
-    return config.root / "logs" / f"{name}.log"
+    """Where process ``name`` writes what it says. Who opens it for a process does so for appending."""
+    return log_folder(config) / f"{name}.log"
 
 
 def find(config: Config, name: str) -> Record | None:

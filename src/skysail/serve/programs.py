@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 
-from skysail.kit import process
+from skysail.kit import logs, process
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
 from skysail.serve import endpoint, name_server, processes
@@ -54,7 +54,7 @@ def wait_healthy(config: Config, name: str, seconds: float = 180.0) -> None:
     processes.wait_until(settled, seconds)
     if not healthy(config, name):
         log = processes.log_path(config, name)
-        said = log.read_text(errors="replace")[-1500:] if log.exists() else ""
+        said = logs.last(log, 1500).decode(errors="replace")
         raise SkysailError(f"{name} did not become healthy; it said:\n{said.strip()}", cure=f"read {log}")
 
 

@@ -8,13 +8,12 @@ snapshot or none.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import datetime
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,8 +35,8 @@ from skysail.serve import processes
 from skysail.serve.controller import HOST
 from skysail.storage import Copy, Manifest, parcel
 from skysail.storage.shelf import FileShelf, seal
-from skysail.store.database import Database
 from skysail.store.schema import snapshots
+from skysail.store.visit import visit
 
 WAIT_SECONDS = 60.0
 KINDS = {"InstanceSnapshot": "instance", "DiskSnapshot": "disk"}
@@ -45,7 +44,7 @@ KINDS = {"InstanceSnapshot": "instance", "DiskSnapshot": "disk"}
 
 def listed(config: Config) -> list[dict[str, Any]]:
     """Every snapshot of every account, automatic ones too, by account, region and name."""
-    with _transaction(config, write=False) as connection:
+    def found(connection: Connection) -> list[dict[str, Any]]:
         rows = connection.execute(select(snapshots).where(snapshots.c.deleted.is_(False)).order_by(
             snapshots.c.account_id, snapshots.c.region, snapshots.c.name, snapshots.c.created_at)).mappings().all()
         return [{
@@ -55,6 +54,8 @@ def listed(config: Config) -> list[dict[str, Any]]:
             "account": row["account_id"], "automatic": bool(row["auto_day"]),
             "created": datetime.datetime.fromtimestamp(row["created_at"], datetime.UTC).isoformat(timespec="seconds"),
         } for row in rows]
+
+    return visit(config, found, list[dict[str, Any]])
 
 
 def summary(snapshot: dict[str, Any]) -> dict[str, str]:
@@ -73,8 +74,8 @@ def export(config: Config, name: str, target: Path, region: str, account: str, p
         raise SkysailError(f"{target} is there already", "choose another name, or remove it")
     if not target.parent.is_dir():
         raise SkysailError(f"there is no folder {target.parent}", "make it first")
-    with _transaction(config, write=False) as connection:
-        row = _find(connection, name, region or config.default_region, _account(connection, account))
+    row = visit(config, lambda connection: dict(_find(
+        connection, name, region or config.default_region, _account(connection, account))), dict[str, Any])
     shelf = FileShelf(config.snapshots_dir)
     with workplace(config.snapshots_dir) as work:
         work.chmod(0o711)
@@ -116,13 +117,18 @@ def bring_in(config: Config, source: Path, name: str, region: str, account: str,
         _lay(draft, identifier, found, paths, volumes)
         if found.server is not None:
             _note(config, found.server)
-        with locked(config.snapshots_dir), _transaction(config) as connection:
-            _forget_abandoned(config, connection)
-            operation = _put(connection, config, found, name, identifier, volumes,
-                             Request(account_id=_account(connection, account), region=region,
-                                     action=f"Create{found.kind}", params={}))
+        with locked(config.snapshots_dir):
+            _forget_abandoned(config)
             draft.rename(config.snapshots_dir / f".{identifier}")
             durable.sync(config.snapshots_dir)
+            try:
+                operation = visit(config, lambda connection: _put(
+                    connection, config, found, name, identifier, volumes,
+                    Request(account_id=_account(connection, account), region=region, action=f"Create{found.kind}",
+                            params={})), str, write=True)
+            except SkysailError:
+                _forget_abandoned(config)
+                raise
     _await(config, operation, name)
     return name
 
@@ -152,7 +158,7 @@ def _account(connection: Connection, name: str) -> str:
     return found
 
 
-def _parcel(config: Config, row: RowMapping, parts: list[parcel.Part]) -> parcel.Parcel:
+def _parcel(config: Config, row: Mapping[str, Any], parts: list[parcel.Part]) -> parcel.Parcel:
     source = row["source"]
     kind: Literal["Instance", "Disk"] = "Disk" if "disk_name" in source else "Instance"
     server = None
@@ -199,10 +205,12 @@ def _note(config: Config, server: parcel.Server) -> None:
             user=server.user, size_bytes=0, built=time.time(), recipe=server.recipe, renews=server.renews))
 
 
-def _forget_abandoned(config: Config, connection: Connection) -> None:
-    """What an import laid here that was killed before it had written its row. Drafts of the agent always have one."""
-    known = set(connection.execute(select(snapshots.c.id)).scalars())
-    for left in config.snapshots_dir.glob(".s-*"):
+def _forget_abandoned(config: Config) -> None:
+    """What an import laid here that was killed before it had written its row. Drafts of the agent always have one, which was
+    there before them: so the files are looked at before the rows."""
+    there = list(config.snapshots_dir.glob(".s-*"))
+    known = visit(config, lambda connection: set(connection.execute(select(snapshots.c.id)).scalars()), set[str])
+    for left in there:
         if left.name.removeprefix(".") not in known:
             shutil.rmtree(left)
 
@@ -227,8 +235,7 @@ def _put(connection: Connection, config: Config, found: parcel.Parcel, name: str
 def _await(config: Config, operation: str, name: str) -> None:
     """Wait until the agent has let it appear; raises SkysailError when it could not."""
     def settled() -> bool:
-        with _transaction(config, write=False) as connection:
-            found.update(history.find(connection, operation))
+        found.update(visit(config, lambda connection: dict(history.find(connection, operation)), dict[str, Any]))
         return bool(found["done"])
 
     found: dict[str, Any] = {}
@@ -238,13 +245,3 @@ def _await(config: Config, operation: str, name: str) -> None:
         raise SkysailError(f"the agent has not taken {name} in yet", "see: sudo ./skysail status")
     if found["status"] == "Failed":
         raise SkysailError(f"{name} could not be taken in: {found['error_details']}", "delete the snapshot, and try again")
-
-
-@contextlib.contextmanager
-def _transaction(config: Config, write: bool = True) -> Iterator[Connection]:
-    database = Database.found(config)
-    try:
-        with database.transaction(write=write) as connection:
-            yield connection
-    finally:
-        database.close()

@@ -118,7 +118,7 @@ def ensure_folders(config: Config) -> None:
     """The data folder's rooms, each with the owner and mode that it needs."""
     user, group = pwd.getpwnam(config.controller_user).pw_uid, grp.getgrnam(config.controller_user).gr_gid
     config.root.chmod(0o755)
-    for path, owner, mode in ((config.root / "run", 0, 0o750), (config.root / "logs", 0, 0o750),
+    for path, owner, mode in ((config.root / "run", 0, 0o750), (processes.log_folder(config), 0, 0o750),
                               (config.root / "controller", user, 0o700), (config.images_dir, 0, 0o755),
                               (config.templates_dir, 0, 0o755), (config.guests_dir, 0, 0o755),
                               (config.volumes_dir, 0, 0o755)):

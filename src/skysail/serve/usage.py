@@ -8,7 +8,7 @@ import time
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
 from skysail.resources import metering, transfer
-from skysail.store.database import Database
+from skysail.store.visit import visit
 
 
 def of_month(config: Config, month: str = "") -> list[transfer.Usage]:
@@ -16,12 +16,7 @@ def of_month(config: Config, month: str = "") -> list[transfer.Usage]:
     month = month or metering.month(time.time())
     if not re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", month):
         raise SkysailError(f"{month} is no month", "write it as 2026-01")
-    database = Database.found(config)
-    try:
-        with database.transaction(write=False) as connection:
-            return transfer.usage(connection, month)
-    finally:
-        database.close()
+    return visit(config, lambda connection: transfer.usage(connection, month), list[transfer.Usage])
 
 
 def summary(used: transfer.Usage) -> dict[str, str]:

@@ -57,13 +57,6 @@ class Database:
         """The database that the configuration names."""
         return cls(_dialect(config))
 
-    @classmethod
-    def found(cls, config: Config) -> Database:
-        """The database of a cloud that is there. Raises SkysailError when there is none, or it cannot be reached."""
-        if not exists(config):
-            raise SkysailError(f"there is no cloud in {config.data}", "run: sudo ./skysail up")
-        return cls.of(config)
-
     def migrate(self) -> None:
         """Bring the schema to this version; safe to repeat, all migrations one transaction. Raises SkysailError when the
         database cannot be reached or used, RuntimeError when it is of a newer version."""
@@ -75,6 +68,15 @@ class Database:
                 migrations.upgrade(connection, abs(version))
                 if version != len(migrations.MIGRATIONS):
                     self._dialect.set_version(connection, len(migrations.MIGRATIONS))
+
+    @property
+    def dialect(self) -> str:
+        """``sqlite`` or ``postgresql``."""
+        return self._engine.dialect.name
+
+    def exists(self) -> bool:
+        """Whether a controller made its tables here. Raises SkysailError when the database cannot be reached."""
+        return self._dialect.exists()
 
     def check(self) -> None:
         """Raises SkysailError when the database cannot be reached, or rows cannot be kept in it."""
@@ -106,13 +108,6 @@ class Database:
         async for _ in self._dialect.heard():
             yield
 
-    def flaws(self, connection: Connection) -> Iterator[tuple[str, str, str]]:
-        """What is wrong with the database itself: where, what is there, what should be."""
-        yield from self._dialect.flaws(connection)
-        version = self._dialect.version(connection)
-        if version != len(migrations.MIGRATIONS):
-            yield "database", f"schema version {version}", f"version {len(migrations.MIGRATIONS)} of this program"
-
     def transaction(self, write: bool = True) -> AbstractContextManager[Connection]:
         """A transaction: committed at the end of the ``with`` block, rolled back by an exception. One that writes must not
         be begun within another one that does."""
@@ -136,7 +131,7 @@ class Database:
                 self._waiting -= 1
             group = self._group or self._open()
             try:
-                with _savepoint(group):
+                with self._savepoint(group):
                     yield group.connection
             except BaseException as raised:
                 refusal = raised
@@ -149,6 +144,28 @@ class Database:
             raise group.failure
         if refusal is not None:
             raise refusal
+
+    @contextmanager
+    def _savepoint(self, group: _Group) -> Iterator[None]:
+        """One member of the group: what it wrote goes with its exception, what the others wrote stays. Where that cannot be
+        (a full disk makes SQLite give up the whole transaction), the group has failed."""
+        connection, say = group.connection, self._dialect.say
+        say(connection, "SAVEPOINT member")
+        try:
+            yield
+        except BaseException as raised:
+            try:
+                say(connection, "ROLLBACK TO member")
+                say(connection, "RELEASE member")
+            except BaseException:
+                group.failure = raised
+            raise
+        try:
+            say(connection, "RELEASE member")
+        except BaseException as failure:
+            group.failure = failure
+            raise
+        group.members += 1
 
     def _open(self) -> _Group:
         self._group = _Group(self._begun(write=True))
@@ -191,44 +208,25 @@ class Database:
             yield
         except BaseException:
             if self._dialect.is_open(connection):
-                connection.exec_driver_sql("ROLLBACK")
+                self._dialect.say(connection, "ROLLBACK")
             raise
-        connection.exec_driver_sql("COMMIT")
+        self._dialect.say(connection, "COMMIT")
 
     def close(self) -> None:
         """Return every connection."""
         self._engine.dispose()
 
 
-@contextmanager
-def _savepoint(group: _Group) -> Iterator[None]:
-    """One member of the group: what it wrote goes with its exception, what the others wrote stays. Where that cannot be (a
-    full disk makes SQLite give up the whole transaction), the group has failed."""
-    connection = group.connection
-    connection.exec_driver_sql("SAVEPOINT member")
-    try:
-        yield
-    except BaseException as raised:
-        try:
-            connection.exec_driver_sql("ROLLBACK TO member")
-            connection.exec_driver_sql("RELEASE member")
-        except BaseException:
-            group.failure = raised
-        raise
-    try:
-        connection.exec_driver_sql("RELEASE member")
-    except BaseException as failure:
-        group.failure = failure
-        raise
-    group.members += 1
-
-
-def exists(config: Config) -> bool:
-    """Whether there is a cloud in the database of the configuration. Raises SkysailError when it cannot be reached."""
-    return _dialect(config).exists()
-
-
 def _dialect(config: Config) -> Dialect:
     if config.database:
         return Postgres(config.database, config.database_password_file)
     return Sqlite(config.sqlite_file)
+
+
+def flaws(connection: Connection) -> Iterator[tuple[str, str, str]]:
+    """What is wrong with the database itself: where, what is there, what should be."""
+    kind: type[Sqlite] | type[Postgres] = Sqlite if connection.dialect.name == "sqlite" else Postgres
+    yield from kind.flaws(connection)
+    version = kind.version(connection)
+    if version != len(migrations.MIGRATIONS):
+        yield "database", f"schema version {version}", f"version {len(migrations.MIGRATIONS)} of this program"

@@ -32,6 +32,10 @@ class Dialect(Protocol):
         that reads sees one moment throughout."""
         ...
 
+    def say(self, connection: Connection, statement: str) -> None:
+        """A statement that ends a transaction, or begins or ends a savepoint, which all databases have in common."""
+        ...
+
     def now(self, connection: Connection) -> float:
         """Seconds since the epoch by the database's own clock, which all controllers have in common."""
         ...

@@ -103,6 +103,9 @@ class Postgres:
         else:
             connection.exec_driver_sql("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
 
+    def say(self, connection: Connection, statement: str) -> None:
+        connection.exec_driver_sql(statement)
+
     def now(self, connection: Connection) -> float:
         return float(connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())::float8").scalar_one())
 
@@ -136,7 +139,8 @@ class Postgres:
     def unreferenced(self, connection: Connection) -> Iterator[None]:
         yield
 
-    def version(self, connection: Connection) -> int:
+    @staticmethod
+    def version(connection: Connection) -> int:
         if connection.exec_driver_sql("SELECT to_regclass('schema_version')").scalar_one() is None:
             return 0
         return int(connection.exec_driver_sql("SELECT version FROM schema_version").scalar_one())
@@ -146,7 +150,8 @@ class Postgres:
         connection.exec_driver_sql("DELETE FROM schema_version")
         connection.exec_driver_sql(f"INSERT INTO schema_version (version) VALUES ({version})")
 
-    def flaws(self, connection: Connection) -> Iterator[tuple[str, str, str]]:
+    @staticmethod
+    def flaws(connection: Connection) -> Iterator[tuple[str, str, str]]:
         """References are held to by the server, and its files are its own affair."""
         return iter(())
 

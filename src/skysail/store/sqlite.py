@@ -7,6 +7,7 @@ takes the write lock at its start (``BEGIN IMMEDIATE``).
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -43,7 +44,14 @@ class Sqlite:
         return self._path.exists()
 
     def begin(self, connection: Connection, write: bool) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+        if write:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        else:
+            self.say(connection, "BEGIN")
+
+    def say(self, connection: Connection, statement: str) -> None:
+        # Each request does: not by way of SQLAlchemy's events.
+        _driver(connection).execute(statement)
 
     def now(self, connection: Connection) -> float:
         return time.time()
@@ -59,8 +67,7 @@ class Sqlite:
         yield
 
     def is_open(self, connection: Connection) -> bool:
-        raw: Any = connection.connection.dbapi_connection
-        return bool(raw.in_transaction)
+        return _driver(connection).in_transaction
 
     @contextmanager
     def unreferenced(self, connection: Connection) -> Iterator[None]:
@@ -71,16 +78,24 @@ class Sqlite:
         finally:
             connection.exec_driver_sql("PRAGMA foreign_keys=ON")
 
-    def version(self, connection: Connection) -> int:
+    @staticmethod
+    def version(connection: Connection) -> int:
         return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
 
     def set_version(self, connection: Connection, version: int) -> None:
         connection.exec_driver_sql(f"PRAGMA user_version = {version}")
 
-    def flaws(self, connection: Connection) -> Iterator[tuple[str, str, str]]:
+    @staticmethod
+    def flaws(connection: Connection) -> Iterator[tuple[str, str, str]]:
         for row in connection.exec_driver_sql("PRAGMA integrity_check"):
             if row[0] != "ok":
                 yield "database", str(row[0]), "a sound file"
         for row in connection.exec_driver_sql("PRAGMA foreign_key_check"):
             yield (f"database, table {row[0]}", f"row {row[1]} points at a row of {row[2]} that is not there",
                    "no dangling references")
+
+
+def _driver(connection: Connection) -> sqlite3.Connection:
+    raw: Any = connection.connection.dbapi_connection
+    assert isinstance(raw, sqlite3.Connection)
+    return raw
