@@ -49,6 +49,8 @@ class Controllers:
         self.all = [Cloud(Path(tempfile.mkdtemp(prefix="sky")), f'database = "{url}"\nengines = "sim"\nsample_seconds = 1\n'
                                                                 'public_pool = "198.18.0.0/20"\n') for _ in range(count)]
         self.first = self.all[0]
+
+    def start(self) -> None:
         for one in self.all:
             one.start("agent")
         self.first.start("controller")
@@ -84,7 +86,8 @@ class Controllers:
     def close(self) -> None:
         for one in self.all:
             for process in one.processes.values():
-                process.send_signal(signal.SIGCONT)
+                if process.poll() is None:
+                    process.send_signal(signal.SIGCONT)
             one.stop()
             shutil.rmtree(one.folder, ignore_errors=True)
 
@@ -93,8 +96,9 @@ class Controllers:
 def controllers() -> Iterator[Controllers]:
     made = Controllers(3)
     try:
-        eventually(made.shared_out, 60, "the work is shared out")
-        eventually(lambda: len(made.rows("SELECT 1 FROM images")) == 3, 60, "all hosts have reported")
+        made.start()
+        eventually(made.shared_out, 180, "the work is shared out")
+        eventually(lambda: len(made.rows("SELECT 1 FROM images")) == 3, 180, "all hosts have reported")
         yield made
     finally:
         made.close()
@@ -113,7 +117,7 @@ def test_each_of_them_answers_and_all_see_the_same(controllers: Controllers) -> 
     for number, one in enumerate(controllers.all):
         launch(one, f"i-{number}")
     for one in controllers.all:
-        eventually(lambda one=one: states(one) == dict.fromkeys(("i-0", "i-1", "i-2"), "running"), 60)  # type: ignore[misc]
+        eventually(lambda one=one: states(one) == dict.fromkeys(("i-0", "i-1", "i-2"), "running"), 180)  # type: ignore[misc]
     assert {row["host_id"] for row in controllers.rows("SELECT host_id FROM guests")} == {"host-1", "host-2", "host-3"}
     assert len({row["who"] for row in controllers.rows("SELECT who FROM step_log")}) >= 1
 
@@ -125,22 +129,23 @@ def test_the_others_carry_on(controllers: Controllers, how: signal.Signals) -> N
     before = controllers.leases()
     gone.processes["controller"].send_signal(how)
     launch(others[0], "after")
-    eventually(lambda: states(others[1]) == {"after": "running"}, 60, "the other two launch")
+    eventually(lambda: states(others[1]) == {"after": "running"}, 180, "the other two launch")
+
     def taken_over() -> dict[str, tuple[str, int]] | None:
         found = controllers.leases()
         return found if found.keys() == before.keys() and place not in {held for held, _ in found.values()} else None
 
-    taken = eventually(taken_over, 60, "its work is taken over")
+    taken = eventually(taken_over, 180, "its work is taken over")
     for name, (holder, number) in before.items():
-        assert taken[name][1] == number + (holder == place), "a lease that changed hands has another number"
+        assert holder != place or taken[name][1] > number, "a lease that changed hands has another number"
 
     if how is signal.SIGSTOP:
         gone.processes["controller"].send_signal(signal.SIGCONT)
     else:
         gone.start("controller")
-    eventually(controllers.shared_out, 60, "it has a part again")
+    eventually(controllers.shared_out, 180, "it has a part again")
     launch(gone, "back")
-    eventually(lambda: states(gone) == {"after": "running", "back": "running"}, 60)
+    eventually(lambda: states(gone) == {"after": "running", "back": "running"}, 180)
 
 
 class Customer:
@@ -218,11 +223,11 @@ def test_a_history_with_kills_at_random_is_whole(controllers: Controllers, reque
             thread.join()
     assert done["killed"] + done["stopped"] > 2 and sum(one.answered for one in customers) > 20
 
-    eventually(controllers.shared_out, 60, "all three live")
+    eventually(controllers.shared_out, 180, "all three live")
     eventually(lambda: not controllers.rows("SELECT id FROM operations WHERE NOT done"), 300, "every operation ended")
-    eventually(lambda: not controllers.rows("SELECT id FROM guests WHERE role = 'gone'"), 60, "what goes is gone")
+    eventually(lambda: not controllers.rows("SELECT id FROM guests WHERE role = 'gone'"), 180, "what goes is gone")
     history(controllers)
-    eventually(lambda: world(controllers) == [], 60, f"hosts hold what the rows say: {world(controllers)}")
+    eventually(lambda: world(controllers) == [], 180, f"hosts hold what the rows say: {world(controllers)}")
     assert verify(controllers.first.config, 1.0) == []
     print(f"{seconds} s: {dict(done)}, {sum(one.answered for one in customers)} answers, "
           f"{len(controllers.rows('SELECT id FROM operations'))} operations, "

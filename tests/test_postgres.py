@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -167,3 +168,40 @@ def test_a_refusal_of_what_was_written_leaves_the_connection_of_use(pair: tuple[
     put(pair[1], "b")
     assert count(pair[0]) == 2
 
+
+def test_who_writes_is_heard_by_all(pair: tuple[Database, Database]) -> None:
+    async def hear() -> None:
+        heard = pair[1].heard()
+        pending: list[asyncio.Task[None]] = []
+
+        async def next_within(seconds: float) -> bool:
+            """Whether something is heard; what is waited for in vain is waited for the next time."""
+            if not pending:
+                pending.append(asyncio.ensure_future(anext(heard)))
+            done, _ = await asyncio.wait(pending, timeout=seconds)
+            if done:
+                pending.pop().result()
+            return bool(done)
+
+        assert await next_within(60), "what was said before one listened may have been missed"
+        await asyncio.to_thread(put, pair[0], "a")
+        assert await next_within(60), "another one wrote"
+        await asyncio.to_thread(count, pair[0])
+        with pytest.raises(DBAPIError):
+            await asyncio.to_thread(put, pair[0], "a")
+        while await next_within(1):  # the one that was refused may be heard, but not for ever
+            continue
+        await asyncio.to_thread(put, pair[1], "b")
+        assert await next_within(60), "also by itself"
+
+        # Who is cut off comes again, and takes it that something was said meanwhile.
+        await asyncio.to_thread(cut_off)
+        assert await next_within(60)
+        await heard.aclose()
+
+    def cut_off() -> None:
+        with pair[0].transaction() as connection:
+            connection.exec_driver_sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%%' "
+                                       "AND datname = current_database()")
+
+    asyncio.run(hear())
