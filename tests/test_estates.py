@@ -20,8 +20,9 @@ from skysail.kit.process import machine_boot, started_at
 from skysail.serve import processes
 
 RUN = """
-import json, sys, time
+import json, signal, sys, time
 from clouds import running_cloud
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell is started to ignore it
 with running_cloud() as cloud:
     print(json.dumps([str(cloud.folder), *[one.pid for one in cloud.processes.values()]]), flush=True)
     time.sleep(600)

@@ -164,7 +164,7 @@ def test_an_agent_that_lost_its_ledger_is_sent_what_it_has_not(tmp_path: Path) -
         (tmp_path / folder).mkdir()
         keeper = Host(tmp_path / folder).keeper
         unasked: Any = Sampler
-        return keeper, httpx.ASGITransport(application(keeper, unasked))
+        return keeper, httpx.ASGITransport(application(keeper, unasked, tmp_path / folder))
 
     async def scenario() -> None:
         first, transport = agent("first")

@@ -172,7 +172,7 @@ def list_images(*, unused: Annotated[bool, Parameter(negative="")] = False, json
     found = blueprints.held(configuration.load())
     show.as_json(found) if json else show.table(
         [blueprints.summary(image) for image in found],
-        ["blueprint", "version", "digest", "size", "packages", "built (UTC)", "template", "offered", "needed"])
+        ["blueprint", "version", "size", "packages", "built (UTC)", "template", "offered"])
 
 
 @images.command(name="remove")

@@ -50,11 +50,10 @@ def summary(image: dict[str, Any]) -> dict[str, str]:
     sizes = ", ".join(map(str, image["templates"]))
     ready = f"{sizes} vCPU" if sizes else "none yet"
     return {
-        "blueprint": image["blueprint"], "version": image["version"] or "unknown", "digest": image["digest"][:12],
+        "blueprint": image["blueprint"], "version": image["version"] or "unknown",
         "size": f"{image['file_bytes'] >> 20} MiB", "packages": str(image["packages"] or "unknown"),
         "built (UTC)": image["built"][:16].replace("T", " "), "template": ready if image["templated"] else "boots cold",
         "offered": "yes" if image["offered"] else "replaced",
-        "needed": "unknown" if image["needed"] is None else "yes" if image["needed"] else "no",
     }
 
 
