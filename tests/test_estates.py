@@ -8,11 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
+from pyroute2.process import ChildProcess
 
 import estates
 from clouds import eventually
@@ -92,6 +94,19 @@ def test_a_process_that_has_the_pid_of_one_that_is_gone_is_left_alone(run: Run) 
         assert run.alive() == []
         assert stranger.poll() is None
         stranger.kill()
+
+
+def test_a_copy_of_a_run_that_is_told_to_end_does_not_speak_for_it(tmp_path: Path) -> None:
+    """pyroute2 ends its copies of this process by SIGTERM, at times before they have ended by themselves."""
+    claimed = tmp_path / "cloud"
+    claimed.mkdir()
+    estates.claim(claimed)  # from here on SIGTERM unwinds this process
+    copy = ChildProcess(lambda: time.sleep(60), [])
+    copy.run()
+    time.sleep(0.5)  # until it sleeps
+    copy.stop()
+    assert copy.exitcode == -signal.SIGTERM
+    shutil.rmtree(claimed)
 
 
 def test_a_run_forgets_what_it_has_removed(tmp_path: Path) -> None:

@@ -278,6 +278,8 @@ class QemuGuest:
         if volume.id == self.record.id:
             if self.record.parents:
                 return await self._shop.shelf.current(self.record.parents)
+            if not self.record.parent:
+                return ()  # flattened to the end: its own file holds everything
             image = str(self.image(volume.image).path)
             return (image,) if self.record.parent == image else (self.record.parent, image)
         return await self._shop.shelf.parents(volume)

@@ -7,8 +7,13 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
+import pyroute2.config
 
 from skysail.contract.document import Network, Port
+
+# pyroute2 works in another namespace by a fork of this process, which it ends by SIGTERM. With our own handlers that copy
+# would go on as if it were this process being told to end: it would unwind our callers, and tear down what is ours.
+pyroute2.config.disable_mp_signal = True
 
 
 class PortCounters(msgspec.Struct, frozen=True, kw_only=True):
