@@ -52,6 +52,36 @@ class Listener:
         self.hang_up()
 
 
+class Relay(Listener):
+    """Stands before a real agent, and counts the documents that it is sent."""
+
+    def __init__(self, path: Path, agent: Path) -> None:
+        self.agent = agent
+        self.documents = 0
+        super().__init__(path)
+
+    def _take(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, far = self._listener.accept()[0], socket.socket(socket.AF_UNIX)
+                self.held += [near, far]
+                try:
+                    far.connect(str(self.agent))
+                except OSError:
+                    near.close()
+                    continue
+                for source, target in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass, args=[source, target, source is near], daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket, down: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 20):
+                self.documents += down and data.startswith(b"PUT /document ")
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+
 @contextlib.contextmanager
 def listening(path: Path) -> Iterator[Listener]:
     made = Listener(path)
@@ -130,3 +160,44 @@ def test_a_host_that_goes_is_left(cloud: Cloud, tmp_path: Path) -> None:
         time.sleep(2)
         assert other.taken == taken, "nobody comes to one that went"
     assert row(cloud, "host-1").seen_at, "the others are watched as before"
+
+
+def test_a_document_goes_out_when_it_changed_and_when_the_host_may_have_lost_it(cloud: Cloud, second: Cloud,
+                                                                                 tmp_path: Path) -> None:
+    relay = Relay(tmp_path / "relay", second.config.agent_socket)
+    try:
+        write(cloud, insert(hosts).values(id="host-2", address=relay.address))
+
+        def holds() -> bool:
+            found = row(cloud, "host-2")
+            return bool(found.seen_at) and found.observed_generation == found.generation > 0
+        write(cloud, update(hosts).where(hosts.c.id == "host-2").values(generation=7))
+        eventually(holds, 60, "it has its document")
+        settled(relay)
+        sent = relay.documents
+        time.sleep(7)
+        assert relay.documents == sent, "nothing changed"
+
+        write(cloud, update(hosts).where(hosts.c.id == "host-2").values(generation=8))
+        eventually(lambda: relay.documents > sent, 60, "it changed")
+        settled(relay)
+
+        second.kill("agent")
+        (second.folder / "agent/document.json").unlink()
+        sent = relay.documents
+        second.start("agent")
+        eventually(lambda: relay.documents > sent and holds(), 60, "it has its document again, though that did not change")
+
+        write(cloud, update(hosts).where(hosts.c.id == "host-2").values(generation=3))
+        eventually(lambda: row(cloud, "host-2").generation > 8 and holds(), 60, "rows of an older day move on")
+    finally:
+        relay.close()
+
+
+def settled(relay: Relay) -> None:
+    """Wait until no document has gone out for a while."""
+    last, at = relay.documents, time.monotonic()
+    while time.monotonic() < at + 2:
+        if relay.documents != last:
+            last, at = relay.documents, time.monotonic()
+        time.sleep(0.1)

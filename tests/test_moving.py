@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from skysail.inspect.verify import verify
 from skysail.kit.config import load
 from skysail.kit.errors import SkysailError
 from skysail.serve import moving
+from skysail.serve.turn import turn
 from skysail.store import copying
 from skysail.store.database import Database, flaws
 from skysail.store.migrations import MIGRATIONS
@@ -137,6 +139,21 @@ def test_a_crash_in_the_middle_leaves_the_cloud_where_it_was(lived: Cloud) -> No
     lived.config = load(str(lived.folder))
     lived.start("controller")
     assert names(lived) == {"one"} and verify(lived.config, 0.2) == []
+
+
+def test_whoever_waited_for_a_move_does_not_go_on_as_if_there_had_been_none(lived: Cloud) -> None:
+    ended(lived)
+    said: list[str] = []
+
+    def wait() -> None:
+        with pytest.raises(SkysailError, match="was changed meanwhile"), turn(lived.config, said.append):
+            pass
+    with ThreadPoolExecutor(1) as other:
+        with turn(lived.config, print):
+            waiting = other.submit(wait)
+            eventually(lambda: said, 60, "it waits")
+            moving.point(lived.config, msgspec.structs.replace(lived.config, database="postgresql:///elsewhere"))
+        waiting.result()
 
 
 @pytest.fixture

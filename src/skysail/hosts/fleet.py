@@ -83,7 +83,8 @@ class Fleet:
                 except Exception:
                     log.exception("the hosts could not be looked at; it is tried again")
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), FOLLOW_SECONDS)
+                    async with asyncio.timeout(FOLLOW_SECONDS):
+                        await self._changed.wait()
         finally:
             await self._leave(list(self._tended))
 

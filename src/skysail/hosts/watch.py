@@ -50,9 +50,11 @@ class Watch:
         self._confirm = confirm
         self._changed = asyncio.Event()
         self._changed.set()
+        # How often the host began to report.
+        self._begun = 0
 
     def touch(self) -> None:
-        """Rows of this host may have changed: send its document if the generation grew (call from the event loop)."""
+        """Rows of this host may have changed: send its document if it has another generation (call from the event loop)."""
         self._changed.set()
 
     async def run(self) -> None:
@@ -62,13 +64,13 @@ class Watch:
             tasks.create_task(self._listen())
 
     async def _send(self) -> None:
-        sent = 0
+        sent, to = 0, 0
         while True:
-            try:
-                await asyncio.wait_for(self._changed.wait(), timeout=5.0)
-            except TimeoutError:
-                sent = 0  # an agent that lost its ledger gets its document again, without being asked
+            await self._changed.wait()
             self._changed.clear()
+            begun = self._begun
+            if begun != to:
+                sent = 0
             try:
                 document = await asyncio.to_thread(self._compile, sent)
                 if document is None:
@@ -78,7 +80,7 @@ class Watch:
                     await asyncio.to_thread(self._overtake)
                     self._changed.set()
                     continue
-                crowded, sent = 0 < sent < document.generation - 1, document.generation
+                crowded, sent, to = 0 < sent < document.generation - 1, document.generation, begun
                 if crowded:
                     await asyncio.sleep(CROWDED_SECONDS)
             except LeaseLost as lost:
@@ -98,7 +100,8 @@ class Watch:
         with self._database.transaction(write=False) as connection:
             generation = connection.execute(
                 select(hosts.c.generation).where(hosts.c.id == self._host_id)).scalar()
-            if generation is None or generation <= sent:  # a host without a row is about to be left
+            # A host without a row is about to be left. One whose generation went back is of a restored database.
+            if generation is None or generation == sent:
                 return None
             return desired.compile(connection, self._host_id, self._vault, self._zones)
 
@@ -113,8 +116,13 @@ class Watch:
     async def _listen(self) -> None:
         away = False
         while True:
+            first = True
             try:
                 async for report in self._client.reports():
+                    if first:  # it may have started again, and have lost of its document what it does not know of
+                        first = False
+                        self._begun += 1
+                        self._changed.set()
                     if away:
                         log.info("host %s reports again", self._host_id)
                     away = False

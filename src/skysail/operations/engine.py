@@ -7,6 +7,7 @@ drives the operations of the resources that it has claimed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import zlib
 from collections.abc import Callable, Mapping
@@ -64,10 +65,9 @@ class Engine:
                     await asyncio.sleep(REST_SECONDS)
             except Exception:
                 log.exception("the engine's pass failed; it is repeated")
-            try:
-                await asyncio.wait_for(self._wake.wait(), timeout=1.0)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._wake.wait()
 
     def drive(self) -> int:
         """One pass over the open operations; how many steps committed. One that cannot be carried on now, whatever its

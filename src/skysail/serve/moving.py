@@ -13,6 +13,7 @@ from skysail.kit import durable, process
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
 from skysail.kit.owner import as_owner
+from skysail.serve.turn import turn
 from skysail.store import copying
 from skysail.store.database import Database
 
@@ -25,10 +26,14 @@ def move(config: Config, url: str, password_file: str, progress: Callable[[str],
     controller's user, whose file they are in.
 
     A crash at any moment leaves the cloud where it was, or, once all is copied and the configuration says so, where it is
-    then. The file stays as it was. Raises SkysailError with nothing changed.
+    then. The file stays as it was, and ``up`` waits until it is decided. Raises SkysailError with nothing changed.
     """
     process.require_root()
-    there = moved(config, url, password_file)
+    with turn(config, progress):
+        return _move(config, moved(config, url, password_file), progress)
+
+
+def _move(config: Config, there: Config, progress: Callable[[str], None]) -> list[copying.Copied]:
     source, target = Database.of(config), Database.of(there)
 
     def copied() -> list[copying.Copied]:
