@@ -42,11 +42,13 @@ from skysail.serve.up import end_guests
 
 CACHE = Path(os.environ.get("SKYSAIL_TEST_CACHE", "/var/cache/skysail-tests"))
 SLOTS = 16
+# How many times as long everything may take, on a machine that is busy with something else.
+PATIENCE = float(os.environ.get("SKYSAIL_TEST_PATIENCE", "1"))
 
 
 def eventually(seen: Callable[[], Any], seconds: float = 120.0, what: str = "") -> Any:
-    """The first true answer of ``seen`` within ``seconds``."""
-    end = time.monotonic() + seconds
+    """The first true answer of ``seen`` within ``seconds``, times ``SKYSAIL_TEST_PATIENCE``."""
+    end = time.monotonic() + seconds * PATIENCE
     while True:
         answer = seen()
         if answer:

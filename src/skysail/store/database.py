@@ -150,7 +150,11 @@ class Database:
         """One member of the group: what it wrote goes with its exception, what the others wrote stays. Where that cannot be
         (a full disk makes SQLite give up the whole transaction), the group has failed."""
         connection, say = group.connection, self._dialect.say
-        say(connection, "SAVEPOINT member")
+        try:
+            say(connection, "SAVEPOINT member")
+        except BaseException as failure:  # the connection was lost, with what others of the group wrote
+            group.failure = failure
+            raise
         try:
             yield
         except BaseException as raised:
