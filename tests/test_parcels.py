@@ -19,7 +19,7 @@ import msgspec
 import pytest
 
 from clouds import RealCloud, eventually, running_cloud
-from crashing import Doom, running_tiny_cloud, whole
+from crashing import Doom, running_tiny_cloud, settled_serial, whole
 from skysail.inspect.verify import verify
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import run
@@ -285,10 +285,14 @@ def test_a_snapshot_goes_out_and_comes_in(tiny_cloud: RealCloud, tmp_path: Path)
     snapshot(client, "three", "third")
     said(tiny_cloud, "export", "third", "--to", str(tmp_path / "third.tar"))
     eventually(lambda: verify(tiny_cloud.config, 0.2) == [], 60)
-    ended(client, client.delete_instance(instanceName="three"))
-    client.delete_disk(diskName="three-two-data")
+    # Without its image and its snapshots its disk has no parent at all: it boots from that one file.
     for name in ("back", "third"):
         client.delete_instance_snapshot(instanceSnapshotName=name)
+    eventually(lambda: not list(tiny_cloud.config.snapshots_dir.iterdir()), 120, "all that it stood on moves into its disks")
+    ended(client, client.start_instance(instanceName="three"))
+    assert settled_serial(tiny_cloud, "three").endswith("B")
+    ended(client, client.delete_instance(instanceName="three"))
+    client.delete_disk(diskName="three-two-data")
     for path in list(images.iterdir()):
         shutil.move(path, tiny_cloud.config.images_dir / path.name)
     whole(tiny_cloud)
