@@ -223,7 +223,8 @@ def test_a_history_with_kills_at_random_is_whole(controllers: Controllers, reque
     history(controllers)
     eventually(lambda: world(controllers) == [], 180, f"hosts hold what the rows say: {world(controllers)}")
     assert verify(controllers.first.config, 1.0) == []
-    print(f"{time.monotonic() - began:.0f} s: {pairs} killed, {pairs} stopped, {sum(one.answered for one in customers)} answers, "
+    print(f"{time.monotonic() - began:.0f} s: {pairs} killed, {pairs} stopped, "
+          f"{sum(one.answered for one in customers)} answers, "
           f"{len(controllers.rows('SELECT id FROM operations'))} operations, "
           f"{len(controllers.rows('SELECT 1 FROM step_log'))} steps by "
           f"{len(controllers.rows('SELECT DISTINCT who FROM step_log'))} processes, "
