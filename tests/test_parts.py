@@ -15,7 +15,7 @@ import httpx
 import msgspec
 import pytest
 from botocore.exceptions import BotoCoreError
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import insert
 
@@ -136,6 +136,7 @@ def test_a_zone_of_which_a_part_is_damaged_is_left_out_and_sent_again(tmp_path: 
 
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 2**32))
+@example(2660)  # begins with zones too small for a pack
 def test_packs_stay_few_and_lose_nothing(seed: int) -> None:
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -154,7 +155,7 @@ def test_packs_stay_few_and_lose_nothing(seed: int) -> None:
                 ledger = Ledger(path)
             assert content(ledger.write(delivery.document, sent(delivery))) == content(wanted)
             held = parting.digests()
-            assert len([*(path.parent / "zones").iterdir()]) <= ledgers.MAX_PACKS + 1
+            assert len([*path.parent.glob("zones/*")]) <= ledgers.MAX_PACKS + 1
         assert content(Ledger(path).read()) == content(wanted)
 
 
