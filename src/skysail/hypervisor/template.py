@@ -27,7 +27,7 @@ from typing import Literal
 
 import msgspec
 
-from skysail.hypervisor import confinement, guest_agent, process, qemu
+from skysail.hypervisor import boot, confinement, guest_agent, process, qemu
 from skysail.hypervisor.accelerator import probe
 from skysail.hypervisor.qmp import Channel, Monitor
 from skysail.kit import durable
@@ -36,7 +36,8 @@ from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread, run, run_async
 
 log = logging.getLogger(__name__)
-BOOT_SECONDS = 300.0
+# Made once and in the background: on a busy machine a boot may take its time.
+BOOT_SECONDS = 1200.0
 # An application is started in it, too.
 REHEARSAL_SECONDS = 1200.0
 LOAD_SECONDS = 60.0
@@ -241,7 +242,9 @@ class Templates:
 
     async def _boot_and_save(self, monitor: Monitor, work: Path, way: Way) -> None:
         await monitor.execute("cont")
-        await _await_agent(work / "run" / "agent.sock")
+        await boot.await_agent(work / "run", monitor, BOOT_SECONDS)
+        if not await guest_agent.answers(work / "run" / "agent.sock", 2.0):
+            raise SkysailError("the image did not come up as a template", "its serial log lies beside the templates")
         channel = await Channel.connect(work / "run" / "clone.sock")
         try:
             # The personaliser rehearses what a clone will do, so that its pages are warm, syncs the disk, and waits.
@@ -266,13 +269,3 @@ class Templates:
                 await asyncio.sleep(0.01)
         finally:
             channel.close()
-
-
-async def _await_agent(path: Path) -> None:
-    """Until the guest's agent answers; raises SkysailError after BOOT_SECONDS."""
-    end = time.monotonic() + BOOT_SECONDS
-    while time.monotonic() < end:
-        if await guest_agent.answers(path, 2.0):
-            return
-        await asyncio.sleep(0.2)
-    raise SkysailError("the image did not come up as a template", "its serial log lies beside the templates")
