@@ -26,6 +26,7 @@ from skysail.resources import lifecycle
 from skysail.resources.request import Request
 from skysail.serve.controller import HOST, action_table, admin_credentials, initialise
 from skysail.store.database import Database
+from skysail.store.leases import alone
 from skysail.store.schema import guests, instances, metadata, names, operations, ports, tags
 from skysail.store.vault import Vault
 
@@ -223,7 +224,7 @@ def test_steps_are_undone_in_the_opposite_order(desk: Desk, failing: int) -> Non
                        resource_type="Instance", resource_id="x", status="Started", workflow="four")
     engine = Engine(desk.database, desk.workflows, desk.clock)
     (identifier,) = [row["id"] for row in desk.rows(operations)]
-    while engine._advance(identifier):  # one transaction at a time, each by an engine that has just been started
+    while engine._advance(identifier, alone):  # one transaction at a time, each by an engine that has just been started
         engine = Engine(desk.database, desk.workflows, desk.clock)
     assert undone == list(range(failing, -1, -1)) and not desk.rows(tags)
     ended = desk.operation(identifier)
