@@ -29,6 +29,7 @@ import httpx
 from botocore.config import Config as BotoConfig
 
 import estates
+import stores
 from estates import SLOT_LOCKS
 from skysail.images.build import build, fingerprint
 from skysail.images.library import Library
@@ -41,11 +42,13 @@ from skysail.serve.up import end_guests
 
 CACHE = Path(os.environ.get("SKYSAIL_TEST_CACHE", "/var/cache/skysail-tests"))
 SLOTS = 16
+# How many times as long everything may take, on a machine that is busy with something else.
+PATIENCE = float(os.environ.get("SKYSAIL_TEST_PATIENCE", "1"))
 
 
 def eventually(seen: Callable[[], Any], seconds: float = 120.0, what: str = "") -> Any:
-    """The first true answer of ``seen`` within ``seconds``."""
-    end = time.monotonic() + seconds
+    """The first true answer of ``seen`` within ``seconds``, times ``SKYSAIL_TEST_PATIENCE``."""
+    end = time.monotonic() + seconds * PATIENCE
     while True:
         answer = seen()
         if answer:
@@ -62,8 +65,10 @@ class Cloud:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
+        # Where its rows are, as a line of its configuration.
+        self.store = "" if "database =" in settings else stores.setting()
         estates.claim(folder)
-        (folder / "skysail.toml").write_text(f'port = {self.port}\nzones = ["a", "b"]\n{settings}')
+        (folder / "skysail.toml").write_text(f'port = {self.port}\n{self.store}zones = ["a", "b"]\n{settings}')
         (folder / "run").mkdir()
         self.folder = folder
         self.config: Config = load(str(folder))
@@ -80,7 +85,7 @@ class Cloud:
                 [sys.executable, "-m", f"skysail.serve.{name}"], env={**os.environ, "SKYSAIL_DATA": str(self.folder)},
                 stdout=out, stderr=out)
         estates.note(self.folder, name, self.processes[name].pid)
-        eventually(lambda: self._healthy(name), 30, f"{name} is healthy: {self.log(name)}")
+        eventually(lambda: self._healthy(name), 120, f"{name} is healthy: {self.log(name)}")
 
     def _healthy(self, name: str) -> bool:
         assert self.processes[name].poll() is None, f"{name} ended: {self.log(name)}"

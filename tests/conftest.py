@@ -17,6 +17,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+import stores
 from clouds import Cloud, RealCloud, running_cloud, running_real_cloud
 
 EVIDENCE = Path(__file__).parent.parent / "evidence"
@@ -41,10 +42,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     marked = {name: {item.path for item in items if item.get_closest_marker(name)} for name in ("timeout", "real")}
     items.sort(key=lambda item: rank(item.path))
+    if stores.POSTGRESQL:
+        # The rest does not know where rows are: it would do the very same once more. So would real guests, whose rows are
+        # those of simulated ones.
+        kept = [item for item in items if _keeps_rows(item) and not item.get_closest_marker("real")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
     if not config.getoption("--long"):
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="needs --long"))
+
+
+def _keeps_rows(item: pytest.Item) -> bool:
+    """Whether its module has to do with rows: it knows a cloud, or a database."""
+    return bool({"Cloud", "running_cloud", "stores", "Database"} & vars(item.getparent(pytest.Module).obj).keys())
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -23,6 +23,7 @@ import msgspec
 from botocore.exceptions import BotoCoreError, ClientError
 
 import estates
+import stores
 from clouds import Cloud, RealCloud, eventually, running_real_cloud
 from skysail.hypervisor import confinement
 from skysail.hypervisor.record import Record
@@ -67,11 +68,9 @@ def running_tiny_cloud(more: str = "") -> Iterator[RealCloud]:
 
 # --- what the world holds
 
-def rows(cloud: Cloud, query: str, *values: object) -> list[dict[str, Any]]:
+def rows(cloud: Cloud, query: str, **values: object) -> list[dict[str, Any]]:
     """Rows of the controller's database, read behind its back."""
-    with sqlite3.connect(f"file:{cloud.config.database}?mode=ro", uri=True, timeout=30) as connection:
-        connection.row_factory = sqlite3.Row
-        return [dict(row) for row in connection.execute(query, values)]
+    return stores.rows(cloud.config, query, **values)
 
 
 def inventory(cloud: Cloud) -> dict[str, Any]:
@@ -147,7 +146,8 @@ def machine_leaks(cloud: RealCloud, guests: set[str], running: set[str], ports: 
         link.name for link in links.inside(cloud.config.namespace, links.every) if link.is_tap]
     if len(taps) != ports:
         found.append(f"taps {taps} for {ports} ports")
-    ever = {row["guest"] for row in rows(cloud, "SELECT json_extract(arguments, '$.guest') AS guest FROM operations")}
+    ever = {json.loads(row["arguments"]).get("guest")
+            for row in rows(cloud, "SELECT CAST(arguments AS TEXT) AS arguments FROM operations")}
     for guest in filter(None, ever):
         if any(folder.exists() for folder in confinement._folders(guest)) != (guest in running):
             found.append(f"cgroup of {guest}, which {'runs' if guest in running else 'does not run'}")
@@ -171,7 +171,7 @@ def handed_over(cloud: Cloud) -> dict[str, int]:
 
 
 def guest_of(cloud: Cloud, name: str) -> str:
-    (row,) = rows(cloud, "SELECT id FROM guests WHERE instance_name = ? AND role != 'gone'", name)
+    (row,) = rows(cloud, "SELECT id FROM guests WHERE instance_name = :name AND role != 'gone'", name=name)
     return str(row["id"])
 
 

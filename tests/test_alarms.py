@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
-import sqlite3
 import ssl
 import time
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import select
 
+import stores
 from clouds import Cloud, eventually, running_cloud
 from post_office import Hook, PostOffice, post_office
 from skysail.api.tls import Certificates
@@ -81,7 +80,7 @@ def test_comparisons(comparison: str, breaches: list[bool]) -> None:
 # --- what is measured moves alarms
 
 def test_an_alarm_follows_what_is_measured(tmp_path: Path) -> None:
-    database = store(tmp_path / "skysail.sqlite")
+    database = store(tmp_path)
 
     class Hand:
         now = staticmethod(lambda: NOW)
@@ -215,8 +214,8 @@ def test_a_mail_is_verified_and_an_alarm_arrives(alarmed: Cloud, office: PostOff
 
 
 def _outbox(cloud: Cloud) -> list[tuple[Any, ...]]:
-    with contextlib.closing(sqlite3.connect(cloud.config.database)) as connection:
-        return connection.execute("select subject, attempts, error, due_at from deliveries").fetchall()
+    return [tuple(row.values()) for row in stores.rows(
+        cloud.config, "SELECT subject, attempts, error, due_at FROM deliveries")]
 
 
 def test_a_notice_outlives_kill_9_and_a_relay_that_is_away(alarmed: Cloud, office: PostOffice) -> None:
@@ -338,7 +337,7 @@ def test_a_courier_gives_up_after_days_and_not_before(tmp_path: Path) -> None:
             self.sent += 1
             raise Undeliverable("away")
 
-    database, clock, away = store(tmp_path / "skysail.sqlite"), HandClock(NOW), Away()
+    database, clock, away = store(tmp_path), HandClock(NOW), Away()
     with database.transaction() as connection:
         outbox.put(connection, {"id": "c-1", "endpoint": "me@example.org"}, "s", "b", clock.now())  # type: ignore[arg-type]
     courier = Courier(database, clock, away, away)

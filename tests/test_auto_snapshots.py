@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import stores
 from clouds import Cloud, eventually, running_cloud
 from crashing import Doom, rows, whole
 from skysail.contract.report import HostReport, SnapshotReport
@@ -234,8 +234,7 @@ def test_a_day_whose_snapshot_was_deleted_gets_no_other(days: Days) -> None:
 
 def due_now(cloud: Cloud, day: str = "") -> None:
     """Every enabled add-on's hour is past, and its last day was before, as if it were another day."""
-    with sqlite3.connect(cloud.config.database, timeout=30) as connection:
-        connection.execute("UPDATE add_ons SET hour = 0, held_day = '', last_day = ?", [day])
+    stores.change(cloud.config, "UPDATE add_ons SET hour = 0, held_day = '', last_day = :day", day=day)
 
 
 def auto(client: Any, name: str) -> list[dict[str, Any]]:
@@ -326,8 +325,7 @@ def test_an_automatic_snapshot_is_restored(cloud: Cloud) -> None:
     # One of its disk that is being made keeps the instance, as any other snapshot does; one of its own goes with it.
     client.enable_add_on(resourceName="data", addOnRequest=asked("00:00"))
     taken(cloud, "data")
-    with sqlite3.connect(cloud.config.database, timeout=30) as connection:
-        connection.execute("UPDATE snapshots SET state = 'pending' WHERE auto_day != ''")
+    stores.change(cloud.config, "UPDATE snapshots SET state = 'pending' WHERE auto_day != ''")
     assert f"auto-{found['date']}" in error(client.delete_instance, refused, instanceName="one")
     client.delete_auto_snapshot(resourceName="data", date=found["date"])
 

@@ -156,7 +156,8 @@ def test_a_snapshot_and_what_is_made_of_it(cloud: Cloud) -> None:
     assert again["state"] == "available"
     # And what they need of it moves up to them.
     eventually(lambda: len(rows(cloud, "SELECT id FROM snapshots")) == 1, 60, "what nobody wants any more goes")
-    assert {row["origin"] for row in rows(cloud, "SELECT origin FROM guests UNION SELECT origin FROM disks")} == {"null"}
+    assert {row["origin"] for row in rows(cloud, "SELECT CAST(origin AS TEXT) AS origin FROM guests UNION "
+                                                "SELECT CAST(origin AS TEXT) AS origin FROM disks")} == {"null"}
 
 
 def test_a_smaller_disk_is_refused(cloud: Cloud) -> None:

@@ -15,6 +15,7 @@ import pytest
 from botocore.exceptions import ClientError
 from sqlalchemy import delete, insert, select
 
+import stores
 from clouds import Cloud, eventually, running_cloud
 from registrar import ZONE, Registrar
 from skysail.hosts import desired
@@ -107,7 +108,7 @@ def test_a_name_is_had_once_in_a_cloud_and_nobody_gets_below_anothers(registrar:
 
 
 def _another_account(cloud: Cloud) -> Any:
-    database = Database(cloud.config.database)
+    database = Database.of(cloud.config)
     with database.transaction() as connection:
         account = accounts.find_account(connection, "other") or accounts.create_account(connection, "other", time.time())
         key, secret = accounts.create_access_key(connection, Vault.at(cloud.config.master_key), account, time.time())
@@ -269,7 +270,7 @@ def test_a_zone_file_is_read_whole_or_not_at_all() -> None:
 
 
 def test_hosts_get_a_document_when_what_an_alias_follows_moves_on_another(tmp_path: Path) -> None:
-    database = Database(tmp_path / "skysail.sqlite")
+    database = stores.fresh(tmp_path)
     database.migrate()
     with database.transaction() as connection:
         account = accounts.create_account(connection, "first", 0.0)
@@ -291,7 +292,7 @@ def test_hosts_get_a_document_when_what_an_alias_follows_moves_on_another(tmp_pa
 
 
 def test_a_zone_is_made_again_only_when_something_in_it_changed(tmp_path: Path) -> None:
-    database, vault, compiler = Database(tmp_path / "skysail.sqlite"), Vault(bytes(32)), ZoneCompiler()
+    database, vault, compiler = stores.fresh(tmp_path), Vault(bytes(32)), ZoneCompiler()
     database.migrate()
     with database.transaction() as connection:
         account = accounts.create_account(connection, "first", 0.0)

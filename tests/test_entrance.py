@@ -12,6 +12,7 @@ import pytest
 from botocore.exceptions import ClientError
 from sqlalchemy import insert, select, update
 
+import stores
 from clouds import Cloud, eventually, running_cloud
 from skysail.cli.main import main
 from skysail.contract.document import HostDocument
@@ -125,7 +126,7 @@ def test_who_may_jump_follows_the_key_pairs(shared: Cloud) -> None:
 
 
 def test_a_cloud_may_take_to_a_single_address_later_and_leave_it(tmp_path: Path) -> None:
-    database = Database(tmp_path / "skysail.sqlite")
+    database = stores.fresh(tmp_path)
     database.migrate()
     with database.transaction() as connection:
         connection.execute(insert(accounts), [{"id": str(number), "tenant": number, "name": f"a{number}", "created_at": 0.0}
@@ -186,7 +187,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, line: str) -> None:
 
 
 def test_no_port_is_left_at_the_end(shared: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    database = Database(shared.config.database)
+    database = Database.of(shared.config)
     with database.transaction() as connection:
         monkeypatch.setattr(addresses, "SSH_PORTS", 0)
         with pytest.raises(SkysailError, match="no SSH port left"):

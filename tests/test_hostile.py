@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
+import stores
 from skysail.api.protocol import TARGET, service_model
 from skysail.contract.document import HostDocument
 from skysail.contract.report import DiskReport, GuestReport, HostReport, ImageReport, SnapshotReport, ZoneReport
@@ -66,7 +67,7 @@ class Controller:
     """The real controller's application, called in this process."""
 
     def __init__(self, folder: Path) -> None:
-        (folder / "skysail.toml").write_text('engines = "sim"\npublic_pool = "198.18.0.0/16"\n'
+        (folder / "skysail.toml").write_text(f'{stores.setting()}engines = "sim"\npublic_pool = "198.18.0.0/16"\n'
                                              'peer_subnets = ["192.0.2.0/24"]\n'
                                              '[regions]\n"us-east-1" = ["a", "b"]\n"eu-west-2" = ["a"]\n')
         self.config = load(str(folder))
@@ -74,7 +75,7 @@ class Controller:
         self.held = admin_credentials(self.config)
         self.clock = SystemClock()
         self.vault = Vault.at(self.config.master_key)
-        self.database = Database(self.config.database)
+        self.database = Database.of(self.config)
         self.engine = Engine(self.database, WORKFLOWS, self.clock)
         self.loop = asyncio.Runner()
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(build(self.config), raise_app_exceptions=True),

@@ -168,7 +168,7 @@ def test_a_guests_process_cannot_have_another_file_cut(tmp_path: Path) -> None:
 
 
 def test_each_account_has_the_serial_logs_of_its_own_instances(cloud: Cloud) -> None:
-    database = Database(cloud.config.database)
+    database = Database.of(cloud.config)
     with database.transaction() as connection:
         other = accounts.create_account(connection, "neighbour", time.time())
         key, secret = accounts.create_access_key(connection, Vault.at(cloud.config.master_key), other, time.time())

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing
 
 import pytest
 
+import stores
 from clouds import RealCloud, eventually, running_real_cloud
 from skysail.hypervisor import confinement
 from skysail.inspect.verify import verify
@@ -30,9 +29,8 @@ def metered() -> Iterator[RealCloud]:
 
 def counters(cloud: RealCloud) -> tuple[int, int]:
     """Bytes in and out as the controller's meter has them."""
-    with closing(sqlite3.connect(cloud.config.database)) as connection:
-        row = connection.execute("select rx_bytes, tx_bytes from meters").fetchone()
-    return row or (0, 0)
+    found = stores.rows(cloud.config, "SELECT rx_bytes, tx_bytes FROM meters")
+    return (found[0]["rx_bytes"], found[0]["tx_bytes"]) if found else (0, 0)
 
 
 def kernel(cloud: RealCloud) -> tuple[int, int]:
@@ -51,8 +49,7 @@ def test_load_is_measured_and_survives_kill_9(metered: RealCloud) -> None:
 
     # Processors.
     def burnt() -> float:
-        with closing(sqlite3.connect(cloud.config.database)) as connection:
-            return float(connection.execute("select cpu_seconds from meters").fetchone()[0])
+        return float(stores.rows(cloud.config, "SELECT cpu_seconds FROM meters")[0]["cpu_seconds"])
 
     before = burnt()
     cloud.ssh("one", "timeout 8 sh -c 'while :; do :; done' || true")

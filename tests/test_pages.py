@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event, insert
 
+import stores
 from clouds import Cloud, eventually
 from skysail.kit.clock import HandClock
 from skysail.resources import accounts, names
@@ -34,11 +35,12 @@ def rows(account: str, count: int, start: int = 0) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Database, str]]:
-    database = Database(tmp_path_factory.mktemp("pages") / "skysail.sqlite")
+    database = stores.fresh(tmp_path_factory.mktemp("pages"))
     database.migrate()
     with database.transaction() as connection:
         account = accounts.create_account(connection, "first", 0.0)
-        connection.execute(insert(operations), rows(account, MANY))
+        for start in range(0, MANY, 5000):  # PostgreSQL waits for the next statement of one that writes for seconds only
+            connection.execute(insert(operations), rows(account, 5000, start))
     yield database, account
     database.close()
 
@@ -63,6 +65,8 @@ def steps_of(connection: Connection, ask: Any) -> int:
     ("GetOperations", {}), ("GetOperationsForResource", {"resourceName": "web-7"})])
 def test_a_page_of_a_hundred_thousand_operations_is_cheap(store: tuple[Database, str], action: str,
                                                           params: dict[str, Any]) -> None:
+    if stores.POSTGRESQL:
+        pytest.skip("counts the steps of SQLite's machine; the indexes are the same")
     database, account = store
     list_ = OperationLog().actions()[action]
     with database.transaction(write=False) as connection:
@@ -115,7 +119,7 @@ def test_a_store_of_the_first_version_gets_the_indexes(tmp_path: Path) -> None:
 
 
 def test_names_and_key_pairs_page_while_rows_come_and_go(tmp_path: Path) -> None:
-    database = Database(tmp_path / "skysail.sqlite")
+    database = stores.fresh(tmp_path)
     database.migrate()
     pairs = KeyPairs(HandClock(), Vault.at(tmp_path / "master.key"))
     with database.transaction() as connection:

@@ -78,7 +78,7 @@ def test_peer_and_unpeer(cloud: Cloud) -> None:
 
 
 def test_accounts_are_never_joined(cloud: Cloud) -> None:
-    database = Database(cloud.config.database)
+    database = Database.of(cloud.config)
     with database.transaction() as connection:
         other = accounts.create_account(connection, "neighbour", time.time())
         key, secret = accounts.create_access_key(connection, Vault.at(cloud.config.master_key), other, time.time())

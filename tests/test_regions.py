@@ -199,7 +199,7 @@ def test_a_region_comes_to_a_living_cloud_and_does_not_go_while_it_is_used() -> 
 
         def restart(settings: str) -> None:
             cloud.kill("controller")
-            (cloud.folder / "skysail.toml").write_text(f'port = {cloud.port}\nengines = "sim"\n{settings}')
+            (cloud.folder / "skysail.toml").write_text(f'port = {cloud.port}\n{cloud.store}engines = "sim"\n{settings}')
             cloud.config = load(str(cloud.folder))
             cloud.start("controller")
         restart(TWO)
@@ -208,7 +208,7 @@ def test_a_region_comes_to_a_living_cloud_and_does_not_go_while_it_is_used() -> 
         without = load(str(cloud.folder))
         for settings, words in ((f'[regions]\n"{HERE}" = ["a", "b"]\n', "the region eu-west-2 .* holds Instance new, Key"),
                                 (f'[regions]\n"{HERE}" = ["b"]\n"{THERE}" = ["a"]\n', "the zone us-east-1a .* holds old")):
-            (cloud.folder / "skysail.toml").write_text(f'port = {cloud.port}\nengines = "sim"\n{settings}')
+            (cloud.folder / "skysail.toml").write_text(f'port = {cloud.port}\n{cloud.store}engines = "sim"\n{settings}')
             without = load(str(cloud.folder))
             with pytest.raises(SkysailError, match=words) as caught:
                 controller.initialise(without)
@@ -220,7 +220,7 @@ def test_a_region_comes_to_a_living_cloud_and_does_not_go_while_it_is_used() -> 
         restart(f'[regions]\n"{HERE}" = ["a", "b"]\n')
         refused(cloud.client(region=THERE).get_instances)
         assert [one["name"] for one in cloud.client().get_regions()["regions"]] == [HERE]
-        (cloud.folder / "skysail.toml").write_text('engines = "sim"\n[regions]\n"us-east-2" = ["a"]\n')
+        (cloud.folder / "skysail.toml").write_text(f'{cloud.store}engines = "sim"\n[regions]\n"us-east-2" = ["a"]\n')
         what, cure = json.loads(run(cloud, "skysail.serve.controller", "--check").stdout)
         assert "the region us-east-1 cannot leave" in what and "old" in what and "skysail.toml" in cure
         begun = run(cloud, "skysail.serve.controller", "--prepare")

@@ -13,6 +13,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from sqlalchemy import Connection, insert
 
+import stores
 from skysail.kit.clock import HandClock
 from skysail.kit.config import Config
 from skysail.kit.errors import ApiError
@@ -21,7 +22,6 @@ from skysail.resources.instances import Instances
 from skysail.resources.key_pairs import DEFAULT_NAME, KeyPairs, public_key
 from skysail.resources.regions import Regions
 from skysail.resources.request import Request
-from skysail.store.database import Database
 from skysail.store.schema import hosts, images
 from skysail.store.schema import tags as tag_rows
 from skysail.store.vault import Vault
@@ -56,7 +56,7 @@ class Shop:
 
 @pytest.fixture
 def shop(tmp_path: Path) -> Iterator[Shop]:
-    database = Database(tmp_path / "skysail.sqlite")
+    database = stores.fresh(tmp_path)
     database.migrate()
     with database.transaction() as connection:
         yield Shop(connection, tmp_path)

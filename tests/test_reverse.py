@@ -91,7 +91,7 @@ def test_an_address_has_the_name_that_leads_to_it(served: tuple[Cloud, NameServe
     eventually(lambda: "REFUSED" in server.dig(ipaddress.ip_address(front).reverse_pointer, "PTR", "+noall", "+comments"), 60)
 
     def rows() -> list[str]:
-        database = Database(cloud.config.database)
+        database = Database.of(cloud.config)
         with database.transaction(write=False) as connection:
             held = connection.execute(select(reverse_zones.c.name)).scalars().all()
         database.close()

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import func, insert, select
 
+import stores
 from skysail.agent import samples as sampling
 from skysail.agent.samples import SampleLog, Sampler
 from skysail.agent.traffic import Traffic
@@ -40,9 +41,9 @@ def guest(role: Any = "run", starts: int = 1, **more: Any) -> Guest:
                  personality=Personality(hostname="one", user="admin", user_data="#load cpu=0.5 rx=1000 tx=100"), **more)
 
 
-def store(path: Path) -> Database:
+def store(folder: Path) -> Database:
     """A database with one instance and its guest."""
-    database = Database(path)
+    database = stores.fresh(folder)
     database.migrate()
     with database.transaction() as connection:
         connection.execute(insert(accounts).values(id="1", name="a", created_at=0.0))
@@ -64,7 +65,7 @@ class House:
         self.folder, self.clock = folder, HandClock(NOW)
         self.hypervisor = SimHypervisor(now=self.clock.now)
         self.fabric = SimFabric(self.hypervisor.flow)
-        self.database = store(folder / "skysail.sqlite")
+        self.database = store(folder)
         self.tokenless = Tokenless(life="first")
         self.wanted = {"g-1": guest()}
         asyncio.run(self.fabric.apply([guest().port]))
@@ -290,7 +291,7 @@ def test_a_log_on_a_full_disk_takes_no_half_line(tmp_path: Path, monkeypatch: py
 
 
 def test_a_sample_is_rolled_up_into_its_minute_and_its_five(tmp_path: Path) -> None:
-    database = store(tmp_path / "skysail.sqlite")
+    database = store(tmp_path)
     with database.transaction() as connection:
         for number, cpu in enumerate((12.0, 60.0, 120.0, 0.0, 30.0, 60.0)):
             metering.take_in(connection, "h", [Sample(sequence=number + 1, at=NOW + 60 * number, guests=(GuestSample(
@@ -306,7 +307,7 @@ def test_a_sample_is_rolled_up_into_its_minute_and_its_five(tmp_path: Path) -> N
 
 
 def test_what_is_too_old_goes_in_small_portions(tmp_path: Path) -> None:
-    database = store(tmp_path / "skysail.sqlite")
+    database = store(tmp_path)
     with database.transaction() as connection:
         metering.take_in(connection, "h", [Sample(sequence=number, at=NOW - 1800 * number, guests=(
             GuestSample(id="g-1", condition="up", seconds=60, cpu_seconds=1.0),)) for number in range(1, 2001)])

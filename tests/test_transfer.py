@@ -25,7 +25,7 @@ JUNE = calendar.timegm((2026, 6, 1, 0, 0, 0))
 @pytest.mark.parametrize(("received", "sent", "beyond"), [
     (100, 200, 0), (1024, 0, 0), (5000, 0, 0), (0, 1025, 1), (1000, 100, 76), (2000, 300, 300)])
 def test_only_what_goes_out_beyond_the_allowance_costs(tmp_path: Path, received: int, sent: int, beyond: int) -> None:
-    database = store(tmp_path / "skysail.sqlite")
+    database = store(tmp_path)
     with database.transaction() as connection:
         connection.execute(insert(transfers).values(
             instance_id="i-1", month="2026-06", account_id="1", instance_name="one", bundle_id="nano_3_0", region="us-east-1",

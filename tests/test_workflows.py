@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, RowMapping, insert, select
 
+import stores
 from skysail.contract.report import GuestReport, GuestState, HostReport, ImageReport
 from skysail.hosts import desired
 from skysail.hosts.watch import write_report
 from skysail.kit.clock import HandClock
-from skysail.kit.config import Config
+from skysail.kit.config import load
 from skysail.operations import history
 from skysail.operations.engine import Engine
 from skysail.operations.workflow import Step, StepFailed, Workflow
@@ -25,6 +26,7 @@ from skysail.resources import lifecycle
 from skysail.resources.request import Request
 from skysail.serve.controller import HOST, action_table, admin_credentials, initialise
 from skysail.store.database import Database
+from skysail.store.leases import alone
 from skysail.store.schema import guests, instances, metadata, names, operations, ports, tags
 from skysail.store.vault import Vault
 
@@ -36,11 +38,12 @@ class Desk:
     """A controller without its processes."""
 
     def __init__(self, folder: Path) -> None:
-        config = Config(data=str(folder), engines="sim")
+        (folder / "skysail.toml").write_text(stores.setting() + 'engines = "sim"\n')
+        config = load(str(folder))
         self.clock = HandClock()
         initialise(config, self.clock)
         self.account = admin_credentials(config, self.clock)["account_id"]
-        self.database = Database(config.database)
+        self.database = Database.of(config)
         self.vault = Vault.at(config.master_key)
         self.actions = action_table(config, self.clock, self.vault)
         self.workflows: dict[str, Workflow] = dict(lifecycle.WORKFLOWS)
@@ -221,7 +224,7 @@ def test_steps_are_undone_in_the_opposite_order(desk: Desk, failing: int) -> Non
                        resource_type="Instance", resource_id="x", status="Started", workflow="four")
     engine = Engine(desk.database, desk.workflows, desk.clock)
     (identifier,) = [row["id"] for row in desk.rows(operations)]
-    while engine._advance(identifier):  # one transaction at a time, each by an engine that has just been started
+    while engine._advance(identifier, alone):  # one transaction at a time, each by an engine that has just been started
         engine = Engine(desk.database, desk.workflows, desk.clock)
     assert undone == list(range(failing, -1, -1)) and not desk.rows(tags)
     ended = desk.operation(identifier)

@@ -73,7 +73,8 @@ class EntranceKeeper:
                         await self._changed()
             pause = RETRY_SECONDS[min(failures, len(RETRY_SECONDS)) - 1] if failures else LOOK_SECONDS
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._wake.wait()
 
     async def _converge(self, entrance: Entrance | None, guests: dict[str, Guest]) -> EntranceReport | None:
         try:

@@ -174,7 +174,8 @@ class Keeper:
                 log.warning("the network could not be looked after: %s", failure)
             pause = NETWORK_SECONDS if self._joined == self._networks else BACK_OFF_SECONDS[1]
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._rewired.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._rewired.wait()
 
     async def recount(self) -> None:
         """Report the images that are here now."""
@@ -198,7 +199,8 @@ class Keeper:
         pause = falls[-1] + BACK_OFF_SECONDS[min(len(falls), len(BACK_OFF_SECONDS)) - 1] - asyncio.get_running_loop().time()
         if pause > 0:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake[guest.id].wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._wake[guest.id].wait()
 
     async def _keep(self, identifier: str) -> None:
         failures = 0
@@ -226,10 +228,11 @@ class Keeper:
                 report = await self._failed(guest, failures, str(failure)[:500])
             await self._say(report)
             pause = BACK_OFF_SECONDS[min(failures, len(BACK_OFF_SECONDS)) - 1] if failures else None
-            try:
-                await asyncio.wait_for(wake.wait(), pause)
-            except TimeoutError:
-                continue
+            # Not wait_for, which before Python 3.12 loses a cancellation that comes together with the event: whoever called
+            # this task off would wait for it forever.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await wake.wait()
 
     async def _failed(self, guest: Guest, failures: int, reason: str) -> GuestReport:
         """How a guest stands that could not be brought to its role. What runs is said to run, whatever else went wrong."""

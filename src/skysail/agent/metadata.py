@@ -71,7 +71,8 @@ class MetadataKeeper:
                     await self._changed()
             pause = RETRY_SECONDS[min(failures, len(RETRY_SECONDS)) - 1] if failures else LOOK_SECONDS
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._wake.wait()
 
     async def close(self) -> None:
         """Nobody is told anything any more."""

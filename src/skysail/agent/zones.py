@@ -88,7 +88,8 @@ class ZoneKeeper:
             failures = failures + 1 if away or self._failed else 0
             pause = RETRY_SECONDS[min(failures, len(RETRY_SECONDS)) - 1] if failures else LOOK_SECONDS
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._wake.wait()
             self._queue.extend(self._failed)
             self._failed.clear()
             if now() - looked >= LOOK_SECONDS:

@@ -23,12 +23,14 @@ images = cyclopts.App(name="images", help="The images that instances are made of
 catalogue = cyclopts.App(name="blueprints", help="What instances start as: what is ready, what can be, and whether it works.")
 keys = cyclopts.App(name="keys", help="Access keys of the admin account.")
 snapshots = cyclopts.App(name="snapshots", help="Snapshots, as files that another Skysail takes in.")
+rows = cyclopts.App(name="db", help="The database that the cloud's rows are in.")
 zones = cyclopts.App(name="zones", help="Zones of domains: as files, and signed.")
 app.command(images)
 app.command(catalogue)
 app.command(keys)
 app.command(snapshots)
 app.command(zones)
+app.command(rows)
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 Region = Annotated[str, Parameter(help="The region; the default one unless told.")]
@@ -261,6 +263,19 @@ def import_snapshot(file: Path, *, name: str = "", region: str = "", account: st
 
     made = operator.bring_in(configuration.load(), file, name, region, account, show.step, show.detail)
     show.line(f"{made} is there: CreateInstancesFromSnapshot and CreateDiskFromSnapshot take it")
+
+
+@rows.command(name="move")
+def move_rows(url: str, *, password_file: str = "", json: Json = False) -> None:
+    """Move all rows from SQLite to the empty PostgreSQL database at URL (postgresql://…), and let the configuration say so.
+    Refused while a controller runs."""
+    from skysail.serve import moving
+
+    copied = moving.move(configuration.load(), url, password_file, show.step)
+    found = [{"table": one.table, "rows": str(one.rows), "sha256": one.checksum} for one in copied]
+    show.as_json(found) if json else show.table(found, ["table", "rows", "sha256"])
+    if not json:
+        show.line("the rows are there; start the controller: sudo ./skysail up")
 
 
 @zones.command(name="list")

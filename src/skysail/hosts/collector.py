@@ -16,6 +16,7 @@ from sqlalchemy import Connection, delete, insert, select
 from skysail.contract.samples import Sample, SamplePage
 from skysail.hosts.client import AgentClient
 from skysail.store.database import Database
+from skysail.store.leases import Confirm, LeaseLost, alone
 from skysail.store.schema import sample_cursors
 
 log = logging.getLogger(__name__)
@@ -23,15 +24,17 @@ TakeIn = Callable[[Connection, str, list[Sample]], None]
 
 
 class Collector:
-    """Follows the samples of ``host_id``; ``take_in`` writes what they say."""
+    """Follows the samples of ``host_id``; ``take_in`` writes what they say; ``confirm`` says that it is still this controller
+    that does so."""
 
     def __init__(self, host_id: str, client: AgentClient, database: Database, take_in: TakeIn,
-                 pause_seconds: float) -> None:
+                 pause_seconds: float, confirm: Confirm = alone) -> None:
         self._host_id = host_id
         self._client = client
         self._database = database
         self._take_in = take_in
         self._pause = pause_seconds
+        self._confirm = confirm
 
     async def run(self) -> None:
         """Collect until cancelled."""
@@ -39,6 +42,8 @@ class Collector:
             try:
                 while await self.collect():
                     continue
+            except LeaseLost as lost:
+                log.info("%s", lost)
             except (httpx.HTTPError, OSError) as unreachable:
                 log.info("samples of host %s: %s", self._host_id, unreachable)
             except Exception:
@@ -57,6 +62,7 @@ class Collector:
 
     def _commit(self, page: SamplePage) -> int:
         with self._database.transaction() as connection:
+            self._confirm(connection)
             # Read again: another controller, which is being replaced by us, may have taken them in meanwhile.
             ring, after = cursor(connection, self._host_id)
             new = [sample for sample in page.samples if page.ring != ring or sample.sequence > after]

@@ -18,6 +18,7 @@ from skysail.hosts.client import AgentClient
 from skysail.hosts.zones import ZoneCompiler
 from skysail.kit.clock import Clock
 from skysail.store.database import Database
+from skysail.store.leases import Confirm, LeaseLost, alone
 from skysail.store.schema import disks, domains, guests, hosts, images, reverse_zones, snapshots, zone_reports
 from skysail.store.vault import Vault
 
@@ -34,10 +35,11 @@ _OBSERVED = (guests.c.id, guests.c.observed_state, guests.c.observed_starts, gue
 
 
 class Watch:
-    """Keeps host ``host_id`` and its rows together. ``observed`` is called after each report that was written."""
+    """Keeps host ``host_id`` and its rows together. ``observed`` is called after each report that was written; ``confirm``
+    says that it is still this controller that does so."""
 
     def __init__(self, host_id: str, client: AgentClient, database: Database, clock: Clock, vault: Vault,
-                 observed: Callable[[], None]) -> None:
+                 observed: Callable[[], None], confirm: Confirm = alone) -> None:
         self._host_id = host_id
         self._client = client
         self._database = database
@@ -45,11 +47,14 @@ class Watch:
         self._vault = vault
         self._zones = ZoneCompiler()
         self._observed = observed
+        self._confirm = confirm
         self._changed = asyncio.Event()
         self._changed.set()
+        # How often the host began to report.
+        self._begun = 0
 
     def touch(self) -> None:
-        """Rows of this host may have changed: send its document if the generation grew (call from the event loop)."""
+        """Rows of this host may have changed: send its document if it has another generation (call from the event loop)."""
         self._changed.set()
 
     async def run(self) -> None:
@@ -59,13 +64,13 @@ class Watch:
             tasks.create_task(self._listen())
 
     async def _send(self) -> None:
-        sent = 0
+        sent, to = 0, 0
         while True:
-            try:
-                await asyncio.wait_for(self._changed.wait(), timeout=5.0)
-            except TimeoutError:
-                sent = 0  # an agent that lost its ledger gets its document again, without being asked
+            await self._changed.wait()
             self._changed.clear()
+            begun = self._begun
+            if begun != to:
+                sent = 0
             try:
                 document = await asyncio.to_thread(self._compile, sent)
                 if document is None:
@@ -75,9 +80,11 @@ class Watch:
                     await asyncio.to_thread(self._overtake)
                     self._changed.set()
                     continue
-                crowded, sent = 0 < sent < document.generation - 1, document.generation
+                crowded, sent, to = 0 < sent < document.generation - 1, document.generation, begun
                 if crowded:
                     await asyncio.sleep(CROWDED_SECONDS)
+            except LeaseLost as lost:
+                log.info("%s", lost)
             except (httpx.HTTPError, OSError):
                 await self._again()  # the one who listens says that it is away
             except Exception:
@@ -92,12 +99,16 @@ class Watch:
     def _compile(self, sent: int) -> HostDocument | None:
         with self._database.transaction(write=False) as connection:
             generation = connection.execute(
-                select(hosts.c.generation).where(hosts.c.id == self._host_id)).scalar_one()
-            return desired.compile(connection, self._host_id, self._vault, self._zones) if generation > sent else None
+                select(hosts.c.generation).where(hosts.c.id == self._host_id)).scalar()
+            # A host without a row is about to be left. One whose generation went back is of a restored database.
+            if generation is None or generation == sent:
+                return None
+            return desired.compile(connection, self._host_id, self._vault, self._zones)
 
     def _overtake(self) -> None:
         # After a restored database our generation may be behind the agent's; the rows are the truth, so move ahead.
         with self._database.transaction() as connection:
+            self._confirm(connection)
             row = connection.execute(select(hosts).where(hosts.c.id == self._host_id)).one()
             connection.execute(update(hosts).where(hosts.c.id == self._host_id).values(
                 generation=max(row.generation, row.observed_generation) + 1))
@@ -105,13 +116,20 @@ class Watch:
     async def _listen(self) -> None:
         away = False
         while True:
+            first = True
             try:
                 async for report in self._client.reports():
+                    if first:  # it may have started again, and have lost of its document what it does not know of
+                        first = False
+                        self._begun += 1
+                        self._changed.set()
                     if away:
                         log.info("host %s reports again", self._host_id)
                     away = False
                     await asyncio.to_thread(self._take_in, report)
                     self._observed()
+            except LeaseLost as lost:
+                log.info("%s", lost)
             except (httpx.HTTPError, OSError) as broken:
                 if not away:  # once, not twice a second for as long as it lasts
                     log.warning("reports of host %s broke off: %s", self._host_id, broken)
@@ -122,16 +140,19 @@ class Watch:
 
     def _take_in(self, report: HostReport) -> None:
         with self._database.transaction() as connection:
+            self._confirm(connection)
             write_report(connection, self._host_id, report, self._clock.now())
 
 
 def write_report(connection: Connection, host_id: str, report: HostReport, now: float) -> None:
     """Write what the host observes into the rows; states of instances follow in the workflows, not here."""
-    connection.execute(update(hosts).where(hosts.c.id == host_id).values(
+    there = connection.execute(update(hosts).where(hosts.c.id == host_id).values(
         observed_generation=report.generation, networked_generation=report.networked, vcpus=report.vcpus,
         memory_mib=report.memory_mib, disk_gib=report.disk_gib, accelerator=report.accelerator, seen_at=now,
         entrance_state=report.entrance.state if report.entrance else "",
-        entrance_reason=report.entrance.reason if report.entrance else ""))
+        entrance_reason=report.entrance.reason if report.entrance else "")).rowcount
+    if not there:  # its row went while the report was on its way
+        return
     known = {row["id"]: row for row in connection.execute(select(*_OBSERVED).where(guests.c.host_id == host_id)).mappings()}
     for guest in report.guests:
         row = known.get(guest.id)

@@ -27,7 +27,7 @@ from skysail.metadata import tree
 from skysail.resources import catalog
 from skysail.resources.names import GLOBAL
 from skysail.resources.snapshot_rows import WHOLE
-from skysail.store import migrations
+from skysail.store.database import flaws
 from skysail.store.schema import (
     access_keys,
     accounts,
@@ -92,17 +92,9 @@ def _rows(connection: Connection, config: Config) -> list[Difference]:
 
 
 def _database(connection: Connection) -> Iterator[Difference]:
-    """The file itself: SQLite's own checks, and the schema's version."""
-    for row in connection.exec_driver_sql("PRAGMA integrity_check"):
-        if row[0] != "ok":
-            yield Difference(subject="database", saw=str(row[0]), wanted="a sound file")
-    for row in connection.exec_driver_sql("PRAGMA foreign_key_check"):
-        yield Difference(subject=f"database, table {row[0]}", wanted="no dangling references",
-                         saw=f"row {row[1]} points at a row of {row[2]} that is not there")
-    version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-    if version != len(migrations.MIGRATIONS):
-        yield Difference(subject="database", saw=f"schema version {version}",
-                         wanted=f"version {len(migrations.MIGRATIONS)} of this program")
+    """The database itself: its own checks, and the schema's version."""
+    for subject, saw, wanted in flaws(connection):
+        yield Difference(subject=subject, saw=saw, wanted=wanted)
 
 
 def _names(connection: Connection) -> Iterator[Difference]:
@@ -253,8 +245,8 @@ def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[
         yield Difference(subject=subject, saw="no document can be made for it", wanted="secrets that open")
         return
     try:
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(config.agent_socket)), base_url="http://agent",
-                          timeout=30) as agent:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=host["address"].removeprefix("unix:")),
+                          base_url="http://agent", timeout=30) as agent:
             there = msgspec.json.decode(agent.get("/inventory").raise_for_status().content, type=Inventory)
             held = msgspec.json.decode(agent.get("/document").raise_for_status().content, type=HostDocument | None)
     except (httpx.HTTPError, OSError) as silent:

@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 from typing import Literal
+from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 
@@ -29,6 +30,8 @@ SSH_PORTS = 9_000
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an operator can choose. Every path derives from ``data``.
 
+    ``database`` is '' for a SQLite file, or names a PostgreSQL: ``postgresql://[user@]host[:port]/name``, for a socket
+    ``postgresql:///name?host=/run/postgresql``. Its password, where it takes one, is in ``database_password_file``.
     ``regions`` has the letters of each region's zones; ``default_region`` is the one that clients are pointed at and that
     domains are managed in, the first unless told. For a cloud of one region, ``default_region`` and ``zones`` (its letters)
     say the same. ``tls`` is on by itself where the API listens beyond this machine, for its answers carry private keys;
@@ -52,6 +55,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """
 
     data: str = "/var/lib/skysail"
+    database: str = ""
+    database_password_file: str = ""
     listen: str = "127.0.0.1"
     port: int = 8700
     tls: bool | None = None
@@ -103,6 +108,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         self._settle_regions()
+        self._check_database()
         own = [ipaddress.IPv4Network(network) for network in (self.private_network, self.public_pool, self.transit)]
         for subnet in map(ipaddress.IPv4Network, self.peer_subnets):
             if any(map(subnet.overlaps, own)):
@@ -141,6 +147,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         for field, value in (("default_region", home), ("zones", regions[home]), ("regions", regions)):
             msgspec.structs.force_setattr(self, field, value)
 
+    def _check_database(self) -> None:
+        """Raises ValueError, which does not repeat what may hold a password."""
+        if not self.database:
+            return
+        parts = urlsplit(self.database)
+        if parts.scheme != "postgresql" or not parts.path.strip("/"):
+            raise ValueError("database takes a PostgreSQL such as postgresql://skysail@db.example.com/skysail")
+        if parts.password is not None or "password" in parse_qs(parts.query):
+            raise ValueError("database takes no password: write it to a file, and its path to database_password_file")
+
     @property
     def root(self) -> Path:
         return Path(self.data)
@@ -178,7 +194,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.root / "controller" / "tls"
 
     @property
-    def database(self) -> Path:
+    def sqlite_file(self) -> Path:
         return self.root / "controller" / "skysail.sqlite"
 
     @property

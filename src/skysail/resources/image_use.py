@@ -22,4 +22,4 @@ def users(connection: Connection) -> list[tuple[str, str]]:
 
 def known(config: Config) -> list[tuple[str, str]]:
     """:func:`users` by the store of this cloud, if it has one."""
-    return visit(config, users, list[tuple[str, str]]) if config.database.exists() else []
+    return visit(config, users, list[tuple[str, str]]) if config.database or config.sqlite_file.exists() else []

@@ -12,7 +12,6 @@ from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, RowMapping, delete, insert, select, update
-from sqlalchemy.dialects.sqlite import insert as upsert
 
 from skysail.contract.samples import GuestSample, Sample
 from skysail.store.schema import guests, instances, measurements, meters, transfers
@@ -102,9 +101,13 @@ def take_in(connection: Connection, host_id: str, samples: Sequence[Sample]) -> 
             measurements.c.at == at)).scalar_one_or_none()
         for metric, stats in _decode(held).items() if held is not None else ():
             _add(row, metric, stats)
-        connection.execute(upsert(measurements).values(
-            instance_id=instance_id, seconds=seconds, at=at, stats=_encode(row)).on_conflict_do_update(
-                index_elements=["instance_id", "seconds", "at"], set_={"stats": _encode(row)}))
+        if held is None:
+            connection.execute(insert(measurements).values(
+                instance_id=instance_id, seconds=seconds, at=at, stats=_encode(row)))
+        else:
+            connection.execute(update(measurements).where(
+                measurements.c.instance_id == instance_id, measurements.c.seconds == seconds, measurements.c.at == at)
+                .values(stats=_encode(row)))
 
 
 def _add(row: Rolled, metric: str, stats: Stats) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, insert, select, update
+from sqlalchemy import Connection, RowMapping, func, insert, select, update
 
 from skysail.hosts import desired
 from skysail.kit.clock import Clock
@@ -27,8 +27,10 @@ def ensure_network(connection: Connection, account_id: str, region: str) -> int:
     row = _find(connection, account_id, region)
     if row is not None:
         return int(row["number"])
-    return int(connection.execute(insert(networks).values(account_id=account_id, region=region, peered=False)
-                                  .returning(networks.c.number)).scalar_one())
+    # The lowest that is above all: a sequence of the database would leave gaps where a request is refused later on.
+    number = int(connection.execute(select(func.coalesce(func.max(networks.c.number), 0) + 1)).scalar_one())
+    connection.execute(insert(networks).values(number=number, account_id=account_id, region=region, peered=False))
+    return number
 
 
 class Peering:

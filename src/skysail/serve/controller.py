@@ -1,5 +1,7 @@
 """The controller process: the API, the engine of operations and the watch of its hosts, in one event loop.
 
+Several may work on one PostgreSQL: requests go to any of them, everything else is divided among them (``store/leases.py``).
+
 ``python -m skysail.serve.controller`` runs it, unprivileged.
 """
 
@@ -12,11 +14,12 @@ import json
 import logging
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import uvicorn
 from sqlalchemy import Connection, insert, select
+from sqlalchemy.exc import DBAPIError
 from starlette.applications import Starlette
 
 from skysail.api.dispatch import Dispatcher
@@ -25,14 +28,13 @@ from skysail.api.tls import Certificates
 from skysail.api.wire import Wire
 from skysail.hosts import entrance, reverse
 from skysail.hosts.client import AgentClient
-from skysail.hosts.collector import Collector
-from skysail.hosts.watch import Watch
+from skysail.hosts.fleet import Fleet, lease_name
 from skysail.kit.clock import Clock, SystemClock
 from skysail.kit.config import Config, load
 from skysail.kit.errors import SkysailError
 from skysail.notices.smtp import Smtp
 from skysail.notices.webhook import Webhook
-from skysail.operations.engine import Engine
+from skysail.operations.engine import PARTS, Engine, part
 from skysail.resources import (
     accounts,
     address_type_changes,
@@ -71,8 +73,10 @@ from skysail.resources.snapshot_copies import SnapshotCopies
 from skysail.resources.static_ips import StaticIps
 from skysail.resources.tags import Tags
 from skysail.serve import confirmation, endpoint, prometheus
-from skysail.serve.courier import Courier
+from skysail.serve.courier import COURIER, Courier
+from skysail.serve.rounds import Round
 from skysail.store.database import Database
+from skysail.store.leases import BEAT_SECONDS, Shares
 from skysail.store.schema import hosts
 from skysail.store.vault import Vault
 
@@ -83,6 +87,8 @@ WORKFLOWS = (lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS | a
 ALARM_SECONDS = 5.0
 # How often is looked whether an automatic snapshot is due.
 DUE_SECONDS = 2.0
+# How often instances are seen to follow their guests.
+FOLLOW_SECONDS = 1.0
 # How often samples are asked for at the least; how often old ones are looked for, and the rest between two portions of them.
 COLLECT_SECONDS = 5.0
 SWEEP_SECONDS, SWEEP_PAUSE_SECONDS = 600.0, 0.2
@@ -93,11 +99,11 @@ def initialise(config: Config, clock: Clock | None = None) -> None:
     configuration; idempotent. Touches nothing outside of the controller's own folder. Raises SkysailError, with the rows as
     they were, when the configuration no longer has a region or zone that is in use."""
     clock = clock or SystemClock()
-    config.database.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    config.master_key.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     Vault.at(config.master_key)
     if config.secure:
         Certificates(config.certificates).ensure(served_names(config), clock.now())
-    database = Database(config.database)
+    database = Database.of(config)
     database.migrate()
     try:
         with database.transaction() as connection:
@@ -110,23 +116,25 @@ def initialise(config: Config, clock: Clock | None = None) -> None:
 
 def refused(config: Config) -> tuple[str, str] | None:
     """Why the cloud that is here cannot go on with this configuration, and the cure; None when it can. Changes nothing."""
-    if not config.database.exists():
-        return None
-    database = Database(config.database)
     try:
-        with database.transaction(write=False) as connection:
-            regions.refuse_abandoning(connection, config.regions)
+        database = Database.of(config)
+        try:
+            database.check()
+            if not database.exists():
+                return None
+            with database.transaction(write=False) as connection:
+                regions.refuse_abandoning(connection, config.regions)
+        finally:
+            database.close()
     except SkysailError as unfit:
         return unfit.what, unfit.cure
-    finally:
-        database.close()
     return None
 
 
 def admin_credentials(config: Config, clock: Clock | None = None) -> dict[str, str]:
     """A fresh access key of the admin account, which is made if there is none: its id, its secret, account and region."""
     clock = clock or SystemClock()
-    database = Database(config.database)
+    database = Database.of(config)
     try:
         with database.transaction() as connection:
             account = accounts.find_account(connection, "admin") or accounts.create_account(connection, "admin", clock.now())
@@ -166,116 +174,81 @@ def build(config: Config, clock: Clock | None = None,
     """The controller as an ASGI application; its lifespan runs engine and watches."""
     clock = clock or SystemClock()
     vault = Vault.at(config.master_key)
-    database = Database(config.database)
+    database = Database.of(config)
     database.migrate()
     with database.transaction() as connection:
         domains.delegate(connection, config.name_servers, clock.now())
         addresses.number_ssh_ports(connection, config)
         reverse.configure(connection, config.reverse_zones, config.name_servers, config.naming_domain, clock.now())
         entrance.configure(connection, HOST, config.single_address, config.instance_domain)
-    watches: list[Watch] = []
-    generations: list[Any] = []
     loop_of: list[asyncio.AbstractEventLoop] = []
-
-    def touched() -> None:
-        for watch in watches:
-            watch.touch()
-
-    engine = Engine(database, WORKFLOWS, clock, touched)
-
-    courier = Courier(database, clock, Smtp(config), Webhook())
-
-    def follow() -> bool:
-        """Whether some document changed: by following, or by the operator's tools, which write rows beside this process."""
-        with database.transaction() as connection:
-            lifecycle.follow(connection, clock.now())
-            snapshot_rows.sweep(connection)
-            domains.follow(connection)
-            reverse.follow(connection)
-            now = connection.execute(select(hosts.c.id, hosts.c.generation)).all()
-        changed = now != generations
-        generations[:] = now
-        return changed
 
     def observed() -> None:
         engine.wake()
 
-    def wake() -> None:
+    def follow(connection: Connection) -> int:
+        lifecycle.follow(connection, clock.now())
+        snapshot_rows.sweep(connection)
+        domains.follow(connection)
+        reverse.follow(connection)
+        return 1
+
+    def work(connection: Connection) -> Iterable[str]:
+        """All that there is to do, by the names of its leases."""
+        yield from (COURIER, *(round_.name for round_ in rounds), *PARTS)
+        yield from map(lease_name, connection.execute(select(hosts.c.id)).scalars())
+
+    shares = Shares(database, f"{socket.gethostname()}:{config.root}", work)
+    fleet = Fleet(database, clock, vault, shares.find, client, observed, metering.take_in,
+                  min(config.sample_seconds, COLLECT_SECONDS))
+    engine = Engine(database, WORKFLOWS, clock, fleet.touch, lambda resource_id: shares.claim(part(resource_id)))
+
+    def touched() -> None:
         engine.wake()
-        touched()
+        fleet.touch()
+
+    rounds = (
+        Round("follow", FOLLOW_SECONDS, follow, database, shares, acted=fleet.touch),
+        Round("days", DUE_SECONDS, lambda connection: auto_snapshots.follow(connection, clock.now()), database, shares,
+              acted=touched),
+        Round("alarms", ALARM_SECONDS, lambda connection: alarm_rows.follow(connection, clock.now()), database, shares),
+        Round("sweep", SWEEP_SECONDS, lambda connection: metering.sweep(connection, clock.now()), database, shares,
+              again_seconds=SWEEP_PAUSE_SECONDS))
+    courier = Courier(database, clock, Smtp(config), Webhook(), lambda: shares.claim(COURIER))
 
     def committed() -> None:
         """A request's transaction committed, in a worker thread: wake what acts on rows."""
         for loop in loop_of:
-            loop.call_soon_threadsafe(wake)
+            loop.call_soon_threadsafe(touched)
 
-    async def follow_guests() -> None:
+    async def hear() -> None:
+        """What acts on rows is woken by commits of other controllers too."""
+        async for _ in database.heard():
+            touched()
+
+    async def live() -> None:
         while True:
+            await asyncio.sleep(BEAT_SECONDS)
             try:
-                if await asyncio.to_thread(follow):
+                if await asyncio.to_thread(shares.renew):
                     touched()
             except Exception:
-                log.exception("following the guests failed; it is repeated")
-            await asyncio.sleep(1.0)
-
-    def sweep() -> int:
-        with database.transaction() as connection:
-            return metering.sweep(connection, clock.now())
-
-    def look_at_alarms() -> int:
-        with database.transaction() as connection:
-            return alarm_rows.follow(connection, clock.now())
-
-    async def follow_alarms() -> None:
-        while True:
-            try:
-                await asyncio.to_thread(look_at_alarms)
-            except Exception:
-                log.exception("the alarms could not be looked at; it is tried again")
-            await asyncio.sleep(ALARM_SECONDS)
-
-    def take_due() -> int:
-        with database.transaction() as connection:
-            return auto_snapshots.follow(connection, clock.now())
-
-    async def follow_days() -> None:
-        while True:
-            try:
-                if await asyncio.to_thread(take_due):
-                    engine.wake()
-                    touched()
-            except Exception:
-                log.exception("automatic snapshots could not be looked at; it is tried again")
-            await asyncio.sleep(DUE_SECONDS)
-
-    async def forget_old() -> None:
-        while True:
-            try:
-                while await asyncio.to_thread(sweep):
-                    await asyncio.sleep(SWEEP_PAUSE_SECONDS)
-            except Exception:
-                log.exception("old measurements could not be deleted; it is tried again")
-            await asyncio.sleep(SWEEP_SECONDS)
+                log.exception("this controller could not say that it lives; it is tried again")
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         loop_of.append(asyncio.get_running_loop())
-        with database.transaction(write=False) as connection:
-            rows = connection.execute(select(hosts)).all()
-        for row in rows:
-            watches.append(Watch(row.id, client(row.address), database, clock, vault, observed))
-        collectors = [Collector(row.id, client(row.address), database, metering.take_in,
-                                min(config.sample_seconds, COLLECT_SECONDS)) for row in rows]
-        tasks = [asyncio.create_task(watch.run()) for watch in watches]
-        tasks += [asyncio.create_task(collector.run()) for collector in collectors]
-        tasks += [asyncio.create_task(work) for work in (
-            engine.run(), follow_guests(), follow_days(), follow_alarms(), forget_old(), courier.run())]
+        await asyncio.to_thread(shares.renew)
+        tasks = [asyncio.create_task(work) for work in (
+            live(), hear(), fleet.run(), engine.run(), courier.run(), *(round_.run() for round_ in rounds))]
         try:
             yield
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            with contextlib.suppress(DBAPIError):
+                shares.leave()
             database.close()
 
     def find_secret(key_id: str) -> tuple[str, str] | None:

@@ -4,45 +4,58 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from skysail.kit.clock import Clock
 from skysail.notices import Carrier, Notice, Undeliverable
 from skysail.resources import outbox
 from skysail.resources.contact_methods import is_webhook
 from skysail.store.database import Database
+from skysail.store.leases import Confirm, LeaseLost, alone
 
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0
+# What the lease is called by which notices go out.
+COURIER = "courier"
 
 
 class Courier:
-    """Works on one outbox; holds nothing in memory that matters."""
+    """Works on one outbox, where ``claim`` says that it is ours to do; holds nothing in memory that matters."""
 
-    def __init__(self, database: Database, clock: Clock, mail: Carrier, webhook: Carrier) -> None:
+    def __init__(self, database: Database, clock: Clock, mail: Carrier, webhook: Carrier,
+                 claim: Callable[[], Confirm | None] = lambda: alone) -> None:
         self._database = database
         self._clock = clock
         self._mail = mail
         self._webhook = webhook
+        self._claim = claim
 
     async def run(self) -> None:
         """Deliver until cancelled."""
         while True:
             try:
                 await self.deliver()
+            except LeaseLost as lost:
+                log.info("%s", lost)
             except Exception:
                 log.exception("the outbox could not be worked on; it is tried again")
             await asyncio.sleep(LOOK_SECONDS)
 
     async def deliver(self) -> None:
         """Send what is due: side by side, for one receiver may be slow."""
-        notices = await asyncio.to_thread(self._due)
-        await asyncio.gather(*(asyncio.to_thread(self._take, notice) for notice in notices))
+        confirm = self._claim()
+        if confirm is not None:
+            notices = await asyncio.to_thread(self._due, confirm)
+            await asyncio.gather(*(asyncio.to_thread(self._take, notice, confirm) for notice in notices))
 
-    def _due(self) -> list[Notice]:
+    def _due(self, confirm: Confirm) -> list[Notice]:
         with self._database.transaction(write=False) as connection:
+            confirm(connection)
             return outbox.due(connection, self._clock.now())
 
-    def _take(self, notice: Notice) -> None:
+    def _take(self, notice: Notice, confirm: Confirm) -> None:
+        with self._database.transaction(write=False) as connection:
+            confirm(connection)  # it may have had to wait for a thread
         try:
             (self._webhook if is_webhook(notice.endpoint) else self._mail).send(notice)
         except Undeliverable as failure:

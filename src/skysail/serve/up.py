@@ -29,6 +29,7 @@ from skysail.kit.errors import SkysailError
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import Layout
 from skysail.serve import agent, blueprints, endpoint, name_server, processes, programs
+from skysail.serve.turn import turn
 
 Progress = Callable[[str], None]
 
@@ -39,6 +40,11 @@ def up(config: Config, progress: Progress) -> None:
     """Build what is missing, start name server, agent and controller, wait until all are healthy. Needs root."""
     process.require_root()
     require_disk(config)
+    with turn(config, progress):
+        _up(config, progress)
+
+
+def _up(config: Config, progress: Progress) -> None:
     ensure_user(config)
     ensure_folders(config)
     digest = install_program(config)
@@ -62,6 +68,11 @@ def up(config: Config, progress: Progress) -> None:
 def down(config: Config, progress: Progress, guests: bool = False) -> None:
     """Stop controller, agent and name server; with ``guests`` end the guests too (as a power cut, their disks stay)."""
     process.require_root()
+    with turn(config, progress):
+        _down(config, progress, guests)
+
+
+def _down(config: Config, progress: Progress, guests: bool) -> None:
     for name in reversed(programs.names(config)):
         progress(f"{name}: {'stopped' if programs.stop(config, name) else 'was not running'}")
     if guests:
@@ -153,7 +164,7 @@ def install_program(config: Config) -> str:
 def check_configuration(config: Config, digest: str) -> None:
     """Raises :class:`SkysailError` when this cloud cannot go on with its configuration, before anything of it is stopped.
     Looked at as the controller's user, whose database it is."""
-    if config.database.exists() and not programs.current(config, "controller", digest):
+    if not programs.current(config, "controller", digest):
         told = json.loads(process.run([*programs.command(config, "controller"), "--check"], env=programs.environment(config),
                                       timeout=300))
         if told is not None:

@@ -1,13 +1,14 @@
 """Schema versions, oldest first. A released migration never changes; a new one is appended.
 
-The first version is the schema itself; the version reached is kept in SQLite's ``user_version``.
+The first version is the schema itself, so that a new database needs no other migration, and a database on PostgreSQL none of
+those up to ``_guests_without_public_ipv4``: what they bring up was always SQLite. Later ones run on both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, inspect
 from sqlalchemy.schema import CreateTable
 
 from skysail.store.schema import (
@@ -16,6 +17,7 @@ from skysail.store.schema import (
     alarms,
     authorities,
     contact_methods,
+    controllers,
     deliveries,
     disks,
     domain_entries,
@@ -23,6 +25,7 @@ from skysail.store.schema import (
     guests,
     host_zones,
     instances,
+    leases,
     measurements,
     metadata,
     meters,
@@ -181,7 +184,7 @@ def _guests_without_public_ipv4(connection: Connection) -> None:
 
 
 def _columns(connection: Connection, table: str) -> set[str]:
-    return {row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({table})")}
+    return {column["name"] for column in inspect(connection).get_columns(table)}
 
 
 def _shared_address(connection: Connection) -> None:
@@ -204,18 +207,21 @@ def _add_columns(connection: Connection, table: str, columns: Iterable[tuple[str
             connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} {words}")
 
 
+def _leases(connection: Connection) -> None:
+    metadata.create_all(connection, tables=[controllers, leases], checkfirst=True)
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts,
     _metrics, _disks_and_snapshots, _regions, _networks, _automatic_snapshots, _shared_address, _reverse_zones,
-    _attachments_that_mount, _metadata_options, _guests_without_public_ipv4)
+    _attachments_that_mount, _metadata_options, _guests_without_public_ipv4,
+    _leases)
 
 
-def upgrade(connection: Connection) -> int:
-    """Run what is missing, inside the caller's transaction; the version reached. Refuses a newer database."""
-    version = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+def upgrade(connection: Connection, version: int) -> None:
+    """Bring a database of ``version``, 0 for an empty one, up to this program's, inside the caller's transaction. Refuses a
+    newer one."""
     if version > len(MIGRATIONS):
         raise RuntimeError(f"the database is at version {version}, newer than this Skysail ({len(MIGRATIONS)})")
-    for migration in MIGRATIONS[version:]:
+    for migration in MIGRATIONS[version:] if version else (_foundation,):
         migration(connection)
-    connection.exec_driver_sql(f"PRAGMA user_version = {len(MIGRATIONS)}")
-    return len(MIGRATIONS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     Float,
@@ -27,6 +28,9 @@ metadata = MetaData(naming_convention={
     "fk": "fk_%(table_name)s_%(column_0_name)s",
     "pk": "pk_%(table_name)s",
 })
+
+# What may grow beyond 31 bits: bytes, serials, moments. SQLite's integers all may.
+_Large = BigInteger().with_variant(Integer, "sqlite")
 
 accounts = Table(
     "accounts", metadata,
@@ -57,7 +61,7 @@ authorities = Table(
 # The private network of an account in a region. ``peered`` ones are joined with the peer subnets and with each other.
 networks = Table(
     "networks", metadata,
-    Column("number", Integer, primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
     Column("account_id", ForeignKey("accounts.id"), nullable=False),
     Column("region", String(32), nullable=False),
     Column("peered", Boolean, nullable=False, default=False),
@@ -112,6 +116,22 @@ hosts = Table(
     Column("instance_domain", String(255), nullable=False, default="", server_default=""),
     Column("entrance_state", String(16), nullable=False, default="", server_default=""),
     Column("entrance_reason", String, nullable=False, default="", server_default=""),
+)
+
+# The controllers that work on this database, each in a ``place`` of its own; one is gone once the database's clock is past
+# ``until``. What only one of them does at a time has a lease, whose number grows when it changes hands.
+controllers = Table(
+    "controllers", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("place", String, nullable=False),
+    Column("until", Float, nullable=False),
+)
+
+leases = Table(
+    "leases", metadata,
+    Column("name", String(128), primary_key=True),
+    Column("holder", String(64), nullable=False),
+    Column("number", _Large, nullable=False),
 )
 
 # The availability zones that a host serves: one machine may serve all of a cloud's, and many machines one.
@@ -181,8 +201,8 @@ guests = Table(
     Column("reason", String, nullable=False, default=""),
     Column("host_keys", JSON, nullable=False, default=list),
     Column("witnessed_at", Float),
-    Column("rx_bytes", Integer, nullable=False, default=0),
-    Column("tx_bytes", Integer, nullable=False, default=0),
+    Column("rx_bytes", _Large, nullable=False, default=0),
+    Column("tx_bytes", _Large, nullable=False, default=0),
     # The copy in a snapshot that its system disk was made of (contract.document.Origin).
     Column("origin", JSON),
     Column("iops", Integer, nullable=False, default=0, server_default="0"),
@@ -301,7 +321,7 @@ domains = Table(
     Column("account_id", ForeignKey("accounts.id"), nullable=False),
     Column("name", String(255), nullable=False, unique=True),
     Column("role", String(8), nullable=False, default="serve"),
-    Column("serial", Integer, nullable=False),
+    Column("serial", _Large, nullable=False),
     Column("name_servers", JSON, nullable=False),
     Column("signing_sealed", LargeBinary),
     Column("ds", String, nullable=False, default=""),
@@ -332,7 +352,7 @@ reverse_zones = Table(
     Column("id", String(64), primary_key=True),
     Column("name", String(255), nullable=False, unique=True),
     Column("role", String(8), nullable=False),
-    Column("serial", Integer, nullable=False),
+    Column("serial", _Large, nullable=False),
     Column("name_servers", JSON, nullable=False),
     Column("domain", String(255), nullable=False),
 )
@@ -342,7 +362,7 @@ zone_reports = Table(
     Column("host_id", ForeignKey("hosts.id"), primary_key=True),
     Column("domain_id", String(64), primary_key=True),
     Column("state", String(16), nullable=False),
-    Column("serial", Integer, nullable=False),
+    Column("serial", _Large, nullable=False),
     Column("ds", JSON, nullable=False),
     Column("reason", String, nullable=False, default=""),
 )
@@ -352,7 +372,7 @@ sample_cursors = Table(
     "sample_cursors", metadata,
     Column("host_id", ForeignKey("hosts.id"), primary_key=True),
     Column("ring", String(32), nullable=False),
-    Column("sequence", Integer, nullable=False),
+    Column("sequence", _Large, nullable=False),
 )
 
 # What an instance has used in all; it goes when the last measurement of an instance that is gone has been deleted.
@@ -360,8 +380,8 @@ meters = Table(
     "meters", metadata,
     Column("instance_id", String(64), primary_key=True),
     Column("cpu_seconds", Float, nullable=False, default=0.0),
-    Column("rx_bytes", Integer, nullable=False, default=0),
-    Column("tx_bytes", Integer, nullable=False, default=0),
+    Column("rx_bytes", _Large, nullable=False, default=0),
+    Column("tx_bytes", _Large, nullable=False, default=0),
     Column("sampled_at", Float, nullable=False),
 )
 
@@ -370,7 +390,7 @@ measurements = Table(
     "measurements", metadata,
     Column("instance_id", String(64), primary_key=True),
     Column("seconds", Integer, primary_key=True),
-    Column("at", Integer, primary_key=True),
+    Column("at", _Large, primary_key=True),
     Column("stats", LargeBinary, nullable=False),
     sqlite_with_rowid=False,
 )
@@ -384,8 +404,8 @@ transfers = Table(
     Column("instance_name", String(255), nullable=False),
     Column("bundle_id", String(64), nullable=False, default=""),
     Column("region", String(32), nullable=False, default="", server_default=""),
-    Column("rx_bytes", Integer, nullable=False, default=0),
-    Column("tx_bytes", Integer, nullable=False, default=0),
+    Column("rx_bytes", _Large, nullable=False, default=0),
+    Column("tx_bytes", _Large, nullable=False, default=0),
 )
 
 alarms = Table(

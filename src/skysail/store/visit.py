@@ -21,15 +21,19 @@ def visit(config: Config, look: Callable[[Connection], T], kind: type[T], *, wri
 
     Raises :class:`SkysailError` when there is no cloud, and with what ``look`` raises.
     """
-    if not config.database.exists():
-        raise SkysailError(f"there is no cloud in {config.data}", "run: sudo ./skysail up")
-    database = Database(config.database)
+    none = SkysailError(f"there is no cloud in {config.data}", "run: sudo ./skysail up")
+    folder = config.master_key.parent
+    if not folder.exists():
+        raise none
+    database = Database.of(config)
 
     def looked() -> T:
         try:
+            if not database.exists():
+                raise none
             with database.transaction(write=write) as connection:
                 return look(connection)
         finally:
             database.close()
 
-    return as_owner(config.database.parent, looked, kind)
+    return as_owner(folder, looked, kind)

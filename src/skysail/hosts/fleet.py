@@ -1,0 +1,136 @@
+"""The fleet: whoever is in the rows of ``hosts`` is watched, and its samples are collected, for as long as it is there.
+
+Where several controllers work on the rows, each host is watched by the one that has its lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sqlalchemy import select
+
+from skysail.hosts.client import AgentClient
+from skysail.hosts.collector import Collector, TakeIn
+from skysail.hosts.watch import Watch
+from skysail.kit.clock import Clock
+from skysail.store.database import Database
+from skysail.store.leases import Lease
+from skysail.store.schema import hosts
+from skysail.store.vault import Vault
+
+log = logging.getLogger(__name__)
+# How long nobody notices a host that appears, where nothing says that rows have changed.
+FOLLOW_SECONDS = 1.0
+
+
+def lease_name(host_id: str) -> str:
+    """What the lease is called by which a host is watched."""
+    return f"host:{host_id}"
+
+
+class _Host(NamedTuple):
+    """A host as it is to be watched: another address, or another lease, makes it another one."""
+
+    address: str
+    lease: Lease
+
+
+@dataclass
+class _Tended:
+    """A host that is talked to, until ``work`` is cancelled; of ``generation`` when its watch was last told to look."""
+
+    host: _Host
+    watch: Watch
+    work: asyncio.Task[None]
+    generation: int = 0
+
+
+class Fleet:
+    """Holds a watch and a collector for each host that this controller has the lease of (``find_lease``). ``connect`` makes
+    the client of an address; ``observed`` is called after each report that was written; ``take_in`` writes what samples say,
+    which are asked for every ``collect_seconds``."""
+
+    def __init__(self, database: Database, clock: Clock, vault: Vault, find_lease: Callable[[str], Lease | None],
+                 connect: Callable[[str], AgentClient], observed: Callable[[], None], take_in: TakeIn,
+                 collect_seconds: float) -> None:
+        self._database = database
+        self._clock = clock
+        self._vault = vault
+        self._find_lease = find_lease
+        self._connect = connect
+        self._observed = observed
+        self._take_in = take_in
+        self._collect_seconds = collect_seconds
+        self._tended: dict[str, _Tended] = {}
+        self._changed = asyncio.Event()
+
+    def touch(self) -> None:
+        """Rows may have changed: every host whose generation grew gets its document (call from the event loop)."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Follow the rows until cancelled."""
+        try:
+            while True:
+                self._changed.clear()
+                try:
+                    await self._follow(*await asyncio.to_thread(self._hosts))
+                except Exception:
+                    log.exception("the hosts could not be looked at; it is tried again")
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(FOLLOW_SECONDS):
+                        await self._changed.wait()
+        finally:
+            await self._leave(list(self._tended))
+
+    def _hosts(self) -> tuple[dict[str, _Host], dict[str, int]]:
+        """Those that are ours, and the generation of each."""
+        found, generations = {}, {}
+        with self._database.transaction(write=False) as connection:
+            for row in connection.execute(select(hosts.c.id, hosts.c.address, hosts.c.generation)):
+                lease = self._find_lease(lease_name(row.id))
+                if lease is not None:
+                    found[row.id], generations[row.id] = _Host(row.address, lease), row.generation
+        return found, generations
+
+    async def _follow(self, found: Mapping[str, _Host], generations: Mapping[str, int]) -> None:
+        await self._leave([host_id for host_id, tended in self._tended.items()
+                           if tended.host != found.get(host_id) or tended.work.done()])
+        for host_id, host in found.items():
+            if host_id not in self._tended:
+                self._tended[host_id] = self._tend(host_id, host)
+            tended = self._tended[host_id]
+            if tended.generation != generations[host_id]:
+                tended.generation = generations[host_id]
+                tended.watch.touch()
+
+    def _tend(self, host_id: str, host: _Host) -> _Tended:
+        client = self._connect(host.address)
+        watch = Watch(host_id, client, self._database, self._clock, self._vault, self._observed, host.lease.confirm)
+        collector = Collector(host_id, client, self._database, self._take_in, self._collect_seconds, host.lease.confirm)
+
+        async def work() -> None:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(watch.run())
+                    tasks.create_task(collector.run())
+            finally:
+                await client.close()
+
+        log.info("host %s at %s is watched", host_id, host.address)
+        return _Tended(host, watch, asyncio.create_task(work()))
+
+    async def _leave(self, host_ids: list[str]) -> None:
+        """Returns when nothing that was begun for them is under way any more, but for a transaction in its thread, which the
+        lease guards."""
+        left = [self._tended.pop(host_id).work for host_id in host_ids]
+        for work in left:
+            work.cancel()
+        for host_id, outcome in zip(host_ids, await asyncio.gather(*left, return_exceptions=True), strict=True):
+            unexpected = None if isinstance(outcome, asyncio.CancelledError) else outcome
+            log.info("host %s is watched no more", host_id, exc_info=unexpected)
