@@ -102,9 +102,9 @@ PLANTED = {
     "automatic snapshots kept": (
         "insert into snapshots (id, account_id, region, name, kind, host_id, guest_id, volumes, source, size_gib, role, "
         "deleted, state, created_at, observed_state, progress, consistency, frozen_ms, parents, reason, source_id, auto_day) "
-        "select id || n, account_id, region, name, kind, host_id, guest_id, volumes, source, size_gib, role, deleted, "
-        "state, created_at, observed_state, progress, consistency, frozen_ms, parents, reason, source_id, n "
-        "from snapshots, (values ('1'), ('2'), ('3'), ('4'), ('5'), ('6'), ('7')) as more(n) where auto_day != ''",
+        "select id || column1, account_id, region, name, kind, host_id, guest_id, volumes, source, size_gib, role, deleted, "
+        "state, created_at, observed_state, progress, consistency, frozen_ms, parents, reason, source_id, column1 "
+        "from snapshots, (values ('1'), ('2'), ('3'), ('4'), ('5'), ('6'), ('7')) as more where auto_day != ''",
         "8 kept; wanted: 7 at the most"),
     "name kept": ("update names set name = 'ghost' where name = 'one'", "name ghost: taken, but nothing has it"),
     "size": ("update guests set memory_mib = 9999 where instance_name = 'one'", "instance one: 2 processors, 9999 MiB"),
