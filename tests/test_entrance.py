@@ -71,10 +71,12 @@ def test_names_of_instances_and_of_domains_lead_to_them_and_follow(shared: Cloud
                     "direct.example.com": "Two_2.x"}
     eventually(lambda: names(shared) == wanted)
     # Whoever asks for these names is told the address that the world can reach.
-    document = msgspec.json.decode(asked(shared, "/document"), type=HostDocument)
-    served = {one.name: one.records for one in document.zones[0].record_sets if one.type == "A"}
-    assert served == {"example.com.": (SHARED,), "*.apps.example.com.": (SHARED,), "direct.example.com.": (SHARED,),
-                      "away.example.com.": ("203.0.113.9",)}
+    def served() -> dict[str, tuple[str, ...]]:
+        document = msgspec.json.decode(asked(shared, "/document"), type=HostDocument)
+        return {one.name: one.records for one in document.zones[0].record_sets if one.type == "A"}
+
+    eventually(lambda: served() == {"example.com.": (SHARED,), "*.apps.example.com.": (SHARED,),
+                                    "direct.example.com.": (SHARED,), "away.example.com.": ("203.0.113.9",)})
     assert verify(shared.config, 0.1) == []
 
     client.detach_static_ip(staticIpName="front")
