@@ -272,7 +272,9 @@ def move_rows(url: str, *, password_file: str = "", json: Json = False) -> None:
     from skysail.serve import moving
 
     copied = moving.move(configuration.load(), url, password_file, show.step)
-    found = [{"table": one.table, "rows": str(one.rows), "sha256": one.checksum} for one in copied]
+    # People see the beginning of each checksum: a line of a table has room for no more.
+    found = [{"table": one.table, "rows": str(one.rows), "sha256": one.checksum if json else one.checksum[:16]}
+             for one in copied]
     show.as_json(found) if json else show.table(found, ["table", "rows", "sha256"])
     if not json:
         show.line("the rows are there; start the controller: sudo ./skysail up")
