@@ -24,6 +24,8 @@ from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 0.5
+# A host has the document of its generation after this at the latest, whatever became of the one that it was sent.
+AGAIN_SECONDS = 20.0
 # How long changes are gathered for the next document where they come faster than documents are made. One that comes alone
 # does not wait.
 CROWDED_SECONDS = 0.1
@@ -66,7 +68,11 @@ class Watch:
     async def _send(self) -> None:
         sent, to = 0, 0
         while True:
-            await self._changed.wait()
+            try:
+                async with asyncio.timeout(AGAIN_SECONDS):
+                    await self._changed.wait()
+            except TimeoutError:
+                sent = 0
             self._changed.clear()
             begun = self._begun
             if begun != to:

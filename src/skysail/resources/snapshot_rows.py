@@ -95,6 +95,7 @@ def remove(connection: Connection, request: Request, row: RowMapping, now: float
 def discard(connection: Connection, row: RowMapping) -> None:
     """Gone for its owner; its files go when nothing needs them."""
     connection.execute(update(snapshots).where(snapshots.c.id == row["id"]).values(deleted=True))
+    desired.bump(connection, row["host_id"])  # what stands on it moves off
     if not row["auto_day"]:
         names.release(connection, row["account_id"], row["region"], row["name"])
     tags.forget(connection, row["id"])
