@@ -290,7 +290,7 @@ def test_a_snapshot_goes_out_and_comes_in(tiny_cloud: RealCloud, tmp_path: Path)
         client.delete_instance_snapshot(instanceSnapshotName=name)
     eventually(lambda: not list(tiny_cloud.config.snapshots_dir.iterdir()), 120, "all that it stood on moves into its disks")
     ended(client, client.start_instance(instanceName="three"))
-    assert settled_serial(tiny_cloud, "three").endswith("B")
+    eventually(lambda: settled_serial(tiny_cloud, "three").endswith("B"), what="its system is up")
     ended(client, client.delete_instance(instanceName="three"))
     client.delete_disk(diskName="three-two-data")
     for path in list(images.iterdir()):
