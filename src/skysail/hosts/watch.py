@@ -25,7 +25,7 @@ from skysail.store.vault import Vault
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 0.5
 # A host has the document of its generation after this at the latest, whatever became of the one that it was sent.
-AGAIN_SECONDS = 10.0
+AGAIN_SECONDS = 20.0
 # How long changes are gathered for the next document where they come faster than documents are made. One that comes alone
 # does not wait.
 CROWDED_SECONDS = 0.1

@@ -78,4 +78,3 @@ def point(config: Config, there: Config) -> None:
     found = path.stat() if path.exists() else None
     durable.replace(path, whole, found.st_mode & 0o777 if found else 0o644,
                     (found.st_uid, found.st_gid) if found else None)
-

@@ -154,4 +154,3 @@ class Postgres:
     def flaws(connection: Connection) -> Iterator[tuple[str, str, str]]:
         """References are held to by the server, and its files are its own affair."""
         return iter(())
-
