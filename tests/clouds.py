@@ -31,10 +31,13 @@ from botocore.config import Config as BotoConfig
 import estates
 import stores
 from estates import SLOT_LOCKS
+from skysail.hypervisor.process import PROGRAM
 from skysail.images.build import build, fingerprint
 from skysail.images.library import Library
 from skysail.images.recipe import RECIPES
 from skysail.kit.config import Config, load
+from skysail.kit.errors import SkysailError
+from skysail.kit.process import run
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import Layout
 from skysail.serve import agent, controller, endpoint
@@ -59,7 +62,9 @@ def eventually(seen: Callable[[], Any], seconds: float = 120.0, what: str = "") 
 
 
 class Cloud:
-    """Controller and agent as child processes over one data folder."""
+    """Controller and agent as child processes over one data folder, each started by the words ``entering``."""
+
+    entering: tuple[str, ...] = ()
 
     def __init__(self, folder: Path, settings: str = 'engines = "sim"\n') -> None:
         with socket.socket() as probe:
@@ -74,15 +79,17 @@ class Cloud:
         self.config: Config = load(str(folder))
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str) -> None:
-        """Start ``controller`` or ``agent`` and wait until it is healthy."""
+    def start(self, name: str, before: str = "") -> None:
+        """Start ``controller`` or ``agent`` and wait until it is healthy; Python's statements ``before`` run first in it."""
         credentials = self.folder / "credentials.json"
         if name == "controller" and not credentials.exists():
             controller.initialise(self.config)
             credentials.write_text(json.dumps(controller.admin_credentials(self.config)))
         with (self.folder / f"{name}.log").open("ab") as out:
+            program = ["-c", f"{before}\nfrom skysail.serve.{name} import main\nmain()"] if before else [
+                "-m", f"skysail.serve.{name}"]
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", f"skysail.serve.{name}"], env={**os.environ, "SKYSAIL_DATA": str(self.folder)},
+                [*self.entering, sys.executable, *program], env={**os.environ, "SKYSAIL_DATA": str(self.folder)},
                 stdout=out, stderr=out)
         estates.note(self.folder, name, self.processes[name].pid)
         eventually(lambda: self._healthy(name), 120, f"{name} is healthy: {self.log(name)}")
@@ -242,14 +249,38 @@ def ensure_image(blueprint: str, progress: Callable[[str], None] = lambda step: 
         return held.digest
 
 
+def older_qemu() -> str:
+    """The program of QEMU 7.2, beside the one that is installed: unpacked from the package of Debian 12, which a machine that
+    has backports can still fetch. Raises SkysailError when it is not to be had."""
+    folder = CACHE / "qemu-7.2"
+    program = folder / PROGRAM
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "qemu.lock").open("w") as lock, tempfile.TemporaryDirectory() as work:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            subprocess.run(["apt-get", "download", "-q", "qemu-system-x86/bookworm", "qemu-system-common/bookworm"], cwd=work,
+                           check=False, capture_output=True)
+            for package in sorted(Path(work).glob("*.deb")):
+                run(["dpkg-deb", "-x", str(package), str(folder)])
+            modules, = folder.glob("usr/lib/*/qemu")
+            program.write_text(f"#!/bin/sh\nQEMU_MODULE_DIR={modules} exec {folder}/usr/bin/{PROGRAM} "
+                               "-L /usr/share/qemu -L /usr/share/seabios \"$@\"\n")
+            program.chmod(0o755)
+    if not program.exists():
+        raise SkysailError("QEMU 7.2 cannot be fetched", "see: apt-cache policy qemu-system-x86")
+    run([str(program), "--version"])
+    return str(program)
+
+
 @contextlib.contextmanager
-def running_cloud(settings: str = "") -> Iterator[Cloud]:
-    """Agent and controller over a simulated host: the real agent with engines that hold no guests. ``settings`` is TOML."""
+def running_cloud(settings: str = "", before: str = "") -> Iterator[Cloud]:
+    """Agent and controller over a simulated host: the real agent with engines that hold no guests. ``settings`` is TOML;
+    ``before`` are Python's statements that run first in the controller."""
     folder = Path(tempfile.mkdtemp(prefix="sky"))
     made = Cloud(folder, f'engines = "sim"\n{settings}')
     try:
         made.start("agent")
-        made.start("controller")
+        made.start("controller", before)
         yield made
     finally:
         made.stop()

@@ -17,7 +17,9 @@ from typing import Any
 import hypothesis
 import pytest
 
+import ceph_clusters
 import stores
+from ceph_clusters import CephCluster
 from clouds import Cloud, RealCloud, running_cloud, running_real_cloud
 
 EVIDENCE = Path(__file__).parent.parent / "evidence"
@@ -29,7 +31,7 @@ hypothesis.settings.load_profile("patient")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--hostile", type=int, default=300, help="how many hostile requests tests/test_hostile.py makes")
-    parser.addoption("--long", action="store_true", help="run the tests too that take ten minutes of emulated guests each")
+    parser.addoption("--long", action="store_true", help="run the tests too that take many minutes of emulated guests each")
     parser.addoption("--regenerate-golden", action="store_true",
                      help="write the files in tests/golden anew instead of comparing with them; read the difference")
 
@@ -42,10 +44,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     marked = {name: {item.path for item in items if item.get_closest_marker(name)} for name in ("timeout", "real")}
     items.sort(key=lambda item: rank(item.path))
-    if stores.POSTGRESQL:
-        # The rest does not know where rows are: it would do the very same once more. So would real guests, whose rows are
-        # those of simulated ones.
-        kept = [item for item in items if _keeps_rows(item) and not item.get_closest_marker("real")]
+    part = os.environ.get("SKYSAIL_TEST_PART", "")
+    if part or stores.POSTGRESQL:
+        kept = [item for item in items if not part or bool(item.get_closest_marker("real")) == (part == "real")]
+        if stores.POSTGRESQL:
+            # The rest does not know where rows are: it would do the very same once more. So would real guests, whose rows
+            # are those of simulated ones.
+            kept = [item for item in kept if _keeps_rows(item) and not item.get_closest_marker("real")]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
     if not config.getoption("--long"):
@@ -112,6 +117,16 @@ def real_cloud() -> Iterator[RealCloud]:
 def own_real_cloud() -> Iterator[RealCloud]:
     """A cloud of real guests for one test, which may break it."""
     yield from _real_cloud()
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[CephCluster]:
+    """A tiny Ceph cluster, its store in memory; each test takes a namespace of its own."""
+    reason = ceph_clusters.missing()
+    if reason:
+        pytest.skip(f"no Ceph cluster can be started here: {reason}")
+    with ceph_clusters.running_cluster() as made:
+        yield made
 
 
 def _real_cloud() -> Iterator[RealCloud]:

@@ -21,15 +21,18 @@ from skysail.serve import processes
 ROOT = Path(__file__).parent.parent
 
 
-def commands(page: str, heading: str = "") -> str:
-    """The shell commands of ``page``, a path below the checkout; with a ``heading``, the first block below that one alone."""
+def commands(page: str, heading: str = "", block: int = 0) -> str:
+    """The shell commands of ``page``, a path below the checkout; with a ``heading``, one block below that one alone."""
     text = (ROOT / page).read_text()
     blocks = re.findall(r"^```sh\n(.*?)^```$", text[text.index(f"\n## {heading}\n"):] if heading else text, re.M | re.S)
-    return blocks[0] if heading else "".join(blocks)
+    return blocks[block] if heading else "".join(blocks)
 
 
-class Newcomer(RealCloud):
-    """One cloud's owner to be, whose shell stands in the checkout."""
+class Desk:
+    """A shell that stands in the checkout, for the data folder ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def shell(self, script: str, seconds: float = 900) -> str:
         """What ``script`` prints; it ends at its first failure. ``sudo`` is not there where root works without it."""
@@ -42,7 +45,7 @@ class Newcomer(RealCloud):
         (desk / "skysail").symlink_to(ROOT / "skysail")
         sudo = self.folder / "bin" / "sudo"
         sudo.parent.mkdir(exist_ok=True)
-        sudo.write_text('#!/bin/sh\nexec "$@"\n')
+        sudo.write_text('#!/bin/sh\n[ "$1" != -E ] || shift\nexec "$@"\n')
         sudo.chmod(0o755)
         shell = subprocess.Popen(
             ["bash", "-euo", "pipefail", "-c", script], cwd=desk, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -58,6 +61,10 @@ class Newcomer(RealCloud):
                 os.killpg(shell.pid, signal.SIGKILL)
         assert shell.returncode == 0, f"exit {shell.returncode}\n{said}\n{complained}"
         return said
+
+
+class Newcomer(RealCloud, Desk):
+    """One cloud's owner to be."""
 
 
 @contextlib.contextmanager

@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 
 from pyroute2 import IPRoute
 
-from skysail.contract.document import Network, Port
+from skysail.contract.document import Network, Overlay, Port
 from skysail.network import links, taps
+from skysail.network.frr import Frr
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import GATEWAY_IPV6, MTU, Layout
 
@@ -194,7 +195,7 @@ class Guest(Place):
         self._ended, self._end = os.pipe()
         with self.netlink() as ipr:
             index = ipr.link_lookup(ifname=self.card)[0]
-            ipr.link("set", index=index, address=port.mac, mtu=MTU)
+            ipr.link("set", index=index, address=port.mac, mtu=port.mtu)
             ipr.link("set", index=index, state="up")
             ipr.addr("add", index=index, address=port.private_ipv4, prefixlen=layout.private_prefix)
             ipr.route("add", dst="0.0.0.0/0", gateway=str(layout.gateway))
@@ -214,6 +215,16 @@ class Guest(Place):
             for descriptor in ready:
                 with contextlib.suppress(OSError):  # a frame that a full or absent card does not take is lost
                     os.write(other[descriptor], os.read(descriptor, 70000))
+
+    def plug(self, descriptor: int) -> None:
+        """The card is at another port from now on, as that of a guest that was moved."""
+        os.write(self._end, b"!")
+        self._carrier.join()
+        os.read(self._ended, 1)
+        os.close(self._port)
+        self._port = descriptor
+        self._carrier = threading.Thread(target=self._carry, daemon=True)
+        self._carrier.start()
 
     def says(self, frame: bytes) -> None:
         """One frame from the guest's card, as it is; the card asks nothing back."""
@@ -238,7 +249,7 @@ def attach(name: str) -> int:
 class Stage:
     """The machine, a ``world`` that does not route the pool, a ``stranger`` that does, and guests on a fabric."""
 
-    def __init__(self, mark: str, layout: Layout) -> None:
+    def __init__(self, mark: str, layout: Layout, router: Frr | None = None) -> None:
         self.mark = mark
         self.layout = layout
         self.machine = Place(f"{mark}m")
@@ -250,7 +261,7 @@ class Stage:
             ipr.route("add", dst=layout.public_pool, gateway="203.0.113.1")
             if layout.public_ipv6:
                 ipr.route("add", dst=layout.public_ipv6, gateway="2001:db8:2::1", family=socket.AF_INET6)
-        self.fabric = LinuxFabric(layout)
+        self.fabric = LinuxFabric(layout, router)
         self.guests: list[Guest] = []
         self._born = 0
 
@@ -264,8 +275,12 @@ class Stage:
         made.address("eth0", there6, 64)
         return made
 
-    def apply(self, *ports: Port, networks: Sequence[Network] = ()) -> None:
-        within(self.machine.namespace, lambda: self.fabric.apply(ports, networks))
+    def apply(self, *ports: Port, networks: Sequence[Network] = (), overlay: Overlay | None = None) -> None:
+        within(self.machine.namespace, lambda: self.fabric.apply(ports, networks, overlay))
+
+    def announce(self, port: Port) -> None:
+        """The guest of the port is here now."""
+        within(self.machine.namespace, lambda: self.fabric.announce(port.id))
 
     def guest(self, port: Port) -> Guest:
         """Start a guest at a port that was applied."""
@@ -274,6 +289,14 @@ class Stage:
         made = Guest(f"{self.mark}g{self._born}", port, descriptor, self.layout)
         self.guests.append(made)
         return made
+
+    def hands(self, guest: Guest, target: Stage) -> None:
+        """The guest, as it is, goes on at the same port of another machine, which announces it. Here its port stays."""
+        descriptor = within(target.machine.namespace, lambda: target.fabric.open_port(guest.port))
+        guest.plug(descriptor)
+        target.announce(guest.port)
+        self.guests.remove(guest)
+        target.guests.append(guest)
 
     def leave(self, guest: Guest) -> None:
         """The guest ends; its port stays."""
@@ -286,6 +309,36 @@ class Stage:
         within(self.machine.namespace, self.fabric.teardown)
         for place in (self.machine, self.world, self.stranger):
             place.remove()
+
+
+class Underlay:
+    """The link between several machines, in a namespace of its own."""
+
+    def __init__(self, name: str, mtu: int = MTU) -> None:
+        self.place = Place(name)
+        self._mtu = mtu
+        with self.place.netlink() as ipr:
+            ipr.link("add", ifname="wire", kind="bridge", br_forward_delay=0)
+            ipr.link("set", index=ipr.link_lookup(ifname="wire")[0], mtu=mtu, state="up")
+
+    def joins(self, place: Place, name: str, address: str) -> None:
+        """Give the place a device ``name`` on the link."""
+        with place.netlink() as ipr:
+            ipr.link("add", ifname=name, kind="veth", peer={"ifname": f"to-{place.namespace[-10:]}",
+                                                           "net_ns_fd": self.place.namespace})
+            ipr.link("set", index=ipr.link_lookup(ifname=name)[0], mtu=self._mtu)
+        with self.place.netlink() as ipr:
+            ipr.link("set", index=ipr.link_lookup(ifname=f"to-{place.namespace[-10:]}")[0], mtu=self._mtu,
+                     master=ipr.link_lookup(ifname="wire")[0], state="up")
+        place.address(name, address, 24)
+
+    def cuts(self, place: Place) -> None:
+        """The place is on the link no more."""
+        with self.place.netlink() as ipr:
+            ipr.link("set", index=ipr.link_lookup(ifname=f"to-{place.namespace[-10:]}")[0], state="down")
+
+    def remove(self) -> None:
+        self.place.remove()
 
 
 def checksum(data: bytes) -> int:

@@ -85,6 +85,7 @@ def test_guests_outlive_agents_and_come_back_after_a_power_cut(own_real_cloud: R
     assert cloud.ssh("stays", "cat keep").strip() == "kept"
 
 
+@pytest.mark.long
 def test_the_agent_dies_at_every_step_of_a_clone(own_real_cloud: RealCloud) -> None:
     cloud = own_real_cloud
     doom = Doom(cloud, "agent")
@@ -102,7 +103,8 @@ def test_the_agent_dies_at_every_step_of_a_clone(own_real_cloud: RealCloud) -> N
         if died is None:
             break
     assert not doom.missed(), doom.deaths
-    assert {"Channel.ask a message", "QemuGuest.save made grown ipv6", "QemuGuest.save starts"} <= set(doom.deaths["create"])
+    assert {"Channel.ask a message", "QemuGuest.save made ours grown ipv6",
+            "QemuGuest.save starts"} <= set(doom.deaths["create"])
 
 
 def test_a_reboot_that_an_agent_did_not_live_to_see_happens_once(own_real_cloud: RealCloud) -> None:

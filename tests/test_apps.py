@@ -24,6 +24,7 @@ from skysail.serve import blueprints
 READY = "test -e /var/lib/skysail/application && echo made || echo not yet"
 
 
+@pytest.mark.long
 @pytest.mark.real
 @pytest.mark.timeout(3600)
 def test_wordpress_is_proved(real_cloud: RealCloud) -> None:

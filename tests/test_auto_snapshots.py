@@ -102,7 +102,7 @@ class Days(Desk):
         with self.database.transaction() as connection:
             document = desired.compile(connection, HOST, self.vault)
             write_report(connection, HOST, HostReport(
-                host=HOST, boot="b", sequence=1, generation=document.generation, vcpus=4, memory_mib=1 << 20, disk_gib=1000,
+                host=HOST, boot="b", sequence=1, generation=document.generation, vcpus=4096, memory_mib=1 << 20, disk_gib=999,
                 accelerator="sim", snapshots=tuple(SnapshotReport(
                     id=one.id, state="gone" if one.role == "gone" else state, consistency="frozen", reason="as the test says")
                     for one in document.snapshots)), self.clock.now())

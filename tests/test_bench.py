@@ -28,7 +28,7 @@ def bench(*words: str) -> dict[str, Any]:
 def test_an_unknown_benchmark_is_refused_with_the_names_of_those_there_are() -> None:
     done = subprocess.run([ROOT / "skysail", "bench", "../skysail"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "address api density dns firewall launch" in done.stderr
+    assert "address api density dns firewall fleet launch" in done.stderr
 
 
 def test_api() -> None:
@@ -39,7 +39,20 @@ def test_api() -> None:
         assert figures[peer]["requests_per_second"] > 0
 
 
+def test_fleet() -> None:
+    figures = bench("fleet", "--hosts", "2", "4", "--per-host", "3", "--seconds", "1", "--launches", "4")
+    assert (figures["hosts"], figures["instances"]) == (4, 12)
+    assert [size["hosts"] for size in figures["sizes"]] == [2, 4]
+    for kind in ("get", "list", "launch"):
+        assert 0 < figures[f"{kind}_p50_ms"] <= figures[f"{kind}_p99_ms"]
+    assert figures["launches_per_s"] > 0 and figures["memory_mib"] > 0
+    assert 0 < figures["restart_answers_seconds"] <= figures["restart_settled_seconds"]
+    # Each of the ten launches that a killed controller left makes one document new at the most.
+    assert figures["restart_documents"] <= 10
+
+
 @pytest.mark.real
+@pytest.mark.long
 def test_launch() -> None:
     figures = bench("launch", "--launches", "1", "--boots", "1", "--together", "2")
     assert figures["ratio"] == figures["plain_seconds"] / figures["launch_seconds"]
@@ -51,6 +64,7 @@ def test_launch() -> None:
     assert all(seconds > 0 for seconds in figures["together"]["cpu_seconds_per_launch"].values())
 
 
+@pytest.mark.long
 @pytest.mark.real
 def test_density() -> None:
     figures = bench("density", "--clones", "2", "--idle", "1")
@@ -92,3 +106,18 @@ def test_snapshot() -> None:
     assert taken["freeze_ms"] < 1000 * taken["snapshot_seconds"]
     assert (taken["disk_gib"], taken["written_gib"]) == (8, 0.2)
     assert figures["ratio"] == figures["plain_seconds"] / figures["restore_seconds"]
+
+
+@pytest.mark.real
+@pytest.mark.long
+def test_migrate() -> None:
+    figures = bench("migrate", "-n", "1")
+    for who in ("skysail", "plain"):
+        for condition in ("idle", "dirtying", "serving"):
+            assert figures[who][condition]["moves"] == 1
+            assert 0 < figures[who][condition]["pause_ms_median"] <= figures[who][condition]["pause_ms_p99"]
+            assert figures[who][condition]["mib_median"] > 0
+        assert figures[who]["serving"]["requests"] > 0
+    assert figures["lost_connections"] == 0
+    assert 0 < figures["pause_ms_median"] <= figures["pause_ms_p99"]
+    assert figures["outside_ms_p99"] > 0

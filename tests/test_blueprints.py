@@ -39,6 +39,7 @@ def offered(cloud: RealCloud, blueprint: str) -> dict[str, Any]:
     return found[blueprint]
 
 
+@pytest.mark.long
 def test_an_image_built_on_a_running_cloud_is_launchable_at_once(real_cloud: RealCloud) -> None:
     done = real_cloud.operator("images", "build", "nginx")
     assert done.returncode == 0, done.stderr
@@ -92,6 +93,7 @@ def test_debian_13_is_launched_with_a_fresh_identity(real_cloud: RealCloud) -> N
     real_cloud.delete("thirteen", "fourteen")
 
 
+@pytest.mark.long
 def test_the_same_inputs_give_the_same_packages(real_cloud: RealCloud) -> None:
     """An image of nginx is one of Debian and a few packages more: what both hold was chosen twice, from the same archives."""
     def held(blueprint: str, fits: Callable[[Manifest], bool]) -> Manifest:

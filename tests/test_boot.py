@@ -37,6 +37,7 @@ def test_only_the_last_boot_counts() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.long
 def test_a_boot_that_lost_a_timer_is_reset_once(own_real_cloud: RealCloud) -> None:
     cloud = own_real_cloud
     cloud.launch("hangs")

@@ -14,7 +14,8 @@ import msgspec
 import pytest
 
 from clouds import Cloud
-from skysail import doctor
+from skysail import __version__, doctor
+from skysail.cli import show
 from skysail.cli.main import main
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
@@ -77,6 +78,18 @@ def test_env_prints_exports_that_a_shell_understands(config: Config, capsys: pyt
     assert shell.stdout == "a/b+c'd"
 
 
+def test_what_somebody_named_is_shown_as_it_is(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    # ":100:" is an emoji to rich, and "[red]" a style; both are names and addresses here.
+    told = "fd53:6b79:7361:100:0:0:0:a [red]one"
+    show.table([{"address": told}], ["address"])
+    show.pairs({"address": told})
+    show.line(told)
+    show.step(told)
+    show.failure(SkysailError(told, told))
+    out, err = capsys.readouterr()
+    assert (out.count(told), err.count(told)) == (3, 3)
+
+
 def test_what_fails_is_said_with_its_cure_and_without_a_traceback(
         config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 1
@@ -84,6 +97,12 @@ def test_what_fails_is_said_with_its_cure_and_without_a_traceback(
     assert "credentials.json" in said
     assert "cure: run: sudo ./skysail up" in said
     assert "Traceback" not in said
+
+
+def test_every_verb_tells_the_version_of_skysail(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ([], ["launch"], ["host"], ["host", "list"]):
+        main([*verb, "--version"])
+        assert capsys.readouterr().out == f"{__version__}\n"
 
 
 def test_an_unknown_verb_is_refused(config: Config) -> None:
@@ -109,7 +128,7 @@ def test_the_program_is_copied_whole_and_only_when_it_changed(config: Config) ->
 def test_the_controller_runs_without_privileges_in_both_ways_to_start_it(config: Config) -> None:
     assert "--no-new-privs" in programs.command(config, "controller")
     assert "--bounding-set=-all" in programs.command(config, "controller")
-    assert "User=skysail" in programs.unit(config, "controller")
+    assert "User=skysail" in programs.unit(config, "controller") and "LimitNOFILE" in programs.unit(config, "controller")
     assert "KillMode=process" in programs.unit(config, "agent")
 
 

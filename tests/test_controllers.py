@@ -22,7 +22,11 @@ from sqlalchemy import insert
 
 import stores
 from clouds import Cloud, eventually
+from skysail.hosts import fleet
 from skysail.inspect.verify import verify
+from skysail.operations import engine
+from skysail.serve import membership
+from skysail.serve.membership import Membership
 from skysail.store.schema import host_zones, hosts
 
 # What committed steps there were, by the database's own word: whose, under which lock, in place of which one.
@@ -40,6 +44,9 @@ CREATE TRIGGER log_step AFTER UPDATE ON operations FOR EACH ROW
     EXECUTE FUNCTION log_step();
 """
 
+# All there is to do: a lease for each part of the hosts and of the operations, for each of five rounds, and the courier's.
+WORK = len(fleet.PARTS) + len(engine.PARTS) + 5 + 1
+
 
 class Controllers:
     """``count`` controllers, and as many simulated hosts that belong to no controller in particular."""
@@ -51,7 +58,8 @@ class Controllers:
         self.first = self.all[0]
 
     def start(self) -> None:
-        for one in self.all:
+        for number, one in enumerate(self.all, 1):
+            membership.keep(one.config, Membership(host=f"host-{number}", address="127.0.0.1", port=0))
             one.start("agent")
         self.first.start("controller")
         with stores.transaction(self.first.config) as connection:
@@ -81,7 +89,7 @@ class Controllers:
     def shared_out(self) -> bool:
         """Every controller has a part of the work, and all of it is done."""
         found = self.leases()
-        return len({place for place, _ in found.values()}) == len(self.all) and len(found) == 16 + 5 + len(self.all)
+        return len({place for place, _ in found.values()}) == len(self.all) and len(found) == WORK
 
     def close(self) -> None:
         for one in self.all:

@@ -74,7 +74,7 @@ def test_the_agent_dies_at_every_step_of_create_and_delete(tiny_cloud: RealCloud
         deleted = doom.during("delete", life.delete) is None
         assert not qemus(tiny_cloud) and not list(tiny_cloud.config.guests_dir.iterdir())
     assert not doom.missed(), doom.deaths
-    assert {"confinement:spawn", "QemuGuest.save made", "files:_finish"} <= set(doom.deaths["create"])
+    assert {"confinement:spawn", "QemuGuest.save made ours", "files:_finish"} <= set(doom.deaths["create"])
     assert {"process:kill", "shutil:rmtree", "FilePool.remove"} <= set(doom.deaths["delete"])
 
 

@@ -83,7 +83,7 @@ class QemuHouse(SimHouse):
             find_image=lambda digest: Image(digest=digest, path=library.path(digest), ours=True),
             open_port=self.fabric.open_port, give_volume=pool.give,
             shelf=FileShelf(self.config.snapshots_dir),
-            around=lambda: surroundings(self.config)), self.config.guest_uid_base)
+            around=lambda: surroundings(self.config)), self.config.guest_uid_base, self.config.relay_uid)
 
     def guest(self) -> Guest:
         plain = super().guest()

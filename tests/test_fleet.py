@@ -16,6 +16,8 @@ import pytest
 from sqlalchemy import delete, insert, select, update
 
 from clouds import Cloud, eventually
+from skysail.serve import membership
+from skysail.serve.membership import Membership
 from skysail.store.database import Database
 from skysail.store.schema import guests, host_zones, hosts
 
@@ -96,6 +98,7 @@ def second() -> Iterator[Cloud]:
     """Another simulated host: an agent over a folder of its own."""
     folder = Path(tempfile.mkdtemp(prefix="sky"))
     made = Cloud(folder)
+    membership.keep(made.config, Membership(host="host-2", address="127.0.0.1", port=0))
     try:
         made.start("agent")
         yield made
@@ -129,7 +132,7 @@ def test_a_host_that_appears_is_given_instances_without_a_restart(cloud: Cloud, 
     write(cloud, insert(hosts).values(id="host-2", address=f"unix:{second.config.agent_socket}"),
           insert(host_zones).values(host_id="host-2", region="us-east-1", zone="b"),
           delete(host_zones).where(host_zones.c.host_id == "host-1", host_zones.c.zone == "b"))
-    eventually(lambda: row(cloud, "host-2").seen_at, 30, "the second host reports")
+    eventually(lambda: row(cloud, "host-2").vcpus, 30, "the second host reports")
     client.create_instances(instanceNames=["there"], availabilityZone="us-east-1b", blueprintId="debian_12",
                             bundleId="nano_3_0")
     eventually(lambda: client.get_instance_state(instanceName="there")["state"]["name"] == "running", 60, "it runs")

@@ -15,12 +15,13 @@ import msgspec
 import pytest
 
 from conftest import GOLDEN
-from skysail.contract.document import FirewallRule, Network, Port
+from skysail.contract.document import FirewallRule, Network, Overlay, Port
 from skysail.hypervisor import qemu
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
-from skysail.network import nftables
-from skysail.network.plan import BRIDGE, UPLINK, Layout, link_local, tap_name
+from skysail.network import frr, nftables
+from skysail.network.plan import BRIDGE, UPLINK, Layout, link_local, tap_name, vet_overlay
+from skysail.storage.ceph import Cluster
 
 Golden = Callable[[str, str], None]
 
@@ -35,15 +36,22 @@ CLONE = msgspec.structs.replace(
 COLD = qemu.Machine(
     id="g-1", accelerator="tcg", vcpus=1, memory_mib=1024, folder="/data/guests/g-1/run", disk=CLONE.disk,
     generation_id=TEMPLATE.generation_id)
+CEPH = Cluster(pool="disks", namespace="cloud", user="skysail", conf=Path("/etc/ceph/ceph.conf"),
+               keyring=Path("/etc/ceph/ceph.client.skysail.keyring"))
 MACHINES = {
     "template": TEMPLATE,
     "template_kvm_2_vcpus": msgspec.structs.replace(TEMPLATE, accelerator="kvm", vcpus=2),
     "clone": CLONE,
     "clone_kvm_2_vcpus": msgspec.structs.replace(CLONE, accelerator="kvm", vcpus=2),
+    "clone_in_a_cluster": msgspec.structs.replace(
+        CLONE, disk=(str(CEPH.file("g-1")),), key_file="/data/guests/g-1/run/ceph.key"),
     "cold": COLD,
     "cold_kvm_2_vcpus": msgspec.structs.replace(COLD, accelerator="kvm", vcpus=2),
     "cold_with_seed": msgspec.structs.replace(
         COLD, disk=("/data/volumes/g-1.qcow2", "/data/images/foreign.qcow2"), seed="/data/guests/g-1/seed.iso"),
+    # As the clone was started on the host that it comes from, but for its memory, and its disk, which stands on nothing here.
+    "arriving_clone": msgspec.structs.replace(
+        CLONE, id="g-2", folder="/data/guests/g-2/run", memory="private", memory_file="", disk=("/data/volumes/g-2.qcow2",)),
 }
 
 
@@ -61,7 +69,8 @@ def test_no_guest_carries_a_network_card_or_a_probed_format() -> None:
     for machine in MACHINES.values():
         text = " ".join(qemu.argv(machine))
         assert "virtio-net" not in text and "-netdev" not in text
-        assert text.count("driver=file") == text.count("driver=qcow2") + text.count("driver=raw")
+        assert text.count("driver=file") == text.count("driver=qcow2") + text.count("driver=raw") + text.count(
+            '"driver":"qcow2"')
         assert f"memory-backend-file,id=ram,size={machine.memory_mib}M" in text or machine.memory == "private"
         assert ("share=on" in text) == (machine.memory == "template"), "only a template writes the memory that clones share"
 
@@ -97,6 +106,8 @@ PLANES = {
 }
 LAYOUTS = {"default": LAYOUT, "public_prefix": msgspec.structs.replace(LAYOUT, public_ipv6="2001:db8:1::/64"),
            "ipv4_only": msgspec.structs.replace(LAYOUT, public_ipv6=""),
+           "segment": msgspec.structs.replace(LAYOUT, segment="eth0"),
+           "storage": msgspec.structs.replace(LAYOUT, storage_networks=("10.0.8.0/24", "10.0.9.1/32", "2001:db8:8::/64")),
            "peered": msgspec.structs.replace(LAYOUT, peer_subnets=("192.0.2.0/24", "198.51.100.0/25"))}
 
 
@@ -133,6 +144,55 @@ def test_peered_networks(golden: Golden) -> None:
     text = nftables.data_plane(LAYOUTS["peered"], PLANES["several_tenants"], joined)
     golden("nftables/peered.nft", text)
     assert "@peered" not in nftables.data_plane(LAYOUT, PLANES["several_tenants"], joined), "no subnets, nothing routed"
+
+
+SPANNING = msgspec.structs.replace(LAYOUT, underlay="192.0.2.1", routers=(("192.0.2.254", 64513),))
+NETWORKS = (Network(number=1, peers=(3,), vni=101), Network(number=3, peers=(1,), vni=103), Network(number=4, vni=104))
+OVERLAY = Overlay(hosts=("192.0.2.2", "192.0.2.3"))
+
+
+def test_networks_that_span_hosts(golden: Golden) -> None:
+    ports = PLANES["several_tenants"]
+    text = nftables.data_plane(SPANNING, ports, NETWORKS, spans=True)
+    golden("nftables/spanning.nft", text)
+    golden("nftables/machine_spanning.nft", nftables.machine(SPANNING, ports, OVERLAY))
+    assert "out104" not in text, "nobody here is in it, or joined with it"
+    assert nftables.data_plane(SPANNING, ports, NETWORKS).count("out1") == 0, "without other hosts they are here alone"
+
+
+def test_a_guest_that_comes_or_leaves_changes_where_its_public_address_leads() -> None:
+    ports = PLANES["several_tenants"]
+    left = [msgspec.structs.replace(one, awaited=True) if one.id == "g-10" else one for one in ports]
+    held, wanted = (nftables.data_plane(SPANNING, some, NETWORKS, spans=True) for some in (ports, left))
+    assert in_force(held, nftables.moved(left[0])) == in_force(wanted)
+    assert in_force(wanted, nftables.moved(ports[0])) == in_force(held)
+
+
+SPEAKERS = [("mesh", "192.0.2.1", ()), ("client", "192.0.2.1", ("192.0.2.2", "192.0.2.9")),
+            ("reflector", "192.0.2.1", ("192.0.2.1", "192.0.2.2"))]
+
+
+@pytest.mark.parametrize(("name", "here", "reflectors"), SPEAKERS)
+def test_what_frr_is_told(golden: Golden, name: str, here: str, reflectors: tuple[str, ...]) -> None:
+    settings = frr.Settings.of(msgspec.structs.replace(SPANNING, underlay=here),
+                               msgspec.structs.replace(OVERLAY, reflectors=reflectors))
+    golden(f"frr/{name}.conf", frr.zebra(settings) + frr.bgpd(settings))
+
+
+def test_hosts_that_come_and_go_are_all_that_a_running_bgpd_is_told() -> None:
+    held = {"192.0.2.2": "hosts", "192.0.2.3": "hosts"}
+    assert frr.changes(held, held) == []
+    assert frr.changes(held, {"192.0.2.3": "clients", "192.0.2.4": "hosts"}) == [
+        "no neighbor 192.0.2.2", "no neighbor 192.0.2.3", "neighbor 192.0.2.3 peer-group clients",
+        "neighbor 192.0.2.4 peer-group hosts"]
+
+
+@pytest.mark.parametrize("wrong", [
+    Overlay(hosts=("192.0.2.300",)), Overlay(hosts=("192.0.2.2; drop",)), Overlay(reflectors=("host-2",)),
+    Overlay(vni=101), Overlay(autonomous_system=0)])
+def test_an_overlay_that_cannot_be_is_refused(wrong: Overlay) -> None:
+    with pytest.raises(SkysailError):
+        vet_overlay(wrong, NETWORKS)
 
 
 def test_the_order_of_ports_and_rules_does_not_change_the_ruleset() -> None:
@@ -221,5 +281,6 @@ def test_every_golden_file_is_held() -> None:
     """A file that no test compares any more is dead weight that looks like proof."""
     held = {*(f"qemu/{name}.txt" for name in MACHINES), *(f"nftables/{name}.nft" for name in PLANES),
             *(f"nftables/machine_{name}.nft" for name in LAYOUTS), "nftables/ipv4_only.nft", "nftables/peered.nft",
-            "nftables/shared.nft", "nftables/machine_shared.nft", "plan.txt"}
+            "nftables/shared.nft", "nftables/machine_shared.nft", "nftables/spanning.nft", "nftables/machine_spanning.nft",
+            *(f"frr/{name}.conf" for name, *_ in SPEAKERS), "plan.txt"}
     assert {str(path.relative_to(GOLDEN)) for path in GOLDEN.rglob("*") if path.is_file()} == held

@@ -39,6 +39,7 @@ def inside(cloud: RealCloud, address: str, command: str) -> str:
 LOOK = "ip -6 -o address show eth0 scope global; echo; ip -6 route show default; echo; ip -4 -o address show eth0"
 
 
+@pytest.mark.long
 def test_a_guest_that_runs_changes_its_addresses(own_real_cloud: RealCloud) -> None:
     cloud = own_real_cloud
     (one,) = cloud.launch("one")

@@ -69,6 +69,7 @@ def answerers(cloud: RealCloud) -> list[int]:
     return list(holders(f"skysail-metadata:{cloud.config.data}"))
 
 
+@pytest.mark.long
 def test_a_guest_reads_its_own_metadata(own_real_cloud: RealCloud) -> None:
     cloud = own_real_cloud
     first, second = cloud.launch("first", "second", userData="#!/bin/sh\ntrue\n")

@@ -124,7 +124,7 @@ class Controller:
             document = msgspec.json.decode(sent, type=HostDocument)
             state = {"run": "running", "stop": "stopped", "gone": "gone"}
             write_report(connection, HOST, HostReport(
-                host=HOST, boot="b", sequence=1, generation=document.generation, networked=document.generation, vcpus=8,
+                host=HOST, boot="b", sequence=1, generation=document.generation, networked=document.generation, vcpus=4096,
                 memory_mib=2**24, disk_gib=2**20, accelerator="sim",
                 images=(ImageReport(digest="0" * 64, blueprint="debian_12", name="Debian", user="admin", version="12",
                                     size_gib=2, templated=True),),

@@ -16,6 +16,7 @@ from skysail.agent.keeper import Keeper, StaleGeneration
 from skysail.agent.ledger import Ledger
 from skysail.agent.traffic import Traffic
 from skysail.contract.document import Guest, HostDocument, Personality, Port, Volume
+from skysail.contract.migration import Destination, Receiving, Sending
 from skysail.contract.report import GuestReport, HostReport
 from skysail.dns.sim import SimZones
 from skysail.hypervisor.sim import SimHypervisor
@@ -50,20 +51,21 @@ class Fabric(SimFabric):
 
     broken = False
 
-    async def apply(self, ports: Any, networks: Any = ()) -> None:
+    async def apply(self, ports: Any, networks: Any = (), overlay: Any = None) -> None:
         if self.broken:
             raise SkysailError("no network")
-        await super().apply(ports, networks)
+        await super().apply(ports, networks, overlay)
 
 
 class Host:
     """A keeper with its engines, over a folder that outlives it."""
 
-    def __init__(self, folder: Path, hypervisor: Watched | None = None) -> None:
+    def __init__(self, folder: Path, hypervisor: Watched | None = None, boot: str = "") -> None:
         self.hypervisor = hypervisor or Watched()
         self.fabric = Fabric()
         self.keeper = Keeper(CAPACITY, self.hypervisor, SimPool(), SimShelf(), self.fabric, lambda: [],
-                             Ledger(folder / "document.json"), Traffic(folder / "traffic.json"), SimZones(), SimResponder())
+                             Ledger(folder / "document.json"), Traffic(folder / "traffic.json"), SimZones(), SimResponder(),
+                             boot=boot)
 
     def seen(self, name: str = "g-1") -> GuestReport | None:
         return next((guest for guest in self.keeper.report().guests if guest.id == name), None)
@@ -241,9 +243,9 @@ def test_a_guest_that_went_before_a_crash_gives_its_addresses_free(tmp_path: Pat
         applied: list[list[str]] = []
         plain = host.fabric.apply
 
-        async def apply(ports: Any, networks: Any = ()) -> None:
+        async def apply(ports: Any, networks: Any = (), overlay: Any = None) -> None:
             applied.append([port.public_ipv4 for port in ports])
-            await plain(ports, networks)
+            await plain(ports, networks, overlay)
         host.fabric.apply = apply  # type: ignore[method-assign]
         await started(host)
         await host.keeper.accept(document(5, guest("g-2")))  # the same addresses
@@ -279,3 +281,82 @@ def test_a_network_that_another_program_took_away_is_put_back(tmp_path: Path, mo
         tending.cancel()
 
     asyncio.run(play())
+
+
+def test_a_guest_moves_from_host_to_host_by_documents(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        here, there = [await started(Host(tmp_path / name)) for name in ("here", "there")]
+        await here.keeper.accept(document(1, guest()))
+        await here.until(lambda: here.state() == "running")
+        key = here.seen().host_keys  # type: ignore[union-attr]
+
+        await here.keeper.accept(document(2, guest(role="send", sending=Sending(guest="g-2"))))
+        await here.until(lambda: here.seen().passport is not None)  # type: ignore[union-attr]
+        passport = here.seen().passport  # type: ignore[union-attr]
+        coming = Receiving(passport=passport)
+        await there.keeper.accept(document(1, guest("g-2", role="receive", receiving=coming)))
+        await there.until(lambda: there.state("g-2") == "listening")
+        assert here.state() == "running" and "g-2" in await there.fabric.observe(), "its port is there before it is"
+        destination = there.seen("g-2").destination  # type: ignore[union-attr]
+
+        going = guest(role="send", sending=Sending(guest="g-2", destination=destination))
+        await here.keeper.accept(document(3, going))
+        await here.until(lambda: here.state() == "sent")
+        assert there.state("g-2") == "listening", "nobody told it yet"
+        await there.keeper.accept(document(2, guest("g-2", receiving=coming)))
+        await there.until(lambda: there.state("g-2") == "running")
+        assert there.seen("g-2").host_keys == key  # type: ignore[union-attr]
+        await here.keeper.accept(document(4, guest()))
+        await asyncio.sleep(0.1)
+        assert here.state() == "sent", "it went, and does not come back by being wanted"
+        await here.keeper.accept(document(5, guest(role="gone")))
+        await here.until(lambda: here.state() == "gone")
+        assert there.state("g-2") == "running"
+    live(scenario)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_guest_that_could_not_move_runs_on(tmp_path: Path, lost: bool) -> None:
+    async def scenario() -> None:
+        host = await started(Host(tmp_path))
+        await host.keeper.accept(document(1, guest()))
+        nowhere = Destination(address="sim", memory_port=1, disks_port=2, word_port=3, authority="")
+        await host.keeper.accept(document(2, guest(role="send", sending=Sending(guest="g-2", destination=nowhere))))
+        await host.until(lambda: host.seen() is not None and host.seen().progress is not None)  # type: ignore[union-attr]
+        if lost:
+            await host.until(lambda: host.state() == "sent")
+            await host.keeper.accept(document(3, guest(lost="g-2")))
+        else:
+            host.hypervisor.break_off("g-1", "the other host is away")
+            await host.until(lambda: host.seen().progress.state == "failed")  # type: ignore[union-attr]
+            assert host.state() == "running"
+            await host.keeper.accept(document(3, guest()))
+        await host.until(lambda: host.state() == "running" and host.seen().progress is None)  # type: ignore[union-attr]
+    live(scenario)
+
+
+def test_a_machine_that_booted_starts_nothing_before_its_controller_has_spoken(tmp_path: Path) -> None:
+    """It may have been taken for lost: whoever wrote before this boot does not know."""
+    async def scenario() -> None:
+        first = await started(Host(tmp_path, boot="monday"))
+        assert first.keeper.report().waits
+        await first.keeper.accept(document(3, guest()))  # by a controller that does not know of lives yet
+        await first.until(lambda: first.state() == "running")
+        assert not first.keeper.report().waits
+
+        again = await started(Host(tmp_path, boot="monday"))  # its agent was replaced: nothing is waited for
+        await again.until(lambda: again.state() == "running")
+
+        booted = await started(Host(tmp_path, boot="tuesday"))
+        report = booted.keeper.report()
+        assert report.waits and report.generation == 3
+        with pytest.raises(StaleGeneration, match="has booted since"):
+            await booted.keeper.accept(msgspec.structs.replace(document(4, guest()), life=again.keeper.report().boot))
+        with pytest.raises(StaleGeneration, match="is older"):
+            await booted.keeper.accept(msgspec.structs.replace(document(2, guest()), life=report.boot))
+        await asyncio.sleep(0.2)
+        assert booted.hypervisor.starts == [] and await booted.fabric.observe() == {}
+        await booted.keeper.accept(msgspec.structs.replace(document(4, guest(), guest("g-2", address=11)), life=report.boot))
+        await booted.until(lambda: booted.state() == booted.state("g-2") == "running")
+        await booted.keeper.accept(document(5, guest()))  # from here on it is a host like any other
+    live(scenario)

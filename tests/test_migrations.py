@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy.exc
-from sqlalchemy import insert, select
+from sqlalchemy import Connection, insert, inspect, select
 
+import stores
 from skysail.store.database import Database
-from skysail.store.migrations import MIGRATIONS, _guests_without_public_ipv4
+from skysail.store.migrations import MIGRATIONS, _guests_without_public_ipv4, _leases
+from skysail.store.postgres import Postgres
 from skysail.store.schema import accounts, authorities, guests, hosts
 
 # As version 2 made it.
@@ -99,7 +101,7 @@ def test_an_old_database_becomes_what_a_fresh_one_is(tmp_path: Path) -> None:
 
 
 def test_a_table_that_is_made_anew_keeps_its_rows_and_takes_guests_without_ipv4(tmp_path: Path) -> None:
-    """From the version before, with every column filled."""
+    """From the version before that, with every column filled."""
     path = tmp_path / "skysail.sqlite"
     made = Database(path)
     made.migrate()
@@ -177,3 +179,29 @@ def test_the_regions_authority_becomes_that_of_the_first_account(tmp_path: Path)
     with again.transaction(write=False) as connection:
         assert [tuple(row) for row in connection.execute(select(authorities))] == [("1", "us-east-1", "ssh-ed25519 A", b"\0")]
     again.close()
+
+
+def test_a_database_on_postgresql_that_is_there_gets_what_came_later() -> None:
+    """The first one there had leases, and no hosts elsewhere."""
+    def columns(connection: Connection) -> dict[str, set[tuple[str, str, bool, str | None]]]:
+        held = inspect(connection)
+        return {table: {(one["name"], str(one["type"]), one["nullable"], one["default"]) for one in held.get_columns(table)}
+                for table in held.get_table_names()}
+
+    made = Database(Postgres(stores.server().create()))
+    made.migrate()
+    with made.transaction() as connection:
+        fresh = columns(connection)
+        connection.execute(insert(hosts).values(id="h", address=""))
+        for table in ("host_authority", "join_tokens", "moves"):
+            connection.exec_driver_sql(f"DROP TABLE {table}")
+        for column in ("facts", "refused", "away_since", "cordoned", "name_server"):
+            connection.exec_driver_sql(f"ALTER TABLE hosts DROP COLUMN {column}")
+        connection.exec_driver_sql(f"UPDATE schema_version SET version = {MIGRATIONS.index(_leases) + 1}")
+    for _ in range(2):
+        made.migrate()
+    with made.transaction(write=False) as connection:
+        assert columns(connection) == fresh
+        (kept,) = connection.execute(select(hosts)).all()
+        assert (kept.facts, kept.refused, kept.cordoned, kept.name_server) == (None, "", False, True)
+    made.close()

@@ -382,6 +382,7 @@ def test_a_server_goes_out_comes_in_and_is_another_one(real_cloud: RealCloud, tm
     client.delete_instance_snapshot(instanceSnapshotName="arrives")
 
 
+@pytest.mark.long
 def test_an_agent_that_dies_at_any_step_lets_an_import_appear(tiny_cloud: RealCloud, tmp_path: Path) -> None:
     client, out = tiny_cloud.client(), tmp_path / "copy.tar"
     create(client, "data")

@@ -165,12 +165,12 @@ def test_an_agent_that_lost_its_ledger_is_sent_what_it_has_not(tmp_path: Path) -
         (tmp_path / folder).mkdir()
         keeper = Host(tmp_path / folder).keeper
         unasked: Any = Sampler
-        return keeper, httpx.ASGITransport(application(keeper, unasked, tmp_path / folder))
+        return keeper, httpx.ASGITransport(application(keeper, unasked, tmp_path / folder, unasked))
 
     async def scenario() -> None:
         first, transport = agent("first")
         await first.start()
-        client = AgentClient("unix:", transport)
+        client = AgentClient("unix:", transport=transport)
         assert await client.put(document(1, zone(500)))
         second, transport = agent("second")
         await second.start()

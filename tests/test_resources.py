@@ -105,7 +105,7 @@ def test_a_bundle_without_the_power_for_an_application_is_refused(shop: Shop) ->
     assert shop("CreateInstances", bundleId="micro_3_0", **asked)["operations"][0]["status"] == "Started"
 
 
-def test_an_image_that_does_not_fit_the_bundles_disk_is_refused(shop: Shop) -> None:
+def test_an_image_that_does_not_fit_the_bundles_disk_is_refused(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     shop.connection.execute(insert(hosts).values(id="h", address="x", vcpus=4, memory_mib=8192, disk_gib=10))
     regions.serve(shop.connection, "h", {REGION: ["a"]})
     shop.connection.execute(insert(images).values(
@@ -114,7 +114,8 @@ def test_an_image_that_does_not_fit_the_bundles_disk_is_refused(shop: Shop) -> N
     assert "needs a disk of 21 GB" in shop.refused("CreateInstances", bundleId="nano_3_0", **asked).what
     assert shop("CreateInstances", bundleId="micro_3_0", **asked)["operations"][0]["status"] == "Started"
     refused = shop.refused("CreateInstances", bundleId="micro_3_0", **asked | {"instanceNames": ["more"]})
-    assert "h may promise 0 GiB of disk more" in refused.what, "four times its 10 GiB are promised"
+    assert refused.what == f"The bundle micro_3_0 does not fit {REGION}a now.", "how full which host is, is not a customer's"
+    assert "h may promise 0 of the 40 GiB of disk" in caplog.text, "four times its 10 GiB are promised"
 
 
 def test_regions_give_zones_only_when_asked(shop: Shop) -> None:

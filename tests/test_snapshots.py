@@ -264,6 +264,7 @@ def test_an_agent_that_dies_while_it_moves_things_leaves_them_whole(tiny_cloud: 
     assert not doom.missed()
 
 
+@pytest.mark.long
 def test_chains_of_copies_do_not_grow(tiny_cloud: RealCloud) -> None:
     client = tiny(tiny_cloud, "one")
     create(client, "d0")

@@ -6,7 +6,7 @@ import pytest
 
 from newcomer import commands, newcomer
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(5400)]
+pytestmark = [pytest.mark.real, pytest.mark.long, pytest.mark.timeout(5400)]
 
 
 def test_the_tour_of_an_owner() -> None:

@@ -39,7 +39,7 @@ class Desk:
 
     def __init__(self, folder: Path) -> None:
         (folder / "skysail.toml").write_text(stores.setting() + 'engines = "sim"\n')
-        config = load(str(folder))
+        self.config = config = load(str(folder))
         self.clock = HandClock()
         initialise(config, self.clock)
         self.account = admin_credentials(config, self.clock)["account_id"]
@@ -53,9 +53,12 @@ class Desk:
     def ask(self, action: str, **params: Any) -> str:
         """Carry out one action; the id of its operation."""
         with self.database.transaction() as connection:
-            answer = self.actions[action](connection, Request(
-                account_id=self.account, region="us-east-1", action=action, params=params))
-        return str(answer["operations"][0]["id"])
+            answer = self.actions[action](connection, self.request(action, params))
+        operations = answer["operations"] if "operations" in answer else [answer["operation"]]
+        return str(operations[0]["id"])
+
+    def request(self, action: str, params: dict[str, Any]) -> Request:
+        return Request(account_id=self.account, region="us-east-1", action=action, params=params)
 
     def create(self, name: str = "one") -> str:
         return self.ask("CreateInstances", instanceNames=[name], availabilityZone="us-east-1a", blueprintId="debian_12",
@@ -70,7 +73,7 @@ class Desk:
                     self.seen[guest.id] = GuestReport(id=guest.id, state=states[guest.instance], starts=guest.starts,
                                                       reboots=guest.reboots, reason="as the test says")
             write_report(connection, HOST, HostReport(
-                host=HOST, boot="b", sequence=1, generation=document.generation, vcpus=4, memory_mib=1 << 20, disk_gib=1000,
+                host=HOST, boot="b", sequence=1, generation=document.generation, vcpus=4096, memory_mib=1 << 20, disk_gib=999,
                 accelerator="sim", guests=tuple(self.seen.values()), images=(IMAGE,)), self.clock.now())
 
     def drive(self) -> int:

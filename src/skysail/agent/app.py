@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
@@ -13,26 +13,46 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from skysail import contract
 from skysail.agent import logs
+from skysail.agent.identity import Identity
 from skysail.agent.keeper import Keeper, StaleGeneration
 from skysail.agent.ledger import MissingParts
 from skysail.agent.samples import Sampler
-from skysail.contract import VERSION
 from skysail.contract.document import Delivery
+from skysail.contract.facts import HostFacts
 from skysail.kit.errors import SkysailError
+from skysail.kit.process import in_thread
 
 
-def application(keeper: Keeper, sampler: Sampler, log_folder: Path) -> Starlette:
-    """PUT and GET /document, GET /report, /reports (a line of JSON per change), /samples, /inventory, /healthz,
-    POST /prepare, and POST /images when others changed the images here."""
+class _Version(msgspec.Struct, frozen=True, kw_only=True):
+    version: int
+
+
+class _Versioned(msgspec.Struct, frozen=True, kw_only=True):
+    """As much of a delivery as every version of the contract has."""
+
+    document: _Version
+
+
+def application(keeper: Keeper, sampler: Sampler, log_folder: Path, facts: Callable[[], HostFacts],
+                identity: Identity | None = None) -> Starlette:
+    """PUT and GET /document, GET /facts, /report, /reports (a line of JSON per change), /samples, /inventory, /healthz,
+    POST /prepare, and POST /images when others changed the images here; with an ``identity`` also POST /certificate, which
+    answers with a request for one, and PUT."""
 
     async def put_document(request: Request) -> Response:
+        body = await request.body()
         try:
-            delivery = msgspec.json.decode(await request.body(), type=Delivery)
-        except msgspec.ValidationError as wrong:
+            # Its version first: what another one wrote need not be a document to us.
+            version = msgspec.json.decode(body, type=_Versioned).document.version
+            if contract.common(version) is None:
+                return PlainTextResponse(f"contract {contract.VERSION} is spoken here, not {version}", 400)
+            delivery = msgspec.json.decode(body, type=Delivery)
+        except msgspec.DecodeError as wrong:
             return PlainTextResponse(f"not a document: {wrong}", 400)
-        if delivery.document.version != VERSION:
-            return PlainTextResponse(f"contract {VERSION} is spoken here, not {delivery.document.version}", 400)
+        if delivery.document.host != keeper.host:
+            return PlainTextResponse(f"this is host {keeper.host}, not {delivery.document.host}", 421)
         try:
             await keeper.accept(delivery.document, {digest: bytes(part) for digest, part in delivery.parts.items()})
         except StaleGeneration as stale:
@@ -45,6 +65,24 @@ def application(keeper: Keeper, sampler: Sampler, log_folder: Path) -> Starlette
 
     async def document(_request: Request) -> Response:
         return Response(msgspec.json.encode(await asyncio.to_thread(keeper.document)), media_type="application/json")
+
+    async def tell_facts(_request: Request) -> Response:
+        told = await in_thread(facts)
+        if identity is not None:
+            told = msgspec.structs.replace(told, certificate_until=await in_thread(lambda: identity.until))
+        return Response(msgspec.json.encode(told), media_type="application/json")
+
+    async def ask_for_certificate(_request: Request) -> Response:
+        assert identity is not None
+        return Response(await in_thread(identity.request), media_type="application/x-pem-file")
+
+    async def take_certificate(request: Request) -> Response:
+        assert identity is not None
+        try:
+            await in_thread(identity.take, await request.body())
+        except SkysailError as refused:
+            return PlainTextResponse(refused.what, 409)
+        return Response(status_code=204)
 
     async def report(_request: Request) -> Response:
         return Response(msgspec.json.encode(keeper.report()), media_type="application/json")
@@ -93,8 +131,11 @@ def application(keeper: Keeper, sampler: Sampler, log_folder: Path) -> Starlette
                 task.cancel()
             await keeper.metadata.close()
 
+    certificates = [Route("/certificate", ask_for_certificate, methods=["POST"]),
+                    Route("/certificate", take_certificate, methods=["PUT"])] if identity is not None else []
     return Starlette(lifespan=lifespan, routes=[
-        Route("/document", put_document, methods=["PUT"]), Route("/document", document), Route("/report", report),
-        Route("/reports", reports), Route("/samples", samples),
+        *certificates,
+        Route("/document", put_document, methods=["PUT"]), Route("/document", document),
+        Route("/facts", tell_facts), Route("/report", report), Route("/reports", reports), Route("/samples", samples),
         Route("/inventory", inventory), Route("/prepare", prepare, methods=["POST"]),
         Route("/images", images, methods=["POST"]), Route("/healthz", healthz)])

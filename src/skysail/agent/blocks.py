@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from skysail.hypervisor import Hypervisor
 from skysail.kit.errors import SkysailError
 from skysail.storage import Pool, Shelf
 
+log = logging.getLogger(__name__)
 # A copy that fails once may have lost its guest's process; after this many it is said to have failed.
 TRIES = 3
 
@@ -34,7 +36,13 @@ class Blocks:
 
     async def start(self) -> None:
         """Report the snapshots that are here already."""
-        for report in await self._hypervisor.snapshots():
+        try:
+            held = await self._hypervisor.snapshots()
+        except SkysailError as failed:
+            # A cluster that is away keeps no agent from its guests; each is told of when its turn comes.
+            log.warning("which snapshots are here is not known yet: %s", failed)
+            return
+        for report in held:
             await self._snapshots.say(report)
 
     def take(self, document: HostDocument) -> None:
@@ -70,7 +78,7 @@ class Blocks:
             await self.sound(disk.volume)
             parent = Path((await self._shelf.chain(disk.volume.origin))[0]) if disk.volume.origin else None
             await self._pool.ensure(disk.volume, parent, disk.volume.size_gib << 30, os.geteuid())
-        return DiskReport(id=disk.id, state="available", alone=disk.id in self._alone)
+        return DiskReport(id=disk.id, state="available", alone=disk.id in self._alone or not self._shelf.layered)
 
     async def _flat(self, disk_id: str) -> None:
         self._alone.add(disk_id)

@@ -19,7 +19,7 @@ from skysail.agent.ledger import Ledger
 from skysail.agent.metadata import MetadataKeeper
 from skysail.agent.traffic import Traffic
 from skysail.agent.zones import ZoneKeeper
-from skysail.contract.document import Guest, HostDocument, Network, Port
+from skysail.contract.document import Guest, HostDocument, Network, Overlay, Port
 from skysail.contract.report import GuestReport, GuestState, HostReport, ImageReport, Inventory
 from skysail.dns import Zones
 from skysail.hypervisor import Hypervisor
@@ -37,6 +37,8 @@ STEADY_SECONDS = 600.0
 NETWORK_SECONDS = 30.0
 # A launch that fails once may have met a busy machine; after this many it is said to have failed.
 TRIES = 3
+# The roles in which a guest runs here, unless it has gone over to another host already.
+RUNNING = ("run", "send")
 
 
 class StaleGeneration(Exception):
@@ -45,12 +47,17 @@ class StaleGeneration(Exception):
 
 class Keeper:
     """Holds one host. ``capacity`` carries what the machine has; its lists of guests and images are filled in here.
-    ``renews`` says of an image, by digest, whether its guests take on another identity in a copy; all do unless told."""
+    ``renews`` says of an image, by digest, whether its guests take on another identity in a copy; all do unless told.
+
+    With ``boot``, which names the machine's present boot, what an earlier one left in the ledger starts nothing: this host
+    may have been taken for lost meanwhile, and its guests may run elsewhere. It waits for a document of a controller that has
+    heard this very agent; one that stood still for a while may have an older one to deliver."""
 
     def __init__(self, capacity: HostReport, hypervisor: Hypervisor, pool: Pool, shelf: Shelf, fabric: Fabric,
                  images: Callable[[], list[ImageReport]], ledger: Ledger, traffic: Traffic, zones: Zones,
                  responder: Responder, renews: Callable[[str], Awaitable[bool]] | None = None,
-                 ingress: Sequence[Ingress] = ()) -> None:
+                 ingress: Sequence[Ingress] = (), boot: str = "") -> None:
+        self._boot = boot
         self._hypervisor = hypervisor
         self._pool = pool
         self._shelf = shelf
@@ -71,8 +78,9 @@ class Keeper:
         self._work: dict[str, asyncio.Task[GuestReport]] = {}
         self._falls: dict[str, list[float]] = {}
         self._departed: set[str] = set()
-        self._applied: tuple[list[Port], tuple[Network, ...]] | None = None
+        self._applied: tuple[list[Port], tuple[Network, ...], Overlay | None] | None = None
         self._networks: tuple[Network, ...] = ()
+        self._overlay: Overlay | None = None
         # The networks that are joined now; None as long as we do not know.
         self._joined: tuple[Network, ...] | None = None
         self._rewired = asyncio.Event()
@@ -87,7 +95,13 @@ class Keeper:
             self._hold(report)
         await self._blocks.start()
         document = self._ledger.read()
-        if document is not None:
+        if self._boot and not self._ledger.heard_in(self._boot):
+            log.info("the machine has booted: nothing is started before a controller has spoken")
+            self._report = msgspec.structs.replace(self._report, waits=True)
+            if document is not None:
+                self._report = msgspec.structs.replace(self._report, generation=document.generation)
+                self.zones.take(document.zones)  # those it may answer for, whoever runs elsewhere
+        elif document is not None:
             # One that went before we died has no port: its addresses may be another guest's by now.
             self._departed |= {guest.id for guest in document.guests
                                if guest.role == "gone" and guest.id not in self._guests}
@@ -96,13 +110,20 @@ class Keeper:
 
     async def accept(self, document: HostDocument, parts: Mapping[str, bytes] | None = None) -> None:
         """Store the document and the parts of its zones that came with it, then converge to it behind the answer; raises
-        StaleGeneration for an older one, MissingParts, and ValueError for a part that is damaged."""
+        StaleGeneration for an older one, and while this host waits for one that was not written for it, MissingParts, and
+        ValueError for a part that is damaged."""
         # One at a time: a controller that was killed may still have an older one under way behind its successor's.
         async with self._accepting:
             if document.generation < self._report.generation:
                 raise StaleGeneration(f"generation {self._report.generation} is held, {document.generation} is older")
+            if self._report.waits and document.life not in ("", self._report.boot):
+                raise StaleGeneration("this host has booted since that was written")
             keep = self._ledger.write if document.generation > self._report.generation else self._ledger.again
-            await self._take(await in_thread(keep, document, parts))
+            whole = await in_thread(keep, document, parts)
+            if self._report.waits:
+                await in_thread(self._ledger.hear_in, self._boot)
+                self._report = msgspec.structs.replace(self._report, waits=False)
+            await self._take(whole)
         await self._changed()
 
     async def _take(self, document: HostDocument) -> None:
@@ -110,12 +131,14 @@ class Keeper:
         self._blocks.take(document)
         self.zones.take(document.zones)
         self.entrance.take(document)
-        if self._networks != document.networks:
-            self._networks = document.networks
+        if (self._networks, self._overlay) != (document.networks, document.overlay):
+            self._networks, self._overlay = document.networks, document.overlay
             self._rewired.set()
         for guest in document.guests:
             known = self._wanted.get(guest.id)
             self._wanted[guest.id] = guest
+            if guest.role != "gone":
+                self._departed.discard(guest.id)  # it went elsewhere with its disks, and is back
             if known != guest:
                 self._wake.setdefault(guest.id, asyncio.Event()).set()
                 if known is not None and known.starts != guest.starts:
@@ -154,7 +177,8 @@ class Keeper:
             now = asyncio.get_running_loop().time()
             recent = [fall for fall in self._falls.get(report.id, []) if fall > now - STEADY_SECONDS]
             self._falls[report.id] = [*recent, now]
-        self._wake[report.id].set()
+        if report.progress is None or report.progress.state != "copying" or report.state != "running":
+            self._wake[report.id].set()
         await self._say(report)
 
     async def tend_network(self) -> None:
@@ -163,7 +187,7 @@ class Keeper:
         while True:
             self._rewired.clear()
             try:
-                if self._wanted or self._networks:
+                if self._wanted or self._networks or self._overlay:
                     await self._apply_network(again=True)
                 elif self._joined is None:  # nobody is here who could be let through
                     self._joined = ()
@@ -194,7 +218,7 @@ class Keeper:
     async def _rest(self, guest: Guest) -> None:
         """Let a guest that keeps dying rest before its next start, unless its owner asks for something."""
         falls = self._falls.get(guest.id, [])
-        if guest.role != "run" or len(falls) < 2:
+        if guest.role not in RUNNING or len(falls) < 2:
             return
         pause = falls[-1] + BACK_OFF_SECONDS[min(len(falls), len(BACK_OFF_SECONDS)) - 1] - asyncio.get_running_loop().time()
         if pause > 0:
@@ -241,8 +265,11 @@ class Keeper:
         except Exception:
             log.exception("the guests could not be looked at")
             seen = None
-        if guest.role != "run":
-            state: GuestState = "stopping" if seen is None or seen.state != "running" else "running"
+        if guest.role == "receive":
+            # Its source is not told to send it here: the attempt is for the controller to end.
+            state: GuestState = "failed" if failures >= TRIES else "preparing"
+        elif guest.role not in RUNNING:
+            state = "stopping" if seen is None or seen.state != "running" else "running"
         elif seen is not None and (seen.state == "running" or seen.starts == guest.starts):
             state = seen.state
         else:
@@ -254,8 +281,9 @@ class Keeper:
             held, state=state, starts=guest.starts if state == "failed" or seen is None else seen.starts, reason=reason)
 
     async def _converge(self, guest: Guest) -> GuestReport:
-        if guest.role == "run":
+        if guest.role in (*RUNNING, "receive"):
             await self._apply_network()
+        if guest.role in RUNNING:
             for one in guest.disks:
                 await self._blocks.ready(one.volume.id)
             await self._refuse_unsound(guest)
@@ -268,7 +296,8 @@ class Keeper:
                 return report
         self._addresses[guest.id] = guest.port.public_addresses
         if guest.role == "gone" and report.state == "gone":
-            await self._pool.remove(guest.volume.id)
+            if not guest.leaves_disks:
+                await self._pool.remove(guest.volume.id)
             self._departed.add(guest.id)
             await self._apply_network()
             self._traffic.forget((guest.port.id,))
@@ -289,12 +318,12 @@ class Keeper:
         async with self._network:
             # A guest that is going keeps its port until its process is gone: several launches and deletions share one
             # pass of the whole network.
-            ports = [guest.port for guest in self._wanted.values() if guest.id not in self._departed]
-            networks = self._networks
-            if again or (ports, networks) != self._applied:
+            ports = [guest.port for guest in self._wanted.values() if guest.id not in self._departed and not guest.stranded]
+            networks, overlay = self._networks, self._overlay
+            if again or (ports, networks, overlay) != self._applied:
                 self._applied = None
-                await self._fabric.apply(ports, networks)
-                self._applied = (ports, networks)
+                await self._fabric.apply(ports, networks, overlay)
+                self._applied = (ports, networks, overlay)
             news, self._joined = self._joined != networks, networks
         if news:
             await self._changed()
@@ -370,6 +399,11 @@ class Keeper:
             snapshots=tuple(await self._shelf.observe()), strays=tuple(await self._hypervisor.strays()),
             zones=await self.zones.inventory(), reached_by=joined.reached_by, routed=joined.routed,
             names=await self.entrance.inventory(), metadata=await self.metadata.inventory())
+
+    @property
+    def host(self) -> str:
+        """Which host this is."""
+        return self._report.host
 
     def wanted(self) -> dict[str, Guest]:
         """The guests that documents named, as the last one wants them."""

@@ -78,6 +78,17 @@ class Ledger:
             self._sweep(named)
             return self._whole(document)
 
+    def heard_in(self, boot: str) -> bool:
+        """Whether a controller has spoken in this boot of the machine."""
+        try:
+            return self._path.with_name("boot").read_text() == boot
+        except FileNotFoundError:
+            return False
+
+    def hear_in(self, boot: str) -> None:
+        """A controller has spoken in this boot; on the disk when this returns."""
+        durable.replace(self._path.with_name("boot"), boot.encode())
+
     def again(self, document: HostDocument, parts: Mapping[str, bytes] | None = None) -> HostDocument:
         """The document that is kept already, with its zones whole; of its parts those are kept that were lost. Raises as
         :meth:`write` does."""

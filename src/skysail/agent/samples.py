@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 # Two files of this size: with 100 guests some 14 hours of samples, with one guest a month.
 SEGMENT_BYTES = 16 << 20
 PAGE_SAMPLES = 100
+# The roles in which a guest runs here, as far as it is here.
+RUNNING = ("run", "send", "receive")
 
 
 class Mark(msgspec.Struct, frozen=True, kw_only=True):
@@ -173,8 +175,15 @@ class Sampler:
         for identifier, guest in self._wanted().items():
             if guest.role == "gone":
                 continue
-            mark = self._log.marks.get(identifier, Mark())
-            one, marks[identifier] = measure(guest, mark, usages.get(identifier), self._traffic.total(identifier), asked, now)
+            mark = self._log.marks.get(identifier) or Mark(
+                balance_seconds=guest.receiving.balance_seconds if guest.receiving is not None else None)
+            used = usages.get(identifier)
+            one, marks[identifier] = measure(guest, mark, used, self._traffic.total(identifier), asked, now)
+            if guest.role == "receive" and (used is None or used.waiting):
+                # It runs elsewhere, and is counted there; what its process here takes to wait for it is nobody's.
+                marks[identifier] = msgspec.structs.replace(
+                    marks[identifier], process="" if used is None else used.process, balance_seconds=mark.balance_seconds)
+                continue
             if one.condition != "off" or one.cpu_seconds or one.rx_bytes or one.tx_bytes or one.tokenless:
                 measured.append(one)
         sample = Sample(sequence=self._log.last + 1, at=now - self._interval, guests=tuple(measured))
@@ -185,7 +194,7 @@ class Sampler:
     async def _throttle(self, marks: Mapping[str, Mark]) -> None:
         for identifier, mark in marks.items():
             guest = self._wanted().get(identifier)
-            if guest is None or not mark.process or mark.balance_seconds is None:
+            if guest is None or guest.role == "receive" or not mark.process or mark.balance_seconds is None:
                 continue
             spent = self._throttles and burst.spent(mark.balance_seconds)
             # A process begins with its whole processors; an agent that comes later does not know how the last one left it,
@@ -225,13 +234,15 @@ def measure(guest: Guest, mark: Mark, usage: Usage | None, flow: PortCounters, a
     counted = sample.cpu_seconds + (mark.cpu_seconds if usage is not None and usage.process == mark.process else 0.0)
     process = usage.process if usage is not None else ""
     return sample, Mark(at=now, process=process, answered=answered, balance_seconds=balance, cpu_seconds=counted,
-                        ran=guest.starts if process and guest.role == "run" else mark.ran,
+                        ran=guest.starts if process and guest.role in RUNNING else mark.ran,
                         rx_bytes=flow.rx_bytes, tx_bytes=flow.tx_bytes, life=asked.life, tokenless=tokenless)
 
 
 def _condition(guest: Guest, usage: Usage | None, answered: bool, ran: bool) -> Condition:
-    if guest.role != "run" or (usage is not None and usage.busy):
+    if guest.role not in RUNNING or (usage is not None and usage.busy):
         return "off"
+    if usage is None and guest.role != "run":
+        return "off"  # it has gone, or has not come yet, and is counted where it is
     if usage is None:
         return "down" if ran else "off"  # one that has not run since its owner's start is on its way
     return "silent" if answered and usage.answers is False else "up"

@@ -9,13 +9,16 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from skysail.kit.errors import SkysailError
 
-_out = Console()
-_err = Console(stderr=True)
+# What is shown came from somebody, and is shown as it is: an address like fd53::100:0 holds no emoji (":100:"), a name in
+# brackets is no style. A file or a pipe has no width: nothing is broken for it.
+_out = Console(width=None if sys.stdout.isatty() else 500, markup=False, emoji=False, highlight=False)
+_err = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 def as_json(value: object) -> None:
@@ -43,6 +46,16 @@ def status(answer: Mapping[str, Any]) -> None:
         line(f"{key:<12} {'yes' if value is True else 'no' if value is False else value}")
 
 
+def pairs(told: Mapping[str, Any]) -> None:
+    """Print names and what belongs to each, below each other."""
+    drawn = Table(box=None, pad_edge=False, show_header=False)
+    drawn.add_column(no_wrap=True)
+    drawn.add_column(overflow="fold")
+    for name, value in told.items():
+        drawn.add_row(name, Text(str(value)))
+    _out.print(drawn)
+
+
 def findings(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print what the doctor found: verdict, subject, what was seen and where; the cure below it."""
     for row in rows:
@@ -54,7 +67,7 @@ def findings(rows: Sequence[Mapping[str, Any]]) -> None:
 def line(text: str) -> None:
     """Print one plain line."""
     finish()
-    _out.print(text, markup=False, highlight=False, soft_wrap=True)
+    _out.print(text, soft_wrap=True)
 
 
 def console(said: bytes) -> None:
@@ -75,7 +88,7 @@ class _Steps:
 
     def begin(self, text: str) -> None:
         if not _err.is_terminal:
-            _err.print(text, markup=False, highlight=False, soft_wrap=True)
+            _err.print(text, soft_wrap=True)
             return
         if self._progress is None:
             self._progress = Progress(SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}", markup=False),
@@ -98,7 +111,33 @@ class _Steps:
             self._progress = None
 
 
-_steps = _Steps()
+class _Bars:
+    """How far several things are, on standard error: a bar for each, on a terminal alone."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def show(self, percents: Mapping[str, int]) -> None:
+        if not _err.is_terminal:
+            return
+        if self._progress is None:
+            self._progress = Progress(TextColumn("{task.description}", markup=False), BarColumn(),
+                                      TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), console=_err)
+            self._progress.start()
+        for name, percent in percents.items():
+            if name not in self._tasks:
+                self._tasks[name] = self._progress.add_task(name, total=100)
+            self._progress.update(self._tasks[name], completed=percent)
+
+    def end(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+            self._tasks.clear()
+
+
+_steps, _bars = _Steps(), _Bars()
 
 
 def step(text: str) -> None:
@@ -111,9 +150,20 @@ def detail(text: str) -> None:
     _steps.detail(text)
 
 
+def bars(percents: Mapping[str, int]) -> None:
+    """Say, on a terminal, how far each of several things is."""
+    _bars.show(percents)
+
+
+def progress(text: str, done: int, whole: int) -> None:
+    """Say, on standard error, what happens now, of so many things."""
+    _steps.begin(f"{done + 1} of {whole}: {text}")
+
+
 def finish(well: bool = True) -> None:
     """The last step is over; with ``well`` it succeeded."""
     _steps.end(well)
+    _bars.end()
 
 
 def exports(values: Mapping[str, str]) -> None:
@@ -125,6 +175,6 @@ def exports(values: Mapping[str, str]) -> None:
 def failure(error: SkysailError) -> None:
     """Say what failed, and its cure."""
     finish(well=False)
-    _err.print(f"skysail: {error.what}", style="red", markup=False, highlight=False, soft_wrap=True)
+    _err.print(f"skysail: {error.what}", style="red", soft_wrap=True)
     if error.cure:
-        _err.print(f"cure: {error.cure}", markup=False, highlight=False, soft_wrap=True)
+        _err.print(f"cure: {error.cure}", soft_wrap=True)

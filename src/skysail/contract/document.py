@@ -14,8 +14,10 @@ from typing import Annotated, Literal
 import msgspec
 
 from skysail.contract import VERSION
+from skysail.contract.migration import Receiving, Sending
 
-Role = Literal["run", "stop", "gone"]
+# ``send`` and ``receive``: it runs, and moves to another host; it comes from one.
+Role = Literal["run", "stop", "gone", "send", "receive"]
 Kept = Literal["keep", "gone"]
 # The agent, which is root, makes names of files and devices from it, and removes them.
 Id = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9-]{0,62}\Z")]
@@ -36,7 +38,9 @@ class FirewallRule(msgspec.Struct, frozen=True, kw_only=True):
 class Port(msgspec.Struct, frozen=True, kw_only=True):
     """A guest's place in the network. ``network`` numbers its private network: guests of one reach each other privately.
     A guest without ``public_ipv6`` has IPv4 alone, one without ``public_ipv4`` reaches nobody by IPv4 but its neighbours.
-    ``ssh_port`` of the machine's single address leads to its port 22, where the machine has one."""
+    ``ssh_port`` of the machine's single address leads to its port 22, where the machine has one. The guest of an ``awaited``
+    port is on its way from another host: there its addresses are, until the port is announced here. Its card's frames carry
+    packets of up to ``mtu`` bytes."""
 
     id: Id
     mac: str
@@ -47,6 +51,8 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
     public_ipv6: str = ""
     firewall: tuple[FirewallRule, ...] = ()
     ssh_port: int = 0
+    awaited: bool = False
+    mtu: int = 1500
 
     @property
     def public_addresses(self) -> tuple[str, ...]:
@@ -59,13 +65,27 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Network(msgspec.Struct, frozen=True, kw_only=True):
-    """A private network that is joined with others; one that no document names is alone. Its guests and those of its
-    ``peers`` reach each other privately; when it is ``routed``, so do its guests and the peer subnets of the host's
-    configuration."""
+    """A private network that is joined with others or spans hosts; one that no document names is alone, and here. Its guests
+    and those of its ``peers`` reach each other privately; when it is ``routed``, so do its guests and the peer subnets of the
+    host's configuration. Between hosts its frames carry the VXLAN network identifier ``vni`` (RFC 7348), the same on all; 0
+    for a network that is on this host only."""
 
     number: int
     peers: tuple[int, ...] = ()
     routed: bool = False
+    vni: Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)] = 0
+
+
+class Overlay(msgspec.Struct, frozen=True, kw_only=True):
+    """What this host's networks need to span hosts. ``hosts`` are the underlay addresses of all others, which alone may send
+    frames. Addresses are told by BGP, among routers of the number ``autonomous_system``: to every other host, or, where there
+    are ``reflectors``, to those (among the hosts or beside them), which pass them on. Packets for public addresses on other
+    hosts carry the identifier ``vni``."""
+
+    hosts: tuple[str, ...] = ()
+    reflectors: tuple[str, ...] = ()
+    autonomous_system: int = 64512
+    vni: Annotated[int, msgspec.Meta(gt=0, lt=1 << 24)] = (1 << 24) - 2
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,12 +148,23 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True):
     options: MetadataOptions = MetadataOptions()
 
 
+class Heritage(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a guest whose host failed, beyond its disks, which are in a pool and whole as a power cut leaves them:
+    the public half of its own host key, and whether it carries our agents (None: as its image says)."""
+
+    host_key: str = ""
+    ours: bool | None = None
+
+
 class Guest(msgspec.Struct, frozen=True, kw_only=True):
     """One QEMU process that shall exist (or not). ``starts`` and ``reboots`` count the owner's requests: a guest that
     powered itself off stays off until ``starts`` grows; a reboot is due while the agent has done fewer than ``reboots``.
     ``force`` skips the orderly shutdown when the role is ``stop``. All its disks together take ``iops`` operations a
     second; 0 sets no bound. ``baseline_percent`` of each processor is what its plan gives for good, more is burst; 100 for a
-    plan without burst. Without ``metadata`` it is told none: its instance is deleted."""
+    plan without burst. Without ``metadata`` it is told none: its instance is deleted. One that is gone and ``leaves_disks``
+    has none of its own: they are in a pool, and the guest's that it is, or was, on another host. One that is ``stranded`` is
+    what is left of a guest that went on elsewhere when its host failed: it has no place in the network. One with a
+    ``heritage`` went on here."""
 
     id: Id
     instance: str
@@ -150,6 +181,12 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
     iops: int = 0
     baseline_percent: float = 100.0
     metadata: Metadata | None = None
+    sending: Sending | None = None
+    receiving: Receiving | None = None
+    lost: str = ""
+    leaves_disks: bool = False
+    stranded: bool = False
+    heritage: Heritage | None = None
 
 
 class Disk(msgspec.Struct, frozen=True, kw_only=True):
@@ -254,7 +291,9 @@ class Entrance(msgspec.Struct, frozen=True, kw_only=True):
 
 class HostDocument(msgspec.Struct, frozen=True, kw_only=True):
     """All that one host shall hold. The agent refuses a ``generation`` older than the one that it has. On its way to the
-    agent, and in the agent's ledger, large zones are ``outlines``; everywhere else all of them are ``zones``."""
+    agent, and in the agent's ledger, large zones are ``outlines``; everywhere else all of them are ``zones``. ``life`` is the
+    agent's (:class:`skysail.contract.report.HostReport`) in which the controller had heard it when it wrote this; '' where
+    nobody asked it to."""
 
     host: str
     generation: int
@@ -264,7 +303,9 @@ class HostDocument(msgspec.Struct, frozen=True, kw_only=True):
     zones: tuple[Zone, ...] = ()
     entrance: Entrance | None = None
     networks: tuple[Network, ...] = ()
+    overlay: Overlay | None = None
     outlines: tuple[ZoneOutline, ...] = ()
+    life: str = ""
     version: int = VERSION
 
 

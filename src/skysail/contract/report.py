@@ -8,9 +8,12 @@ import msgspec
 
 from skysail.contract import VERSION
 from skysail.contract.document import MetadataOptions, RecordSet
+from skysail.contract.migration import Destination, Passport, Progress, Pull
 
+# ``listening``: its process waits for the state of the guest that comes, or for the word to run. ``sent``: its process stands
+# still for good, the guest runs elsewhere or is about to.
 GuestState = Literal["preparing", "starting", "running", "rebooting", "stopping", "stopped", "halted", "crashed",
-                     "failed", "gone"]
+                     "failed", "gone", "listening", "sent"]
 
 # Lightsail's words for a disk that mounts by itself.
 Mount = Literal["Mounted", "Pending", "Failed"]
@@ -25,7 +28,10 @@ class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
     seconds since its start. ``disks`` are the block-storage disks that it holds; ``refused`` maps one that could not be
     plugged in while it runs to the reason, ``mounts`` one that mounts by itself to how that went. ``alone``: its system
     disk stands on no snapshot, or not any more. ``metadata_options`` are those by which its metadata are answered
-    now; None while they are not. ``public_addresses``: those that lead to it now."""
+    now; None while they are not. ``public_addresses``: those that lead to it now. ``ours``: it carries our
+    agents; None before that is known. Of one that moves: its ``passport`` and ``progress`` at the source, the
+    ``destination`` at the target, and there, once it has come by post-copy, ``pull``. ``qemu`` is the version that its
+    process is of, '' where that is not known: the host's program may be another one by now."""
 
     id: str
     state: GuestState
@@ -42,6 +48,12 @@ class GuestReport(msgspec.Struct, frozen=True, kw_only=True):
     alone: bool = False
     metadata_options: MetadataOptions | None = None
     public_addresses: tuple[str, ...] = ()
+    ours: bool | None = None
+    passport: Passport | None = None
+    destination: Destination | None = None
+    progress: Progress | None = None
+    pull: Pull | None = None
+    qemu: str = ""
 
 
 class DiskReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,7 +115,8 @@ class EntranceReport(msgspec.Struct, frozen=True, kw_only=True):
 class HostReport(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a host observes, at one moment. ``sequence`` grows by one with every change, within one agent's life
     (``boot``): a reader keeps the pair to know what it has seen. ``networked`` is the newest generation whose networks are
-    joined as it says."""
+    joined as it says. One that ``waits`` has booted, and starts nothing before a document comes that was written for this
+    life of its agent."""
 
     host: str
     boot: str
@@ -120,6 +133,7 @@ class HostReport(msgspec.Struct, frozen=True, kw_only=True):
     zones: tuple[ZoneReport, ...] = ()
     entrance: EntranceReport | None = None
     networked: int = 0
+    waits: bool = False
     version: int = VERSION
 
 

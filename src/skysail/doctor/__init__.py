@@ -15,6 +15,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,11 +27,14 @@ from skysail.hypervisor.accelerator import probe
 from skysail.ingress.haproxy import HaProxy
 from skysail.kit import process
 from skysail.kit.config import Config
-from skysail.kit.errors import SkysailError
+from skysail.kit.errors import ProcessFailed, SkysailError
 from skysail.metadata.process import Answerer
+from skysail.network import conflicts, frr
 from skysail.network.linux import LinuxFabric
-from skysail.network.plan import Layout
+from skysail.network.plan import MTU, VXLAN_BYTES, Layout
 from skysail.resources import image_use
+from skysail.storage.ceph import Cluster
+from skysail.storage.rbd import RbdPool
 
 Verdict = Literal["good", "weak", "bad"]
 
@@ -45,9 +49,10 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     cure: str = ""
 
 
-def examine(config: Config) -> list[Finding]:
-    """Take every look, in the order in which a launch needs them."""
-    return [_careful(subject, look, config) for subject, look in LOOKS]
+def examine(config: Config, underlay: str = "") -> list[Finding]:
+    """Take every look, in the order in which a launch needs them. ``underlay`` is where other hosts reach this machine."""
+    between: Callable[[Config], Finding] = partial(overlay, underlay=underlay)
+    return [_careful(subject, look, config) for subject, look in (*LOOKS, ("overlay", between))]
 
 
 def _careful(subject: str, look: Callable[[Config], Finding], config: Config) -> Finding:
@@ -60,14 +65,12 @@ def _careful(subject: str, look: Callable[[Config], Finding], config: Config) ->
 
 
 def qemu_version(config: Config) -> Finding:
-    """Is QEMU here, and new enough to map a template's memory read-only? An old one that emulates is no use at all: its
-    cmpxchg16b sets the wrong flags, on which the kernels of our images panic."""
+    """Is QEMU here, and new enough to map a template's memory read-only?"""
     said = process.run(["qemu-system-x86_64", "--version"], timeout=20).decode()
     match = re.search(r"version (\d+)\.(\d+)", said)
     version = (int(match[1]), int(match[2])) if match else (0, 0)
     fits = version >= (10, 0)
-    verdict: Verdict = "good" if fits else "weak" if probe(config.accelerator_file).accelerator == "kvm" else "bad"
-    return Finding(subject="qemu", verdict=verdict, saw=said.splitlines()[0],
+    return Finding(subject="qemu", verdict="good" if fits else "weak", saw=said.splitlines()[0],
                    where="qemu-system-x86_64 --version",
                    cure="" if fits else "QEMU 10 or newer: run sudo ./skysail up (takes it from backports)")
 
@@ -105,6 +108,23 @@ def network(config: Config) -> Finding:
     return Finding(subject="network", verdict="bad" if problems else "good", where=where,
                    saw="; ".join(problems) or "rules and devices are accepted, no network of this machine is hidden",
                    cure="as said" if problems else "")
+
+
+def overlay(config: Config, underlay: str) -> Finding:
+    """Can private networks span hosts from here, and do packets between them pass whole?"""
+    if not underlay:
+        return Finding(subject="overlay", verdict="good", saw="private networks are on this host alone", where="skysail.toml")
+    where = f"{underlay}, {frr.PROGRAMS}"
+    layout = Layout.of(config, underlay)
+    problems = frr.problems() + conflicts.underlay(layout)
+    if problems:
+        return Finding(subject="overlay", verdict="bad", saw="; ".join(problems), where=where, cure="as said")
+    room = conflicts.underlay_mtu(layout) - VXLAN_BYTES
+    if room < MTU:
+        return Finding(subject="overlay", verdict="weak", where=where,
+                       saw=f"packets of more than {room} bytes between hosts go in two parts",
+                       cure=f"give the underlay's device, and what lies between, an MTU of {MTU + VXLAN_BYTES} or more")
+    return Finding(subject="overlay", verdict="good", saw="FRR is installed, the address is this machine's", where=where)
 
 
 def metadata(config: Config) -> Finding:
@@ -178,6 +198,44 @@ def single_address(config: Config) -> Finding:
     return Finding(subject="ingress", verdict="good", saw="HAProxy is installed, the address is this machine's", where=where)
 
 
+def storage(config: Config) -> Finding:
+    """Can guests' disks be where the configuration says? A cluster is asked for its images, and for its room."""
+    if config.storage == "files" or config.engines != "real":
+        return Finding(subject="storage", verdict="good", where=str(config.volumes_dir),
+                       saw="disks are files of this machine")
+    where = f"pool {config.ceph_pool}, by {config.ceph_conf}"
+    if os.geteuid() != 0:
+        return Finding(subject="storage", verdict="weak", saw="not looked at", where=where, cure="run with sudo")
+    pool = RbdPool(Cluster.of(config, seconds=10.0), config.volumes_dir, config.importer_uid)
+    problems = asyncio.run(pool.check())
+    if problems:
+        return Finding(subject="storage", verdict="bad", saw="; ".join(problems), where=where, cure="as said")
+    return Finding(subject="storage", verdict="good", where=where,
+                   saw=f"the Ceph cluster answers, QEMU has its driver, {len(asyncio.run(pool.observe()))} disks are there")
+
+
+def failure(config: Config) -> Finding:
+    """Can hosts that fail be turned off for certain, where their instances shall go on elsewhere?"""
+    where = config.fence[0] if config.fence else "skysail.toml"
+    if not config.fence:
+        waits = config.on_host_failure == "wait"
+        return Finding(subject="failure", verdict="good" if waits else "weak", where=where,
+                       saw=f"on_host_failure is \"{config.on_host_failure}\"" + (
+                           "" if waits else ", and nothing turns a host off: its instances wait until you vouch for that"),
+                       cure="" if waits else "set fence in skysail.toml to a program that turns a host off")
+    if not Path(config.fence[0]).is_file():
+        return Finding(subject="failure", verdict="weak", saw="there is no such program", where=where,
+                       cure="set fence in skysail.toml to one that turns a host off")
+    user = config.controller_user
+    if os.geteuid() == 0:
+        try:
+            process.run(["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "test", "-x", where], timeout=20)
+        except ProcessFailed:
+            return Finding(subject="failure", verdict="weak", saw=f"the controller runs it as the user {user}, who may not",
+                           where=where, cure=f"chmod a+rx {where}, and the folders above it")
+    return Finding(subject="failure", verdict="good", saw="hosts that fail can be turned off by it", where=where)
+
+
 def disk(config: Config) -> Finding:
     """Room for images and guests."""
     place = config.root
@@ -240,6 +298,6 @@ def clock(_config: Config) -> Finding:
 
 LOOKS: tuple[tuple[str, Callable[[Config], Finding]], ...] = (
     ("qemu", qemu_version), ("accelerator", accelerator), ("namespaces", namespaces), ("network", network),
-    ("metadata", metadata), ("dns", name_server), ("ingress", single_address), ("disk", disk), ("images", images),
-    ("memory", memory), ("cgroups", cgroups), ("time", clock),
+    ("metadata", metadata), ("dns", name_server), ("ingress", single_address), ("storage", storage), ("failure", failure),
+    ("disk", disk), ("images", images), ("memory", memory), ("cgroups", cgroups), ("time", clock),
 )

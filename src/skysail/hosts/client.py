@@ -1,28 +1,133 @@
-"""One agent, as the watch talks to it: documents down, reports up, over its socket."""
+"""One agent, as the watch talks to it: documents down, reports up, over its socket or by mutual TLS."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import math
+import ssl
 from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
 
+from skysail import contract
 from skysail.contract.document import HostDocument
+from skysail.contract.facts import HostFacts
+from skysail.contract.identity import host_name
 from skysail.contract.report import HostReport
 from skysail.contract.samples import SamplePage
+from skysail.hosts.credentials import Credentials
 from skysail.hosts.parts import Parting
+from skysail.hosts.turns import Turns
+
+# The version of agents that tell no facts.
+UNTOLD = 2
+# An agent that has just started asks its QEMU first, which takes a while on a busy machine.
+FACTS_SECONDS = 90.0
+# A connection outlives the pause between two questions, and ends before the agent ends it (serve/agent.py), which would be in
+# the middle of one.
+LIMITS = httpx.Limits(keepalive_expiry=30.0)
+# To a socket of this machine a new one costs nothing, and an idle one an open file.
+LOCAL_LIMITS = httpx.Limits(max_keepalive_connections=0)
+
+
+class Foreign(Exception):
+    """The agent speaks version ``theirs`` of the contract, which is more than one away from ours."""
+
+    def __init__(self, theirs: int) -> None:
+        older = theirs < contract.VERSION
+        super().__init__(f"its agent speaks version {theirs} of the contract, this controller {contract.VERSION}: "
+                         f"upgrade the {'host' if older else 'controller'} first")
+
+
+class _Versioned(msgspec.Struct, frozen=True, kw_only=True):
+    """As much of a host's facts as every version of the contract has."""
+
+    contract: int
+
+
+class Pinned(httpx.AsyncHTTPTransport):
+    """Speaks to who has a certificate of this ``name``, wherever that is, and shows our ``credentials``."""
+
+    def __init__(self, name: str, credentials: Credentials) -> None:
+        super().__init__(verify=credentials.context(), trust_env=False, limits=LIMITS)
+        self._name = name
+        self._credentials = credentials
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self._credentials.context()  # a connection that begins now is shown a certificate that is good
+        request.extensions = {**request.extensions, "sni_hostname": self._name}
+        return await super().handle_async_request(request)
+
+
+class _PinnedLook(httpx.HTTPTransport):
+    """:class:`Pinned`, for one look."""
+
+    def __init__(self, name: str, context: ssl.SSLContext) -> None:
+        super().__init__(verify=context, trust_env=False)
+        self._name = name
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        request.extensions = {**request.extensions, "sni_hostname": self._name}
+        return super().handle_request(request)
+
+
+def look(address: str, context: ssl.SSLContext | None) -> httpx.Client:
+    """For a look at the agent at ``address`` by somebody who is not its watch; ``context`` is needed for one elsewhere."""
+    identity, place = _understood(address)
+    transport = httpx.HTTPTransport(uds=address.removeprefix("unix:"))
+    if identity and context is not None:
+        transport = _PinnedLook(host_name(identity), context)
+    return httpx.Client(transport=transport, base_url=place, timeout=httpx.Timeout(30.0, connect=5.0), trust_env=False)
+
+
+def _understood(address: str) -> tuple[str, str]:
+    """The identity in an address of an agent, '' for one on this machine, and the URL that it is asked at. Raises ValueError
+    for what is none."""
+    if address.startswith("unix:"):
+        return "", "http://agent"
+    parts = urlsplit(address)
+    if parts.scheme != "https" or not parts.username:
+        raise ValueError(f"{address} is no address of an agent that can be told from others")
+    return parts.username, f"https://{parts.netloc.rpartition('@')[2]}"
 
 
 class AgentClient:
-    """``address`` is ``unix:<path>`` of the agent's socket. Raises httpx.HTTPError when the agent cannot be reached."""
+    """``address`` is ``unix:<path>`` of the agent's socket, or ``https://<identity>@<host>:<port>``, which takes
+    ``credentials``: whoever answers there without a certificate of that very host is not spoken to. Those that ask many
+    agents share ``turns``. Raises httpx.HTTPError when the agent cannot be reached."""
 
-    def __init__(self, address: str, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        if transport is None:
-            transport = httpx.AsyncHTTPTransport(uds=address.removeprefix("unix:"))
-        self._http = httpx.AsyncClient(transport=transport, base_url="http://agent", timeout=httpx.Timeout(10.0))
+    def __init__(self, address: str, credentials: Credentials | None = None,
+                 transport: httpx.AsyncBaseTransport | None = None, turns: Turns | None = None) -> None:
+        self._credentials = credentials
+        self._identity, place = _understood(address)
+        if self._identity and transport is None:
+            if credentials is None:
+                raise ValueError(f"the agent at {address} is spoken to with credentials")
+            transport = Pinned(host_name(self._identity), credentials)
+        # Without TLS, of which each would hold a store of certificates.
+        transport = transport or httpx.AsyncHTTPTransport(uds=address.removeprefix("unix:"), verify=False,
+                                                           limits=LOCAL_LIMITS)
+        self._http = httpx.AsyncClient(transport=transport, base_url=place, timeout=httpx.Timeout(10.0), trust_env=False)
+        self._turns = turns or Turns(8)
         self._parting = Parting()
         # The parts of zones that the agent had with the last document that it took.
         self._held: frozenset[str] = frozenset()
+
+    async def facts(self) -> HostFacts | None:
+        """What the host is; None where the agent is of version 2, which told no facts. Raises :class:`Foreign` when its
+        version is too far from ours."""
+        async with self._turns.turn():
+            answer = await self._http.get("/facts", timeout=httpx.Timeout(10.0, read=FACTS_SECONDS))
+        untold = answer.status_code == 404
+        if not untold:
+            answer.raise_for_status()
+        theirs = UNTOLD if untold else msgspec.json.decode(answer.content, type=_Versioned).contract
+        if contract.common(theirs) is None:
+            raise Foreign(theirs)
+        return None if untold else msgspec.json.decode(answer.content, type=HostFacts)
 
     async def put(self, document: HostDocument) -> bool:
         """Hand the document over; False when the agent holds a newer one."""
@@ -37,13 +142,18 @@ class AgentClient:
         return True
 
     async def _deliver(self, document: HostDocument) -> httpx.Response:
-        return await self._http.put("/document", content=msgspec.json.encode(self._parting.delivery(document, self._held)))
+        async with self._turns.turn():
+            return await self._http.put("/document",
+                                        content=msgspec.json.encode(self._parting.delivery(document, self._held)))
 
     async def reports(self) -> AsyncIterator[HostReport]:
         """The host's report now, and again at each change, until the stream breaks. Each is of all that the host observes:
         those that came while the caller took one in are passed over for the newest."""
         # The agent sends a keep-alive line every 15 s: a silence of 40 s is a dead agent, not a quiet one.
-        async with self._http.stream("GET", "/reports", timeout=httpx.Timeout(10.0, read=40.0)) as stream:
+        async with contextlib.AsyncExitStack() as open_stream:
+            async with self._turns.turn():
+                stream = await open_stream.enter_async_context(
+                    self._http.stream("GET", "/reports", timeout=httpx.Timeout(10.0, read=40.0)))
             stream.raise_for_status()
             rest = b""
             async for chunk in stream.aiter_raw():
@@ -53,9 +163,23 @@ class AgentClient:
 
     async def samples(self, ring: str, after: int) -> SamplePage:
         """The host's next samples behind number ``after`` of ``ring``."""
-        answer = await self._http.get("/samples", params={"ring": ring, "after": after})
+        async with self._turns.turn():
+            answer = await self._http.get("/samples", params={"ring": ring, "after": after})
         answer.raise_for_status()
         return msgspec.json.decode(answer.content, type=SamplePage)
+
+    async def renew(self, facts: HostFacts) -> float:
+        """Give the host another certificate when the time has come; seconds until it comes next."""
+        if self._credentials is None or not self._identity or facts.certificate_until is None:
+            return math.inf
+        wait = self._credentials.due_in(facts.certificate_until)
+        if wait > 0:
+            return wait
+        asked = await self._http.post("/certificate")
+        asked.raise_for_status()
+        certificate = await asyncio.to_thread(self._credentials.certify, self._identity, asked.content)
+        (await self._http.put("/certificate", content=certificate)).raise_for_status()
+        return self._credentials.renewal_seconds
 
     async def close(self) -> None:
         await self._http.aclose()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+import zlib
 from collections.abc import Callable
 
 import httpx
@@ -15,46 +17,76 @@ from sqlalchemy import Connection, delete, insert, select
 
 from skysail.contract.samples import Sample, SamplePage
 from skysail.hosts.client import AgentClient
+from skysail.hosts.threads import REPORTS
 from skysail.store.database import Database
 from skysail.store.leases import Confirm, LeaseLost, alone
 from skysail.store.schema import sample_cursors
 
 log = logging.getLogger(__name__)
+# For how long after a sample was taken hosts are asked for it, however few there are, and how soon one is asked again that
+# did not have it.
+SPREAD_SECONDS, LATE_SECONDS = 10.0, 5.0
+# All have been asked before the next samples are taken, with time left for some to be late.
+OF_INTERVAL = 0.8
 TakeIn = Callable[[Connection, str, list[Sample]], None]
 
 
 class Collector:
-    """Follows the samples of ``host_id``; ``take_in`` writes what they say; ``confirm`` says that it is still this controller
-    that does so."""
+    """Follows the samples of ``host_id``, which takes one every ``interval_seconds``; ``take_in`` writes what they say;
+    ``spread`` says within how many seconds it suits to ask all hosts; ``confirm`` that it is still this controller that does
+    so."""
 
     def __init__(self, host_id: str, client: AgentClient, database: Database, take_in: TakeIn,
-                 pause_seconds: float, confirm: Confirm = alone) -> None:
+                 interval_seconds: float, spread: Callable[[], float] = lambda: 0.0, confirm: Confirm = alone) -> None:
         self._host_id = host_id
         self._client = client
         self._database = database
         self._take_in = take_in
-        self._pause = pause_seconds
+        self._interval = interval_seconds
+        self._spread = spread
         self._confirm = confirm
+        # Up to where samples were taken in, once that was read or written: it is nobody else's to move on. When the last of
+        # them began.
+        self._taken: tuple[str, int] | None = None
+        self._newest = 0.0
 
     async def run(self) -> None:
-        """Collect until cancelled."""
+        """Collect until cancelled: soon after a sample is taken, which all hosts do at about the same time, from one somewhat
+        later than from another."""
+        place = zlib.crc32(self._host_id.encode()) / 2**32
+        pause = place * self._within()
         while True:
+            await asyncio.sleep(pause)
+            late = True
             try:
                 while await self.collect():
-                    continue
+                    late = False
+                    if time.time() < self._newest + 2 * self._interval:
+                        break  # the next one is not taken yet
             except LeaseLost as lost:
                 log.info("%s", lost)
             except (httpx.HTTPError, OSError) as unreachable:
-                log.info("samples of host %s: %s", self._host_id, unreachable)
+                log.info("samples of host %s: %s", self._host_id, str(unreachable) or type(unreachable).__name__)
             except Exception:
                 log.exception("samples of host %s could not be taken in; they are asked for again", self._host_id)
-            await asyncio.sleep(self._pause)
+            since = (time.time() - place * self._within()) % self._interval
+            pause = min(LATE_SECONDS, self._interval) if late and since < 3 * LATE_SECONDS else self._interval - since
+
+    def _within(self) -> float:
+        """Seconds, after a sample was taken, in which all hosts are asked."""
+        return min(max(SPREAD_SECONDS, min(self._spread(), OF_INTERVAL * self._interval)), self._interval)
 
     async def collect(self) -> bool:
         """Take in one page; whether there was anything on it."""
-        ring, after = await asyncio.to_thread(self._cursor)
-        page = await self._client.samples(ring, after)
-        return bool(page.samples) and await asyncio.to_thread(self._commit, page) > 0
+        if self._taken is None:
+            self._taken = await REPORTS.run(self._cursor)
+        page = await self._client.samples(*self._taken)
+        if not page.samples:
+            return False
+        self._taken = None  # until it is written
+        fresh = await REPORTS.run(self._commit, page)
+        self._taken, self._newest = (page.ring, page.samples[-1].sequence), page.samples[-1].at
+        return fresh > 0
 
     def _cursor(self) -> tuple[str, int]:
         with self._database.transaction(write=False) as connection:

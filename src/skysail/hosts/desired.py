@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import msgspec
 from sqlalchemy import Connection, RowMapping, or_, select, update
@@ -12,6 +12,7 @@ from skysail.contract.document import (
     Disk,
     FirewallRule,
     Guest,
+    Heritage,
     HostDocument,
     Metadata,
     MetadataOptions,
@@ -22,7 +23,9 @@ from skysail.contract.document import (
     Snapshot,
     Volume,
 )
-from skysail.hosts import entrance, plans, reverse
+from skysail.contract.migration import SYSTEM_DISK
+from skysail.hosts import entrance, overlay, plans, remains, reverse, transit
+from skysail.hosts.transit import Move
 from skysail.hosts.zones import ZoneCompiler
 from skysail.store.schema import (
     disks,
@@ -30,6 +33,7 @@ from skysail.store.schema import (
     guests,
     hosts,
     instances,
+    moves,
     networks,
     ports,
     reverse_zones,
@@ -39,26 +43,33 @@ from skysail.store.vault import Vault
 
 _OF_INSTANCE = (instances.c.bundle_id, instances.c.region, instances.c.zone, instances.c.key_pair_name,
                 instances.c.created_at, instances.c.metadata_options, instances.c.ssh_port)
-_BUMP_ALL = update(hosts).values(generation=hosts.c.generation + 1)
+_NEXT = {"generation": hosts.c.generation + 1}
+_BUMP_NAME_SERVERS = update(hosts).where(hosts.c.name_server).values(_NEXT)
+# Made once, for each launch comes by. Greater than '' is what an index answers.
+_FOLLOWED = select(or_(select(domain_entries.c.id).where(domain_entries.c.alias > "").exists(),
+                       select(reverse_zones.c.id).exists()))
 
 
 def bump(connection: Connection, host_id: str) -> None:
-    """The host's document changed: give it the next generation. Where there are aliases or reverse zones, every host's did:
-    they may follow what changed."""
-    aliases = select(domain_entries.c.id).where(domain_entries.c.alias != "").exists()
-    reversed_ = select(reverse_zones.c.id).exists()
-    connection.execute(update(hosts).where(or_(hosts.c.id == host_id, aliases, reversed_)).values(
-        generation=hosts.c.generation + 1))
+    """The host's document changed: give it the next generation, and those whose guests come from it or go to it, which may be
+    the ones that changed. Where there are aliases or reverse zones, that of every host that answers for zones did: they may
+    follow what changed."""
+    others = [select(there).where(here == host_id) for here, there in
+              ((moves.c.source, moves.c.target), (moves.c.target, moves.c.source))]
+    connection.execute(update(hosts).where(or_(
+        hosts.c.id == host_id, *(hosts.c.id.in_(other) for other in others))).values(_NEXT))
+    if connection.execute(_FOLLOWED).scalar_one():
+        connection.execute(_BUMP_NAME_SERVERS.where(hosts.c.id != host_id))
 
 
 def bump_zones(connection: Connection) -> None:
-    """A zone changed: every host that answers for zones, which all do, gets its next generation."""
-    connection.execute(_BUMP_ALL)
+    """A zone changed: every host that answers for zones gets its next generation."""
+    connection.execute(_BUMP_NAME_SERVERS)
 
 
 def bump_networks(connection: Connection) -> dict[str, int]:
     """Networks were joined or parted: every host gets its next generation; which each has now."""
-    bump_zones(connection)
+    connection.execute(update(hosts).values(_NEXT))
     return {row.id: row.generation for row in connection.execute(select(hosts.c.id, hosts.c.generation))}
 
 
@@ -67,7 +78,13 @@ def compile(connection: Connection, host_id: str, vault: Vault, zones: ZoneCompi
     those that do not change from one document to the next."""
     host = connection.execute(select(hosts).where(hosts.c.id == host_id)).mappings().one()
     rules: dict[str, list[FirewallRule]] = {}
-    for port in connection.execute(select(ports).order_by(ports.c.protocol, ports.c.from_port, ports.c.to_port)):
+    under_way = _moves(connection, host_id)
+    elsewhere = [move.instance_id for move in under_way]
+    # Those of this host's guests, and of those that move: there may be a million of others.
+    here = select(guests.c.instance_id).where(guests.c.host_id == host_id)
+    for port in connection.execute(select(ports).where(or_(
+            ports.c.instance_id.in_(here), ports.c.instance_id.in_(elsewhere))).order_by(
+            ports.c.protocol, ports.c.from_port, ports.c.to_port)):
         rules.setdefault(port.instance_id, []).append(FirewallRule(
             protocol=port.protocol, from_port=port.from_port, to_port=port.to_port, cidrs=tuple(port.cidrs),
             ipv6_cidrs=tuple(port.ipv6_cidrs)))
@@ -77,8 +94,13 @@ def compile(connection: Connection, host_id: str, vault: Vault, zones: ZoneCompi
         if disk["instance_id"] is not None:
             attached.setdefault(disk["instance_id"], []).append(
                 Attachment(volume=disk_volume(disk), name=disk["path"].removeprefix("/dev/"), mount=disk["auto_mount"]))
-    found = tuple(
-        Guest(
+    rows = connection.execute(
+        select(guests, *_OF_INSTANCE).outerjoin(instances, instances.c.id == guests.c.instance_id)
+        .where(or_(guests.c.host_id == host_id, guests.c.instance_id.in_(elsewhere)) if elsewhere
+               else guests.c.host_id == host_id).order_by(guests.c.id)).mappings().all()
+
+    def guest(row: RowMapping) -> Guest:
+        return Guest(
             id=row["id"], instance=row["instance_name"], role=row["role"], starts=row["starts"],
             reboots=row["reboots"], force=row["force"], vcpus=row["vcpus"], memory_mib=row["memory_mib"],
             volume=system_volume(row), disks=tuple(attached.get(row["instance_id"], ())),
@@ -89,21 +111,79 @@ def compile(connection: Connection, host_id: str, vault: Vault, zones: ZoneCompi
                       firewall=tuple(rules.get(row["instance_id"], ())),
                       ssh_port=(row["ssh_port"] or 0) if host["shared_address"] else 0),
             personality=msgspec.convert(row["personality"], Personality),
-            baseline_percent=plans.baseline_percent(row["bundle_id"]), metadata=_metadata(row))
-        for row in connection.execute(
-            select(guests, *_OF_INSTANCE).outerjoin(instances, instances.c.id == guests.c.instance_id)
-            .where(guests.c.host_id == host_id).order_by(guests.c.id)).mappings())
+            baseline_percent=plans.baseline_percent(row["bundle_id"]), metadata=_metadata(row),
+            heritage=Heritage(host_key=next(iter(row["host_keys"]), ""), ours=row["ours"]) if row["heir"] else None)
+
+    left = remains.compile(connection, host_id)
+    found = tuple(sorted((*_guests(connection, host_id, {row["instance_id"]: guest(row) for row in rows},
+                                   {row["instance_id"] for row in rows if row["host_id"] == host_id}, under_way),
+                          *left.guests), key=lambda one: one.id))
+    # Not begun while its guest moves: it is taken where the guest is then.
+    moving = {move.guest for move in under_way if move.source == host_id and move.before and move.phase != "failed"}
+    networks_ = tuple(joined(connection))
+    spans = overlay.compile(connection, host_id)
+    if spans is not None:
+        networks_ = overlay.spanning({guest.port.network for guest in found}, networks_)
     return HostDocument(
         host=host_id, generation=host["generation"], guests=found, entrance=entrance.compile(connection, host),
-        disks=tuple(Disk(volume=disk_volume(row), role=row["role"], made=row["made"]) for row in stored),
+        disks=(*(Disk(volume=disk_volume(row), role=row["role"], made=row["made"]) for row in stored),
+               *_remains(connection, host_id, under_way), *left.disks),
         snapshots=tuple(
             Snapshot(id=row["id"], role=row["role"], guest=row["guest_id"], duplicates=row["duplicates"] or None,
                      arrived=row["arrived"], leaving=row["deleted"],
                      volumes=msgspec.convert(row["volumes"], tuple[Volume, ...]))
             for row in connection.execute(select(snapshots).where(snapshots.c.host_id == host_id).order_by(snapshots.c.id))
-            .mappings()),
-        zones=(*(zones or ZoneCompiler()).zones(connection, vault), *reverse.zones(connection)),
-        networks=tuple(joined(connection)))
+            .mappings() if not (row["guest_id"] in moving and waits(row))),
+        zones=(*(zones or ZoneCompiler()).zones(connection, vault), *reverse.zones(connection))
+        if host["name_server"] else (),
+        networks=networks_, overlay=spans)
+
+
+def _moves(connection: Connection, host_id: str) -> list[Move]:
+    """Those that come to the host, or go from it."""
+    return [Move.of(row) for row in connection.execute(select(moves).where(
+        or_(moves.c.source == host_id, moves.c.target == host_id)).order_by(moves.c.id)).mappings()]
+
+
+def _guests(connection: Connection, host_id: str, found: Mapping[str, Guest], here: Collection[str],
+            under_way: Sequence[Move]) -> Iterator[Guest]:
+    """The guests of the host's document. ``found`` has each guest by its instance; those ``here`` have their row here."""
+    told = set[str]()
+    for move in under_way:
+        guest = found.get(move.instance_id)
+        if guest is None:
+            continue
+        if move.passport is not None and (move.before or move.source == host_id):
+            # As they were when it said who it is: a disk that comes or goes meanwhile calls the attempt off first.
+            guest = msgspec.structs.replace(guest, disks=_along(connection, move))
+        at = transit.at_source(guest, move) if move.source == host_id else transit.at_target(guest, move)
+        if at is None or (move.phase == "failed" and move.source == host_id):
+            continue
+        if (move.source == host_id) == move.before:
+            told.add(move.instance_id)
+        yield at
+    yield from (found[instance] for instance in here if instance not in told)
+
+
+def _along(connection: Connection, move: Move) -> tuple[Attachment, ...]:
+    """The block storage that goes along with a guest."""
+    assert move.passport is not None
+    rows = {row["id"]: row for row in connection.execute(select(disks).where(disks.c.id.in_(move.disks))).mappings()}
+    return tuple(Attachment(volume=disk_volume(rows[one.volume]), name=one.name, mount=rows[one.volume]["auto_mount"])
+                 for one in move.passport.disks if one.name != SYSTEM_DISK and one.volume in rows)
+
+
+def _remains(connection: Connection, host_id: str, under_way: Sequence[Move]) -> Iterator[Disk]:
+    """Copies of block storage that went elsewhere with its guest: nobody has them open any more once that is gone."""
+    for move in under_way:
+        if move.source == host_id and move.phase == "clearing" and move.source_state == "gone":
+            for row in connection.execute(select(disks).where(disks.c.id.in_(move.remains)).order_by(disks.c.id)).mappings():
+                yield Disk(volume=disk_volume(row), role="gone", made=True)
+
+
+def waits(snapshot: RowMapping) -> bool:
+    """Whether a snapshot of a guest has not been begun."""
+    return snapshot["state"] == "pending" and snapshot["observed_state"] in ("", "waiting") and snapshot["role"] == "keep"
 
 
 def joined(connection: Connection) -> Iterator[Network]:
@@ -133,7 +213,7 @@ def _metadata(row: RowMapping) -> Metadata | None:
 
 def system_volume(guest: RowMapping) -> Volume:
     """The system disk of a guest."""
-    return Volume(id=guest["id"], image=guest["image"], size_gib=guest["disk_gib"], origin=_origin(guest))
+    return Volume(id=guest["volume"] or guest["id"], image=guest["image"], size_gib=guest["disk_gib"], origin=_origin(guest))
 
 
 def disk_volume(disk: RowMapping) -> Volume:

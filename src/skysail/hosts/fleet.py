@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,13 +25,18 @@ from skysail.store.schema import hosts
 from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
-# How long nobody notices a host that appears, where nothing says that rows have changed.
-FOLLOW_SECONDS = 1.0
+# How long nobody notices a host that appears, where nothing says that rows have changed; longer only where there are so many
+# that looking at them would take more than that part of the time.
+FOLLOW_SECONDS, LOOKING = 1.0, 0.05
+# The samples of so many hosts are asked for one after the other: many take them at the same time.
+SAMPLES_OF_A_HOST_SECONDS = 0.004
+# Into so many parts hosts are divided among controllers: leases are renewed each second, however many hosts there are.
+PARTS = tuple(f"hosts:{number}" for number in range(64))
 
 
 def lease_name(host_id: str) -> str:
     """What the lease is called by which a host is watched."""
-    return f"host:{host_id}"
+    return PARTS[zlib.crc32(host_id.encode()) % len(PARTS)]
 
 
 class _Host(NamedTuple):
@@ -52,12 +58,12 @@ class _Tended:
 
 class Fleet:
     """Holds a watch and a collector for each host that this controller has the lease of (``find_lease``). ``connect`` makes
-    the client of an address; ``observed`` is called after each report that was written; ``take_in`` writes what samples say,
-    which are asked for every ``collect_seconds``."""
+    the client of an address; ``observed`` is called after each report that was written, with the ids of the resources that it
+    told something new of; ``take_in`` writes what samples say, which hosts take every ``sample_seconds``."""
 
     def __init__(self, database: Database, clock: Clock, vault: Vault, find_lease: Callable[[str], Lease | None],
-                 connect: Callable[[str], AgentClient], observed: Callable[[], None], take_in: TakeIn,
-                 collect_seconds: float) -> None:
+                 connect: Callable[[str], AgentClient], observed: Callable[[Collection[str]], None], take_in: TakeIn,
+                 sample_seconds: float) -> None:
         self._database = database
         self._clock = clock
         self._vault = vault
@@ -65,7 +71,7 @@ class Fleet:
         self._connect = connect
         self._observed = observed
         self._take_in = take_in
-        self._collect_seconds = collect_seconds
+        self._sample_seconds = sample_seconds
         self._tended: dict[str, _Tended] = {}
         self._changed = asyncio.Event()
 
@@ -74,45 +80,65 @@ class Fleet:
         self._changed.set()
 
     async def run(self) -> None:
-        """Follow the rows until cancelled."""
+        """Follow the rows until cancelled. What changes makes documents of a few hosts new: those alone are looked at then,
+        and all now and then."""
+        now = asyncio.get_running_loop().time
+        due = 0.0
         try:
             while True:
                 self._changed.clear()
+                began = now()
                 try:
-                    await self._follow(*await asyncio.to_thread(self._hosts))
+                    if began >= due or not self._tell(await asyncio.to_thread(self._behind)):
+                        await self._follow(await asyncio.to_thread(self._hosts))
+                        self._tell(await asyncio.to_thread(self._behind))
+                        due = now() + max(FOLLOW_SECONDS, (now() - began) / LOOKING)
                 except Exception:
                     log.exception("the hosts could not be looked at; it is tried again")
+                    due = now() + FOLLOW_SECONDS
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(FOLLOW_SECONDS):
+                    async with asyncio.timeout_at(due):
                         await self._changed.wait()
         finally:
             await self._leave(list(self._tended))
 
-    def _hosts(self) -> tuple[dict[str, _Host], dict[str, int]]:
-        """Those that are ours, and the generation of each."""
-        found, generations = {}, {}
+    def _hosts(self) -> dict[str, _Host]:
+        """Those that are ours."""
         with self._database.transaction(write=False) as connection:
-            for row in connection.execute(select(hosts.c.id, hosts.c.address, hosts.c.generation)):
-                lease = self._find_lease(lease_name(row.id))
-                if lease is not None:
-                    found[row.id], generations[row.id] = _Host(row.address, lease), row.generation
-        return found, generations
+            rows = connection.execute(select(hosts.c.id, hosts.c.address)).all()
+        return {row.id: _Host(row.address, lease) for row in rows
+                if (lease := self._find_lease(lease_name(row.id))) is not None}
 
-    async def _follow(self, found: Mapping[str, _Host], generations: Mapping[str, int]) -> None:
+    def _behind(self) -> dict[str, int]:
+        """The generation of each host that has not said that it holds it."""
+        with self._database.transaction(write=False) as connection:
+            return {row.id: row.generation for row in connection.execute(
+                select(hosts.c.id, hosts.c.generation).where(hosts.c.generation != hosts.c.observed_generation))}
+
+    def _tell(self, behind: Mapping[str, int]) -> bool:
+        """Have them send what is new; whether all that are ours are known."""
+        for host_id, generation in behind.items():
+            tended = self._tended.get(host_id)
+            if tended is None:
+                if self._find_lease(lease_name(host_id)) is not None:
+                    return False
+            elif tended.generation != generation:
+                tended.generation = generation
+                tended.watch.touch()
+        return True
+
+    async def _follow(self, found: Mapping[str, _Host]) -> None:
         await self._leave([host_id for host_id, tended in self._tended.items()
                            if tended.host != found.get(host_id) or tended.work.done()])
         for host_id, host in found.items():
             if host_id not in self._tended:
                 self._tended[host_id] = self._tend(host_id, host)
-            tended = self._tended[host_id]
-            if tended.generation != generations[host_id]:
-                tended.generation = generations[host_id]
-                tended.watch.touch()
 
     def _tend(self, host_id: str, host: _Host) -> _Tended:
         client = self._connect(host.address)
         watch = Watch(host_id, client, self._database, self._clock, self._vault, self._observed, host.lease.confirm)
-        collector = Collector(host_id, client, self._database, self._take_in, self._collect_seconds, host.lease.confirm)
+        collector = Collector(host_id, client, self._database, self._take_in, self._sample_seconds,
+                              lambda: SAMPLES_OF_A_HOST_SECONDS * len(self._tended), host.lease.confirm)
 
         async def work() -> None:
             try:

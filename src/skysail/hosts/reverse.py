@@ -42,7 +42,7 @@ def configure(connection: Connection, wanted: Sequence[str], name_servers: Seque
             continue
         changed = True
     if changed:
-        connection.execute(update(hosts).values(generation=hosts.c.generation + 1))
+        connection.execute(update(hosts).where(hosts.c.name_server).values(generation=hosts.c.generation + 1))
 
 
 def follow(connection: Connection) -> int:
@@ -50,14 +50,14 @@ def follow(connection: Connection) -> int:
     leaving = connection.execute(select(reverse_zones.c.id).where(reverse_zones.c.role == "gone")).scalars().all()
     if not leaving:
         return 0
-    gone = connection.execute(
+    all_hosts = connection.execute(select(func.count()).select_from(hosts).where(hosts.c.name_server)).scalar_one()
+    gone = leaving if not all_hosts else connection.execute(
         select(zone_reports.c.domain_id).where(zone_reports.c.domain_id.in_(leaving), zone_reports.c.state == "gone")
-        .group_by(zone_reports.c.domain_id)
-        .having(func.count() >= connection.execute(select(func.count()).select_from(hosts)).scalar_one())).scalars().all()
+        .group_by(zone_reports.c.domain_id).having(func.count() >= all_hosts)).scalars().all()
     for table, column in ((zone_reports, zone_reports.c.domain_id), (reverse_zones, reverse_zones.c.id)):
         connection.execute(delete(table).where(column.in_(gone)))
     if gone:
-        connection.execute(update(hosts).values(generation=hosts.c.generation + 1))
+        connection.execute(update(hosts).where(hosts.c.name_server).values(generation=hosts.c.generation + 1))
     return len(gone)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, RowMapping, bindparam, select
+from sqlalchemy import Connection, Join, RowMapping, Table, and_, bindparam, select
 
 from skysail.contract.document import RecordSet, Zone
 from skysail.store.schema import domain_entries, domains, guests, hosts, instances, static_ips
@@ -53,9 +53,10 @@ class ZoneCompiler:
     def zones(self, connection: Connection, vault: Vault) -> Iterator[Zone]:
         """Every zone that name servers shall answer for or let go, by name; aliases are what they point at now. ``vault``
         opens signing keys."""
-        addresses, shared = addresses_of(connection), _shared(connection)
+        rows = connection.execute(select(domains).order_by(domains.c.name)).mappings().all()
+        addresses, shared = (addresses_of(connection), _shared(connection)) if rows else ({}, {})
         former, self._made = self._made, {}
-        for row in connection.execute(select(domains).order_by(domains.c.name)).mappings().all():
+        for row in rows:
             held = former.get(row["id"])
             if held is None or held.row != row or held.shared != shared or held.led != _led(row, held.aliases, addresses):
                 held = _make(connection, vault, row, addresses, shared, held)
@@ -114,15 +115,23 @@ def _shared(connection: Connection) -> dict[str, str]:
 
 
 def addresses_of(connection: Connection) -> Addresses:
-    """What an alias may point at: public addresses of instances, and static IPs."""
+    """What aliases point at: public addresses of instances, and static IPs."""
     found: Addresses = {}
+
+    def aliased(table: Table) -> Join:
+        # From the aliases to what they name, which is little among all that there is.
+        return domain_entries.join(domains, domains.c.id == domain_entries.c.domain_id).join(table, and_(
+            table.c.account_id == domains.c.account_id, table.c.region == domain_entries.c.alias_region,
+            table.c.name == domain_entries.c.alias))
+
     for row in connection.execute(
             select(instances.c.account_id, instances.c.region, instances.c.name, guests.c.public_ipv4, guests.c.public_ipv6)
-            .join(guests, guests.c.instance_id == instances.c.id)):
+            .select_from(aliased(instances).join(guests, guests.c.instance_id == instances.c.id))
+            .where(domain_entries.c.alias > "")):
         if row.public_ipv4:
             found[row.account_id, row.region, row.name, "A"] = [row.public_ipv4]
         if row.public_ipv6:
             found[row.account_id, row.region, row.name, "AAAA"] = [row.public_ipv6]
-    for row in connection.execute(select(static_ips)):
+    for row in connection.execute(select(static_ips).select_from(aliased(static_ips)).where(domain_entries.c.alias > "")):
         found[row.account_id, row.region, row.name, "A"] = [row.ipv4]
     return found

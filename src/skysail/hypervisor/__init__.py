@@ -13,20 +13,23 @@ from skysail.contract.report import GuestReport, SnapshotReport
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """What a guest's process, of this identity and age, has used. ``answers``: whether its agent does; None when it was not
-    asked, or there is none. ``busy``: the guest is being changed just now, perhaps it has no process yet."""
+    asked, or there is none. ``busy``: the guest is being changed just now, perhaps it has no process yet. ``waiting``: its
+    process waits for it to come from another host."""
 
     process: str
     age_seconds: float
     cpu_seconds: float
     answers: bool | None = None
     busy: bool = False
+    waiting: bool = False
 
 
 class Hypervisor(Protocol):
     """Holds guests. Every call is idempotent and may be repeated after a crash at any moment."""
 
     async def ensure(self, guest: Guest) -> GuestReport:
-        """Bring ``guest`` to its role (run, stop or gone) and say how it stands. Volume and port exist already."""
+        """Bring ``guest`` to its role and say how it stands. Volume and port exist already. What takes long, a guest's way to
+        another host, goes on behind the answer, and is told of by :meth:`changes`."""
         ...
 
     async def snapshot(self, snapshot: Snapshot, progress: Callable[[SnapshotReport], Awaitable[None]]) -> SnapshotReport:
@@ -56,7 +59,7 @@ class Hypervisor(Protocol):
         ...
 
     def changes(self) -> AsyncIterator[GuestReport]:
-        """Guests that changed by themselves (died, halted), as they stand now."""
+        """Guests that changed by themselves (died, halted, came, went on their way), as they stand now."""
         ...
 
     async def usage(self) -> dict[str, Usage]:

@@ -31,6 +31,18 @@ _SECTOR = bytes.fromhex(
     "0000000000000000ffff0000009aaf00ffff00000092cf001700c07c")
 
 
+# The first version that is known to follow what an emulated guest writes, while its memory is sent.
+FOLLOWS_SINCE = 10
+
+
+def follows_writes(accelerator: Accelerator, version: str) -> bool:
+    """Whether a QEMU knows of each page that a running guest writes to. KVM does. Emulating QEMU 7.2 forgets pages that a
+    processor keeps writing to without a pause: from its second look at the memory on it sees no write to them, and what goes
+    over is what they held then. A guest of such a QEMU has to stand still before its memory is sent (docs/decisions/0044).
+    ``version`` is in the words of an offer."""
+    return accelerator == "kvm" or int(version.partition(".")[0] or 0) >= FOLLOWS_SINCE
+
+
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """What was tried and seen. ``seen`` says why it is not KVM, when it is not."""
 

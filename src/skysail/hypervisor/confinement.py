@@ -1,4 +1,4 @@
-"""Where a guest's process is held: its own user, no capability, no network, seccomp, its own cgroup.
+"""Where a guest's process is held: its own user, no capability, no network but to storage, seccomp, its own cgroup.
 
 The process is started by ``unshare`` and ``setpriv`` because QEMU's own ``-runas`` fights with its seccomp filter
 (``elevateprivileges=deny``). cgroups: version 2, and the version 1 controllers where they are mounted.
@@ -22,17 +22,23 @@ CGROUPS = Path("/sys/fs/cgroup")
 PERIOD_MICROSECONDS = 100_000
 # What QEMU itself needs beside the guest's memory: device models, and the translated code under emulation.
 OVERHEAD_MIB = 384
+# What each guest has where all want more processors than there are (cgroup-v2.rst, sched-design-CFS.rst), and how much more
+# of it one has that goes ahead.
+WEIGHTS = (("cpu.weight", "100"), ("cpu.shares", "1024"))
+AHEAD = 10
 
 
-def spawn(argv: Sequence[str], *, uid: int, log: Path, groups: Sequence[int] = (), descriptors: Sequence[int] = ()) -> int:
-    """Start ``argv`` confined and detached from us, its output in ``log``; its pid. It outlives this process."""
+def spawn(argv: Sequence[str], *, uid: int, log: Path, groups: Sequence[int] = (), networked: bool = False) -> int:
+    """Start ``argv`` confined and detached from us, its output in ``log``; its pid. It outlives this process. One that is
+    ``networked`` is in the machine's own network; what it reaches there is bounded by its user id (see
+    ``network/nftables.py``)."""
     held = [f"--groups={','.join(map(str, groups))}"] if groups else ["--clear-groups"]
+    apart = [] if networked else ["unshare", "--net", "--"]
     with log.open("ab") as out:
         process = subprocess.Popen(
-            ["unshare", "--net", "--", "setpriv", f"--reuid={uid}", f"--regid={uid}", *held, "--no-new-privs",
-             "--bounding-set=-all", "--inh-caps=-all", "--", *argv],
-            stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, pass_fds=tuple(descriptors),
-            cwd="/")
+            [*apart, "setpriv", f"--reuid={uid}", f"--regid={uid}", *held, "--no-new-privs", "--bounding-set=-all",
+             "--inh-caps=-all", "--", *argv],
+            stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, cwd="/")
     # Reaped by a thread of its own, or its pid would stay taken as a zombie and look alive.
     _reap(process)
     return process.pid
@@ -95,7 +101,7 @@ def limit(name: str, pid: int, *, vcpus: int, memory_mib: int) -> None:
                     (parent / "cgroup.subtree_control").write_text("+cpu +memory +pids")
             folder.mkdir(parents=True, exist_ok=True)
             for file, value in (("cpu.max", f"{quota} {PERIOD_MICROSECONDS}"), ("memory.max", memory),
-                                ("pids.max", "256"), ("cpu.cfs_period_us", str(PERIOD_MICROSECONDS)),
+                                ("pids.max", "1024"), *WEIGHTS, ("cpu.cfs_period_us", str(PERIOD_MICROSECONDS)),
                                 ("cpu.cfs_quota_us", quota), ("memory.limit_in_bytes", memory)):
                 if (folder / file).exists():
                     (folder / file).write_text(value)
@@ -130,6 +136,25 @@ def unbound(name: str) -> dict[str, str]:
                 (folder / file).write_text(value)
                 former[str(folder / file)] = held
     return former
+
+
+def ahead(name: str) -> None:
+    """Let the guest's process go before others where all want more processors than there are, while its memory moves: soon
+    it stands still for that. Undone by :func:`even`."""
+    _weigh(name, AHEAD)
+
+
+def even(name: str) -> None:
+    """The guest goes before nobody."""
+    _weigh(name, 1)
+
+
+def _weigh(name: str, factor: int) -> None:
+    for folder in _folders(name):
+        for file, usual in WEIGHTS:
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                if (folder / file).exists():
+                    (folder / file).write_text(str(int(usual) * factor))
 
 
 def rebind(former: dict[str, str]) -> None:

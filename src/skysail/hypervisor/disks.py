@@ -7,6 +7,7 @@ The guest sees each as a SCSI disk whose serial is its name (``xvdf``), the same
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,12 +34,17 @@ async def find(monitor: Monitor, volume_id: str) -> tuple[str, dict[str, str]]:
     Drafts of snapshots have files of the same name: the volume's node is the one that a device has.
     """
     seen = {one["node-name"].removesuffix("-file"): one["file"]
-            for one in await monitor.execute("query-named-block-nodes", {"flat": True}) if one["drv"] == "file"}
+            for one in await monitor.execute("query-named-block-nodes", {"flat": True}) if one["drv"] in ("file", "rbd")}
     for name, file in seen.items():
-        if _DEVICE.fullmatch(name) and Path(file).stem == volume_id:
+        if _DEVICE.fullmatch(name) and _volume(file) == volume_id:
             prefix = "parent" if name == "disk" else f"{name}-"
             return name, {under: other for other, under in seen.items() if other.startswith(prefix)}
     raise SkysailError(f"the guest does not have the volume {volume_id}")
+
+
+def _volume(file: str) -> str:
+    """Which volume QEMU has there: it names a file by its path, an image of a cluster by how it was opened."""
+    return str(json.loads(file.removeprefix("json:"))["image"]) if file.startswith("json:") else Path(file).stem
 
 
 async def throttle(monitor: Monitor, name: str, iops: int) -> None:
@@ -50,16 +56,22 @@ async def throttle(monitor: Monitor, name: str, iops: int) -> None:
             "iops_max": 4 * iops, "iops_max_length": BURST_SECONDS})
 
 
-async def plug(monitor: Monitor, name: str, chain: Sequence[str]) -> None:
-    """Plug in the disk whose file is the first of ``chain``, its parents behind it; raises Refused, and nothing of it is left
-    in the guest then."""
+async def address(monitor: Monitor, name: str) -> int:
+    """Where on its bus the disk of this name was plugged in: a state that is loaded elsewhere knows it by that."""
+    return int(await monitor.execute("qom-get", {"path": f"/machine/peripheral/{name}", "property": "scsi-id"}))
+
+
+async def plug(monitor: Monitor, name: str, chain: Sequence[str], address: int | None = None) -> None:
+    """Plug in the disk whose file is the first of ``chain``, its parents behind it, at ``address``, else at the first free
+    place; raises Refused, and nothing of it is left in the guest then."""
+    place = {} if address is None else {"channel": 0, "scsi-id": address, "lun": 0}
     present = {one["node-name"] for one in await monitor.execute("query-named-block-nodes", {"flat": True})}
     try:
         for node in qemu.nodes(name, chain):
             if node["node-name"] not in present:  # it may be there from an attempt that was cut off
                 await monitor.execute("blockdev-add", node)
         await monitor.execute("device_add", {"driver": "scsi-hd", "id": name, "bus": f"{qemu.DISKS}.0", "drive": name,
-                                             "serial": name, "device_id": name})
+                                             "serial": name, "device_id": name, **place})
     except Refused:
         for node in reversed(qemu.nodes(name, chain)):
             with contextlib.suppress(Refused):

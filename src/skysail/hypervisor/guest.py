@@ -13,13 +13,14 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from skysail.contract.document import Guest, Volume
+from skysail.contract.migration import Progress
 from skysail.contract.report import GuestReport, GuestState
 from skysail.hypervisor import (
     Usage,
@@ -30,6 +31,7 @@ from skysail.hypervisor import (
     freezing,
     guest_agent,
     mounting,
+    offer,
     personality,
     process,
     qemu,
@@ -46,6 +48,7 @@ log = logging.getLogger(__name__)
 # An orderly shutdown under emulation takes some 10 s; a guest that ignores the button is cut off after this.
 SHUTDOWN_SECONDS, PRESS_SECONDS = 90.0, 5.0
 CLONE_SECONDS = 60.0
+QUIT_SECONDS = 10.0
 # A foreign guest is called running before its agent is up.
 MOUNT_SECONDS = 60.0
 
@@ -53,7 +56,7 @@ MOUNT_SECONDS = 60.0
 # nothing yet; one that stands on an I/O error waits for room on the disk and loses nothing.
 STATES: Mapping[str, GuestState] = {
     "prelaunch": "starting", "inmigrate": "starting", "shutdown": "halted", "guest-panicked": "crashed",
-    "internal-error": "crashed", "io-error": "crashed"}
+    "internal-error": "crashed", "io-error": "crashed", "postmigrate": "sent"}
 
 
 class QemuGuest:
@@ -66,6 +69,8 @@ class QemuGuest:
         self._connecting = asyncio.Lock()
         self._stages: dict[str, float] = {}
         self._refused: dict[str, str] = {}
+        # How its move to another host stands, between what its record says of that.
+        self.progress: Progress | None = None
 
     @property
     def folder(self) -> Path:
@@ -74,6 +79,20 @@ class QemuGuest:
     def alive(self) -> bool:
         """Whether its process runs."""
         return self.record.process is not None and self.record.process.alive()
+
+    def moves(self) -> bool:
+        """Whether it is on its way to another host, or about to be."""
+        return self.record.departure is not None and self.record.departure.phase != "failed"
+
+    def pulls(self) -> bool:
+        """Whether it came from another host, and some of its memory is still there."""
+        arrival = self.record.arrival
+        return arrival is not None and arrival.pull is not None and arrival.pull.state == "coming"
+
+    def awaits_memory(self) -> bool:
+        """Whether it is to come from another host, and has not begun to run."""
+        arrival = self.record.arrival
+        return arrival is not None and not arrival.never and not self.record.made and self.alive()
 
     def save(self, **changes: Any) -> None:
         """Change the record on the disk, then here: what could not be written down (a full disk) did not happen."""
@@ -86,10 +105,17 @@ class QemuGuest:
 
     def report(self, state: GuestState, reason: str = "") -> GuestReport:
         """The guest as it stands."""
+        arrival, departure = self.record.arrival, self.record.departure
+        awaited = arrival is not None and not arrival.never and not self.record.made
         return GuestReport(id=self.record.id, state=state, starts=self.record.starts, reboots=self.record.reboots,
                            reason=reason, host_keys=(self.record.identity.host_public,), stages=dict(self._stages),
                            disks=self.record.disks, refused=dict(self._refused), mounts=dict(self.record.mounts),
-                           alone=self.record.made and not self._shop.shelf.standing(self.record.parents))
+                           alone=self.record.made and not self._shop.shelf.standing(self.record.parents),
+                           ours=self.record.ours, qemu=self.record.qemu if self.alive() else "",
+                           destination=arrival.destination if awaited and arrival is not None else None,
+                           pull=arrival.pull if arrival is not None else None,
+                           passport=departure.passport if departure is not None else None,
+                           progress=self.progress or (departure.progress if departure is not None else None))
 
     async def monitor(self) -> Monitor:
         """The control connection, made again after a restart of the agent."""
@@ -100,15 +126,29 @@ class QemuGuest:
 
     async def look(self) -> GuestState:
         """The state of the process, as QEMU itself says it; raises Gone while it lives but does not answer."""
+        if self.alive() and self.pulls():
+            # QEMU may wait for a page of it with its main loop, and must not be asked much: see hypervisor/pull.py.
+            return "running"
         if self.alive():
             try:
-                return STATES.get(await process.status(await self.monitor()), "running")
+                status = await process.status(await self.monitor())
+                if self.record.departure is not None and self.record.departure.sending.terms.off and status == "prelaunch":
+                    return "sent" if self.record.departure.phase == "sent" else "stopped"
+                if self.record.departure is not None and self.record.departure.phase == "sent":
+                    return "sent"  # by post-copy it is so before QEMU has sent all of it
+                if self.record.arrival is not None and not self.record.made and status != "running":
+                    return "listening"
+                return STATES.get(status, "running")
             except Gone:
                 await self._leave()
                 if self.alive():
                     # Busy or hung is not dead: whoever asked tries again, and its disk stays its own.
                     raise
         await self._leave()
+        if self.record.departure is not None and self.record.departure.phase == "sent":
+            return "sent"
+        if self.record.arrival is not None and not self.record.made:
+            return "listening" if self.record.arrival.bare and not self.record.arrival.never else "failed"
         if self.record.stopped:
             return "stopped"
         if self.record.halted:
@@ -118,15 +158,15 @@ class QemuGuest:
     async def usage(self, busy: bool) -> Usage | None:
         """What its process has used; None without one. A guest that is ``busy`` is not asked whether it answers: its agent
         talks to one at a time."""
-        pid = self.record.process
-        if pid is None or not pid.alive():
+        pid, departure = self.record.process, self.record.departure
+        if pid is None or not pid.alive() or (departure is not None and departure.phase == "sent"):
             return None
         used = confinement.used_seconds(self.record.id, pid.pid)
         if used is None:
             return None  # it ended meanwhile
-        answers = None if busy or not self.record.made else await guest_agent.answers(self.agent)
+        answers = None if busy or not self.record.made or self.moves() else await guest_agent.answers(self.agent)
         return Usage(process=f"{pid.boot}/{pid.pid}/{pid.started}", age_seconds=pid.age(), cpu_seconds=used, answers=answers,
-                     busy=busy)
+                     busy=busy, waiting=self.record.arrival is not None and not self.record.made)
 
     async def run(self, guest: Guest) -> GuestReport:
         """Let it run: clone or boot it, or adopt it as it is; carry out a reboot that is due."""
@@ -141,7 +181,12 @@ class QemuGuest:
             state = await self._resume()
         if self.alive() and (state != "running" or not self.record.made):
             await self.kill()
+        if self.record.made and self.record.ours is None:
+            with contextlib.suppress(SkysailError):  # an image that is not here keeps no guest from running
+                self.save(ours=self.ours(guest))
         if not self.alive():
+            for volume in (guest.volume, *(one.volume for one in guest.disks)):
+                await self._shop.reclaim_volume(volume.id)
             await (self._boot(guest) if self.record.made else self._make(guest))
             await self._plug_disks(guest, await self.monitor())
             self.save(starts=guest.starts)
@@ -155,7 +200,7 @@ class QemuGuest:
         await self._plug_disks(guest, await self.monitor(), running=True)
         if self.record.starts != guest.starts:
             # An agent died while it booted, or it was started again while a stop had not reached it.
-            if self.image(guest.volume.image).ours:
+            if self.ours(guest):
                 await boot.await_agent(self.folder / "run", await self.monitor())
             self.save(starts=guest.starts)
         if self.record.reboots < guest.reboots:
@@ -173,7 +218,7 @@ class QemuGuest:
         if self.record.ipv6 == wanted:
             return
         former = self.record.ipv6
-        told = former is None or not self.image(guest.volume.image).ours
+        told = former is None or not self.ours(guest)
         if told or await addressing.tell(self.agent, guest, around, former or ""):
             self.save(ipv6=wanted)
         else:
@@ -216,6 +261,11 @@ class QemuGuest:
 
     async def kill(self) -> None:
         """End the process now, if there is one."""
+        if self.record.process is not None and self.record.process.alive() and self._shop.cluster is not None:
+            # Killed, it would keep its images open in the cluster's eyes for half a minute.
+            with contextlib.suppress(SkysailError, TimeoutError):
+                async with asyncio.timeout(QUIT_SECONDS):
+                    await process.leave(self.record.process, await self.monitor())
         if self.record.process is not None:
             await process.end(self.record.process, self.record.id)
         await clear(self.folder)
@@ -267,7 +317,7 @@ class QemuGuest:
         """Have it mount those that mount by themselves, once in the life of its process."""
         waiting = [one for one in guest.disks if one.mount and one.volume.id in self.record.disks
                    and self.record.mounts.get(one.volume.id, "Pending") == "Pending"]
-        if waiting and not self.image(guest.volume.image).ours:
+        if waiting and not self.ours(guest):
             # Nobody waited for it when it booted.
             await boot.await_agent(self.folder / "run", await self.monitor(), MOUNT_SECONDS)
         for one in waiting:
@@ -279,10 +329,14 @@ class QemuGuest:
             if self.record.parents:
                 return await self._shop.shelf.current(self.record.parents)
             if not self.record.parent:
-                return ()  # flattened to the end: its own file holds everything
+                return ()  # its own file holds everything: it came from another host, or was flattened to the end
             image = str(self.image(volume.image).path)
             return (image,) if self.record.parent == image else (self.record.parent, image)
         return await self._shop.shelf.parents(volume)
+
+    def _beneath(self, *files: str) -> tuple[str, ...]:
+        """What QEMU opens of what a volume was made over: nothing where the store itself keeps that."""
+        return files if self._shop.shelf.layered else ()
 
     async def _leave(self) -> None:
         if self._monitor is not None:
@@ -302,35 +356,35 @@ class QemuGuest:
         template = await self._shop.templates.ensure(image, guest.vcpus) if image.ours else None
         self._stages["template"] = time.monotonic() - began
         if template is not None:
-            self.save(parent=str(template.disk))
+            self.save(parent="".join(self._beneath(str(template.disk))))
             await self._clone(guest, image, template, began)
         else:
-            self.save(parent=str(image.path))
+            self.save(parent="".join(self._beneath(str(image.path))))
             await self._write_seed(guest, image)
             await self._cold(guest, await self._shop.make_volume(guest.volume, image.path, guest.volume.size_gib << 30,
                                                                  self.record.uid))
-            self.save(made=True)
+            self.save(made=True, ours=image.ours)
 
     async def _restore(self, guest: Guest, image: Image, parents: tuple[str, ...]) -> None:
         """First life from a copy of another guest's disk: it boots cold, and takes on an identity of its own."""
-        self.save(parents=parents)
+        self.save(parents=self._beneath(*parents))
         await self._write_seed(guest, image)
         volume = await self._shop.make_volume(guest.volume, Path(parents[0]), guest.volume.size_gib << 30,
                                               self.record.uid)
         await self._cold(guest, volume)
-        self.save(made=True, ipv6=self._shop.around().ipv6(guest))
+        self.save(made=True, ours=image.ours, ipv6=self._shop.around().ipv6(guest))
 
     async def _write_seed(self, guest: Guest, image: Image) -> None:
         if image.ours:
             told = personality.message(guest, self.record.identity, self._shop.around())
-            await in_thread(durable.replace, self._seed, personality.identity_disk(told))
+            await in_thread(durable.replace, self.seed, personality.identity_disk(told))
         else:
             await in_thread(personality.write_seed, personality.seed(guest, self.record.identity, self._shop.around()),
-                            self._seed)
-        os.chown(self._seed, self.record.uid, self.record.uid)
+                            self.seed)
+        os.chown(self.seed, self.record.uid, self.record.uid)
 
     @property
-    def _seed(self) -> Path:
+    def seed(self) -> Path:
         return self.folder / "seed.iso"
 
     def image(self, digest: str) -> Image:
@@ -339,13 +393,17 @@ class QemuGuest:
             raise SkysailError(f"the image {digest[:12]} is not on this host", "build it: sudo ./skysail images build")
         return image
 
+    def ours(self, guest: Guest) -> bool:
+        """Whether it carries our agents."""
+        return self.image(guest.volume.image).ours if self.record.ours is None else self.record.ours
+
     async def _clone(self, guest: Guest, image: Image, template: Template, began: float) -> None:
         volume = await self._shop.make_volume(guest.volume, template.disk, template.disk_bytes, self.record.uid)
         self._stages["volume"] = time.monotonic() - began
-        machine = self._machine(guest, (str(volume), str(template.disk), str(image.path)), pluggable=True, incoming=True,
-                                memory="clone" if template.memory else "private", memory_file=str(template.memory),
-                                memory_mib=qemu.TEMPLATE_MEMORY_MIB)
-        monitor = await self._spawn(guest, machine)
+        machine = self._machine(guest, (str(volume), *self._beneath(str(template.disk), str(image.path))),
+                                pluggable=True, incoming=True, memory="clone" if template.memory else "private",
+                                memory_file=str(template.memory), memory_mib=qemu.TEMPLATE_MEMORY_MIB)
+        monitor = await self.spawn(guest, machine)
         self._stages["spawned"] = time.monotonic() - began
         around = self._shop.around()
         # Connected before the restore, as it was when the template was saved: the personaliser's read never ends.
@@ -353,7 +411,7 @@ class QemuGuest:
         try:
             await template.load(monitor)
             self._stages["restored"] = time.monotonic() - began
-            await self._plug(guest, monitor)
+            await self.plug(guest, monitor)
             await disks.throttle(monitor, disks.SYSTEM, guest.iops)
             await monitor.execute("cont")
             self._stages["running"] = time.monotonic() - began
@@ -363,7 +421,7 @@ class QemuGuest:
         if not answer.get("ready"):
             raise SkysailError(f"the clone could not take its identity: {answer}")
         # From here on its identity is on its disk (the personaliser synced it): never again thrown away.
-        self.save(made=True, grown=False, ipv6=around.ipv6(guest))
+        self.save(made=True, ours=True, grown=False, ipv6=around.ipv6(guest))
         self._stages["personalised"] = time.monotonic() - began
         await self._grow(guest, monitor)
         self._stages["grown"] = time.monotonic() - began
@@ -375,11 +433,8 @@ class QemuGuest:
             confinement.limit(guest.id, self.record.process.pid, vcpus=guest.vcpus, memory_mib=guest.memory_mib)
         await monitor.execute("block_resize", {"node-name": "disk", "size": guest.volume.size_gib << 30})
         more = guest.memory_mib - qemu.TEMPLATE_MEMORY_MIB
-        if more > 0 and not await monitor.execute("query-memory-devices"):
-            with contextlib.suppress(Refused):  # it is there from an attempt that was cut off before the next line
-                await monitor.execute("object-add",
-                                      {"qom-type": "memory-backend-ram", "id": "more", "size": more << 20})
-            await monitor.execute("device_add", {"driver": "pc-dimm", "id": "dimm", "memdev": "more"})
+        if more > 0:
+            await process.plug_memory(monitor, more << 20)
         self.save(grown=True)
 
     async def _boot(self, guest: Guest) -> None:
@@ -394,23 +449,41 @@ class QemuGuest:
 
     async def _cold(self, guest: Guest, volume: Path) -> None:
         began = time.monotonic()
-        image = self.image(guest.volume.image)
+        ours = self.ours(guest)
         machine = self._machine(guest, (str(volume), *await self.parents(guest.volume)),
-                                seed=str(self._seed) if self._seed.exists() else "", memory_mib=guest.memory_mib,
-                                seed_serial="identity" if image.ours else "seed")
-        monitor = await self._spawn(guest, machine)
+                                seed=str(self.seed) if self.seed.exists() else "", memory_mib=guest.memory_mib,
+                                seed_serial="identity" if ours else "seed")
+        monitor = await self.spawn(guest, machine)
         # Also for a clone that died before it was grown: from here on it has all that its plan gives.
         await monitor.execute("block_resize", {"node-name": "disk", "size": guest.volume.size_gib << 30})
         if not self.record.grown:
             self.save(grown=True)
-        await self._plug(guest, monitor)
+        await self.plug(guest, monitor)
         await disks.throttle(monitor, disks.SYSTEM, guest.iops)
         await self._plug_disks(guest, monitor)
         await monitor.execute("cont")
         self._stages["running"] = time.monotonic() - began
-        if image.ours:
+        if ours:
             await boot.await_agent(self.folder / "run", monitor)
         self._stages["answering"] = time.monotonic() - began
+
+    def resting(self, guest: Guest, chain: Sequence[str] = ("",)) -> qemu.Machine:
+        """A process for its disks that never runs, over the files ``chain`` of its system disk: of its memory nothing is
+        used."""
+        return self._machine(guest, tuple(chain), seed=str(self.seed) if self.seed.exists() else "",
+                             memory_mib=min(guest.memory_mib, qemu.TEMPLATE_MEMORY_MIB),
+                             seed_serial="identity" if self.ours(guest) else "seed")
+
+    async def hold(self, guest: Guest) -> None:
+        """Give its disks a process that does not run: they are read by nobody who has more rights than the guest itself. It
+        is off, and its lock is held."""
+        await self.kill()
+        volume = await self._shop.give_volume(guest.volume.id, self.record.uid)
+        monitor = await self.spawn(guest, self.resting(guest, (str(volume), *await self.parents(guest.volume))))
+        self.save(stopped=True)
+        for one in guest.disks:
+            path = await self._shop.give_volume(one.volume.id, self.record.uid)
+            await disks.plug(monitor, one.name, (str(path), *await self.parents(one.volume)))
 
     def _machine(self, guest: Guest, chain: tuple[str, ...], *, memory_mib: int, seed: str = "", seed_serial: str = "seed",
                  memory: Literal["private", "template", "clone"] = "private", memory_file: str = "",
@@ -421,24 +494,28 @@ class QemuGuest:
             memory_file=memory_file, pluggable=pluggable, incoming=incoming, seed=seed,
             seed_serial=seed_serial)
 
-    async def _spawn(self, guest: Guest, machine: qemu.Machine) -> Monitor:
+    async def spawn(self, guest: Guest, machine: qemu.Machine) -> Monitor:
         await in_thread(confinement.sweep, f"{self.folder}/")
-        process.prepare(self.folder / "run", self.record.uid)
+        key = self._shop.cluster.key() if self._shop.cluster is not None else ""
+        key_file = process.prepare(self.folder / "run", self.record.uid, key)
+        machine = msgspec.structs.replace(machine, key_file=key_file)
         self.folder.chmod(0o711)
-        pid, self._monitor = await process.start(machine, self.record.uid)
+        pid, self._monitor = await process.start(machine, self.record.uid, self._shop.program)
         try:
+            held = offer.version(await self._monitor.execute("query-version"))
             # A boot is also any reboot that was due: asked for it again, an agent that died now would boot it twice.
-            self.save(process=pid, reboots=guest.reboots, leaving="", halted=False, stopped=False, mounts={})
-        except OSError:
+            self.save(process=pid, shape=machine.shape(), qemu=held, reboots=guest.reboots, leaving="", halted=False,
+                      stopped=False, mounts={})
+        except (OSError, SkysailError):
             await self._leave()
             await process.end(pid, machine.id)
             raise
         return self._monitor
 
-    async def _plug(self, guest: Guest, monitor: Monitor) -> None:
+    async def plug(self, guest: Guest, monitor: Monitor) -> None:
         descriptor = await self._shop.open_port(guest.port)
         try:
-            await process.plug_network(monitor, descriptor, guest.port.mac)
+            await process.plug_network(monitor, descriptor, guest.port.mac, guest.port.mtu)
         finally:
             os.close(descriptor)
 
@@ -449,7 +526,6 @@ class QemuGuest:
         boot whether the reboot happened, and does not reboot it twice.
         """
         monitor = await self.monitor()
-        image = self.image(guest.volume.image)
         if self.record.leaving:
             await boot.await_agent(self.folder / "run", monitor)
         answers = await guest_agent.answers(self.agent)
@@ -459,7 +535,7 @@ class QemuGuest:
                 self.save(leaving=present)
             if not (answers and await self._shut_down_to_reboot(monitor)):
                 await monitor.execute("system_reset")
-        if image.ours:
+        if self.ours(guest):
             await boot.await_agent(self.folder / "run", monitor)
 
     @property

@@ -14,12 +14,14 @@ from typing import Any
 import msgspec
 
 from skysail.hypervisor import confinement, qemu
-from skysail.hypervisor.qmp import Monitor
+from skysail.hypervisor.qmp import Gone, Monitor, Refused
 from skysail.kit import logs
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread, kill, machine_boot, started_at
 
 PROGRAM = "qemu-system-x86_64"
+# A secret on its way to QEMU, in the folder that is its own.
+KEY = "ceph.key"
 # Of the serial log, and of what QEMU itself prints.
 LOG_LIMIT_BYTES = 1 << 20
 
@@ -39,17 +41,24 @@ class Pid(msgspec.Struct, frozen=True, kw_only=True):
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - self.started / os.sysconf("SC_CLK_TCK"))
 
 
-def prepare(folder: Path, uid: int) -> None:
-    """An empty folder for the process's sockets and logs, the only one that it may write; old sockets go."""
+def prepare(folder: Path, uid: int, key: str = "") -> str:
+    """An empty folder for the process's sockets and logs, the only one that it may write; old sockets go. The file in it that
+    has ``key``, if there is one: the process reads it when it starts, and :func:`start` removes it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("qmp.sock", "agent.sock", "clone.sock"):
+    for name in ("qmp.sock", "agent.sock", "clone.sock", KEY):
         (folder / name).unlink(missing_ok=True)
+    if key:
+        # Made anew, and through no link: the folder belonged to the process before.
+        descriptor = os.open(folder / KEY, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o400)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(key)
+            os.fchown(file.fileno(), uid, uid)
     os.chown(folder, uid, uid)
     folder.chmod(0o750)
+    return str(folder / KEY) if key else ""
 
 
-async def start(machine: qemu.Machine, uid: int, extra: tuple[str, ...] = (),
-                descriptors: tuple[int, ...] = ()) -> tuple[Pid, Monitor]:
+async def start(machine: qemu.Machine, uid: int, program: str = PROGRAM) -> tuple[Pid, Monitor]:
     """Spawn QEMU paused, bounded by its cgroup; raises SkysailError with what QEMU said when it ends at once."""
     folder = Path(machine.folder)
     groups = []
@@ -57,11 +66,11 @@ async def start(machine: qemu.Machine, uid: int, extra: tuple[str, ...] = (),
         groups.append(Path("/dev/kvm").stat().st_gid)
     log = own_log(folder)
     log.unlink(missing_ok=True)
-    program = shutil.which(PROGRAM)
-    if program is None:
-        raise SkysailError(f"{PROGRAM} is not installed", "run: sudo ./skysail up")
-    number = confinement.spawn([program, *qemu.argv(machine), *extra], uid=uid, log=log, groups=groups,
-                               descriptors=descriptors)
+    found = shutil.which(program)
+    if found is None:
+        raise SkysailError(f"{program} is not installed", "run: sudo ./skysail up")
+    number = confinement.spawn([found, *qemu.argv(machine)], uid=uid, log=log, groups=groups,
+                               networked=machine.networked)
     started = started_at(number)
     if started is None:
         raise SkysailError(f"QEMU ended at once: {said(log)}")
@@ -78,6 +87,8 @@ async def start(machine: qemu.Machine, uid: int, extra: tuple[str, ...] = (),
     except BaseException:
         kill(pid.pid, pid.started)
         raise
+    finally:
+        (folder / KEY).unlink(missing_ok=True)
 
 
 def said(log: Path) -> str:
@@ -85,6 +96,14 @@ def said(log: Path) -> str:
     with contextlib.suppress(FileNotFoundError):
         return log.read_text(errors="replace")[-1500:].strip()
     return ""
+
+
+async def leave(pid: Pid, monitor: Monitor) -> None:
+    """Have QEMU close its disks and end by itself; returns when it has."""
+    with contextlib.suppress(Gone, Refused):
+        await monitor.execute("quit")
+    while pid.alive():
+        await asyncio.sleep(0.01)
 
 
 async def end(pid: Pid, name: str, seconds: float = 10.0) -> None:
@@ -99,12 +118,21 @@ async def end(pid: Pid, name: str, seconds: float = 10.0) -> None:
     await in_thread(confinement.release, name)
 
 
-async def plug_network(monitor: Monitor, descriptor: int, mac: str) -> None:
-    """Plug a network card over the tap ``descriptor`` into its slot."""
+async def plug_network(monitor: Monitor, descriptor: int, mac: str, mtu: int = 1500) -> None:
+    """Plug a network card over the tap ``descriptor`` into its slot. It tells its guest the ``mtu`` where that is not what
+    every card has (virtio 1.2, 5.1.4: ``mtu``); a guest that moves has to meet the same one."""
     await monitor.pass_descriptor("tap", descriptor)
     await monitor.execute("netdev_add", {"type": "tap", "id": "net", "fd": "tap"})
     await monitor.execute("device_add", {"driver": "virtio-net-pci", "id": "nic", "netdev": "net", "mac": mac,
-                                         "bus": qemu.NIC_PORT, "romfile": ""})
+                                         "bus": qemu.NIC_PORT, "romfile": "", **({"host_mtu": mtu} if mtu != 1500 else {})})
+
+
+async def plug_memory(monitor: Monitor, size_bytes: int) -> None:
+    """Plug in the memory that a plan has beyond the template's; repeatable."""
+    if not await monitor.execute("query-memory-devices"):
+        with contextlib.suppress(Refused):  # it is there from an attempt that was cut off before the next line
+            await monitor.execute("object-add", {"qom-type": "memory-backend-ram", "id": "more", "size": size_bytes})
+        await monitor.execute("device_add", {"driver": "pc-dimm", "id": "dimm", "memdev": "more"})
 
 
 async def status(monitor: Monitor) -> str:

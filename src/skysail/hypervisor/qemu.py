@@ -6,11 +6,15 @@ the guest's owner object after the start, so that a clone does not carry its tem
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+
+from skysail.contract.migration import Shape
+from skysail.storage import ceph
 
 MACHINE = "pc-q35-7.2"
 # What a template has; a plan's further memory is plugged in after the restore.
@@ -24,6 +28,7 @@ DISKS = "disks"
 # Counts the machine's shapes: a template saved with one cannot be restored into another.
 SHAPE = 2
 CLONE_CHANNEL = "org.skysail.clone.0"
+_DEVICE = ("-device", "virtio-blk-pci,id=vda,drive=disk,serial=system,bus=pcie.0,addr=0x14,bootindex=1")
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +37,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     ``disk`` lists the chain of qcow2 files, the guest's own first and its parents behind it. ``memory`` says where the
     base memory comes from: ``private`` (the kernel's), ``template`` (a shared file that is being written), or ``clone``
     (the same file, read-only on disk, written copy-on-write). ``incoming`` waits for a device state to be loaded. The guest
-    tells its ``seed`` from other disks by ``seed_serial``.
+    tells its ``seed`` from other disks by ``seed_serial``. ``cpu`` is the accelerator's own model unless it is named. A disk
+    in a Ceph cluster is reached with the key in ``key_file``.
     """
 
     id: str
@@ -48,11 +54,27 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     incoming: bool = False
     seed: str = ""
     seed_serial: str = "seed"
+    type: str = MACHINE
+    cpu: str = ""
+
+    key_file: str = ""
+
+    def shape(self) -> Shape:
+        """What a guest sees of it."""
+        return Shape(number=SHAPE, type=self.type, accelerator=self.accelerator,
+                     cpu=self.cpu or cpu_model(self.accelerator), vcpus=self.vcpus, memory_mib=self.memory_mib,
+                     pluggable=self.pluggable, seed_serial=self.seed_serial if self.seed else "")
+
+    @property
+    def networked(self) -> bool:
+        """Whether the process itself talks to a network: to the cluster that has its disk."""
+        return ceph.Image.find(self.disk[0]) is not None
 
 
 def cpu_model(accelerator: str) -> str:
-    """A named model, never ``host``: a guest must be able to move to another machine."""
-    return "qemu64" if accelerator == "tcg" else "Westmere"
+    """A named model, never ``host``: a guest must be able to move to another machine. The emulated one is the first 64-bit
+    Opteron, which has no CMPXCHG16B: QEMU 7.2 sets wrong flags for that, of which Linux dies, and guests come to those."""
+    return "Opteron_G1" if accelerator == "tcg" else "Westmere"
 
 
 def argv(machine: Machine) -> list[str]:
@@ -70,8 +92,9 @@ def argv(machine: Machine) -> list[str]:
     words = [
         "-name", f"guest={machine.id}", "-nodefaults", "-no-user-config", "-display", "none",
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-        "-machine", f"{MACHINE},memory-backend=ram,usb=off,vmport=off", "-accel", accelerator,
-        "-cpu", cpu_model(machine.accelerator), "-smp", f"{machine.vcpus},sockets=1,cores={machine.vcpus},threads=1",
+        "-machine", f"{machine.type},memory-backend=ram,usb=off,vmport=off", "-accel", accelerator,
+        "-cpu", machine.cpu or cpu_model(machine.accelerator),
+        "-smp", f"{machine.vcpus},sockets=1,cores={machine.vcpus},threads=1",
         "-m", size + slots, "-object", memory,
         "-rtc", "base=utc", "-S",
         # A guest that powers itself off stays as a paused process until somebody has seen it: even if no agent was
@@ -91,6 +114,8 @@ def argv(machine: Machine) -> list[str]:
         "-chardev", f"socket,id=clone,path={run / 'clone.sock'},server=on,wait=off",
         "-device", f"virtserialport,bus=channels.0,nr=2,chardev=clone,name={CLONE_CHANNEL}",
     ]
+    if machine.key_file:
+        words += ["-object", ceph.secret(machine.key_file)]
     words += _disk(machine.disk)
     if machine.seed:
         words += ["-blockdev", f"driver=file,node-name=seed-file,filename={machine.seed},read-only=on",
@@ -103,7 +128,10 @@ def argv(machine: Machine) -> list[str]:
 
 def nodes(name: str, chain: Sequence[str]) -> list[dict[str, Any]]:
     """The same chain as :func:`argv` makes of a system disk, in the words of ``blockdev-add``: the deepest parent first, the
-    disk's own node ``name`` last."""
+    disk's own node ``name`` last. An image in a cluster is one node."""
+    image = ceph.Image.find(chain[0])
+    if image is not None:
+        return [image.node(name)]
     made: list[dict[str, Any]] = []
     for depth in reversed(range(len(chain))):
         mine = f"{name}-{depth}" if depth else name
@@ -118,11 +146,18 @@ def nodes(name: str, chain: Sequence[str]) -> list[dict[str, Any]]:
 def _disk(chain: tuple[str, ...]) -> list[str]:
     """The chain as block nodes, the deepest parent first; every format is named, none is probed."""
     words: list[str] = []
+    if ceph.Image.find(chain[0]) is not None:
+        (image,) = nodes("disk", chain)
+        return ["-blockdev", json.dumps(image, separators=(",", ":")), *_DEVICE]
     for depth in reversed(range(len(chain))):
         only_read = ",read-only=on" if depth else ",read-only=off"
         name = "disk" if depth == 0 else f"parent{depth}"
         parent = f",backing=parent{depth + 1}" if depth + 1 < len(chain) else ""
         discard = "" if depth else ",discard=unmap"
+        node = f"driver=qcow2,node-name={name},file={name}-file{only_read}{discard}{parent}"
+        if len(chain) == 1:
+            # It stands on nothing, whatever it says itself of a parent: that can only be said in JSON.
+            node = json.dumps(nodes(name, chain)[-1], separators=(",", ":"))
         words += ["-blockdev", f"driver=file,node-name={name}-file,filename={chain[depth]}{only_read}{discard}",
-                  "-blockdev", f"driver=qcow2,node-name={name},file={name}-file{only_read}{discard}{parent}"]
-    return [*words, "-device", "virtio-blk-pci,id=vda,drive=disk,serial=system,bus=pcie.0,addr=0x14,bootindex=1"]
+                  "-blockdev", node]
+    return [*words, *_DEVICE]

@@ -58,11 +58,12 @@ class Monitor:
             # The socket appears some 50 ms after the spawn; a connect costs little, so look often.
             await asyncio.sleep(0.005)
 
-    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """Run one command and return its result; raises :class:`Refused`, or :class:`Gone` also when no answer comes."""
+    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None, *, aside: bool = False) -> Any:
+        """Run one command and return its result; raises :class:`Refused`, or :class:`Gone` also when no answer comes. One
+        that may be run ``aside`` is run at once, even while QEMU's main loop waits for something (QMP's exec-oob)."""
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                return await self._client.execute(command, dict(arguments) if arguments is not None else None)
+                return await self._client.execute(command, dict(arguments) if arguments is not None else None, oob=aside)
         except ExecuteError as refused:
             raise Refused(f"QEMU refused {command}: {refused}") from refused
         except TimeoutError as silent:

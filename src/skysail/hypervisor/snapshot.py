@@ -5,6 +5,10 @@ the guest's own chain never grows, and the guest stands still only while the job
 its file systems are frozen by its agent around that moment where it has one. A copy stands on what the disk itself stands on.
 A chain of copies of copies would grow: from MAX_PARENTS on, a copy holds everything.
 
+Where volumes are in a cluster (a shelf that is not ``layered``), the cluster keeps what they hold, without a copy. But it
+takes a second for that, which its monitors agree in, and a guest would be frozen for as long. So QEMU copies here, too, from
+the very moment on and only what the guest overwrites, until the cluster has kept the rest; the shelf makes one of both.
+
 Source: QEMU QMP Reference Manual, blockdev-backup, transaction, query-jobs.
 """
 
@@ -74,7 +78,10 @@ class Copying:
         if running is None:
             return await self._shop.shelf.finish(manifest, self._neutral_uid)
         await self._say(0)
-        await self._follow(running)
+        if self._shop.shelf.layered:
+            await self._follow(running)
+        else:
+            await self._keep(running, manifest)
         made = await self._shop.shelf.finish(manifest, self._uid)
         running.save(copying={key: one for key, one in running.record.copying.items() if key != made.id})
         return made
@@ -123,7 +130,7 @@ class Copying:
             started.append({"type": "blockdev-backup", "data": {
                 "job-id": node, "device": source, "target": node,
                 # With nothing below, its own layer is all that there is; a full copy would note zeros over its whole length.
-                "sync": "full" if under and not copy.parents else "top",
+                "sync": "none" if not self._shop.shelf.layered else "full" if under and not copy.parents else "top",
                 "speed": BYTES_PER_SECOND_FROZEN, "auto-dismiss": False}})
 
         async def start() -> None:
@@ -197,11 +204,28 @@ class Copying:
         if failed or len(seen) != len(self._snapshot.volumes):
             raise SkysailError(f"the disks could not be copied: {'; '.join(failed) or 'QEMU forgot the work'}")
 
+    async def _keep(self, guest: QemuGuest, manifest: Manifest) -> None:
+        """Have the cluster keep the disks while what the guest overwrites is copied; raises SkysailError when that was not so
+        all the time."""
+        try:
+            await self._shop.shelf.mark(manifest)
+            seen = await jobs(await guest.monitor(), f"{manifest.id}.")
+        finally:
+            async with self._lock:
+                await abandon(guest, manifest.id)
+        failed = [job["error"] for job in seen if "error" in job]
+        if failed or [job["status"] for job in seen] != ["running"] * len(manifest.copies):
+            raise SkysailError(f"what was overwritten meanwhile is not known: {'; '.join(failed) or 'QEMU forgot the work'}")
+
     # --- volumes that nobody writes
 
     async def _copy_off(self) -> Manifest:
         copies, parents = await self._plan()
         files = await self._shop.shelf.draft(self._snapshot.id, copies, self._uid)
+        manifest = Manifest(id=self._snapshot.id, consistency="off", copies=tuple(copies), parents=parents)
+        if not self._shop.shelf.layered:
+            await self._shop.shelf.mark(manifest)
+            return manifest
         for volume, copy in zip(self._snapshot.volumes, copies, strict=True):
             source = await self._shop.give_volume(volume.id, self._uid)
             if copy.parents or volume.origin is None:
@@ -213,7 +237,7 @@ class Copying:
             os.chown(files[volume.id], self._neutral_uid, -1)
             if self._guest is None:
                 await self._shop.give_volume(volume.id, 0)
-        return Manifest(id=self._snapshot.id, consistency="off", copies=tuple(copies), parents=parents)
+        return manifest
 
 
 async def abandon(guest: QemuGuest, snapshot_id: str) -> None:

@@ -84,7 +84,8 @@ class Now(msgspec.Struct, frozen=True, kw_only=True):
 
     def key(self, digest: str, vcpus: int) -> str:
         """The name of the template of the image with this digest."""
-        facts = (digest, vcpus, self.version, qemu.MACHINE, qemu.SHAPE, self.accelerator, qemu.TEMPLATE_MEMORY_MIB, self.way)
+        facts = (digest, vcpus, self.version, qemu.MACHINE, qemu.SHAPE, self.accelerator, qemu.cpu_model(self.accelerator),
+                 qemu.TEMPLATE_MEMORY_MIB, self.way)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
@@ -141,8 +142,9 @@ class Templates:
 
     def __init__(self, folder: Path, accelerator: Literal["kvm", "tcg"], uid: int,
                  memory: Literal["auto", "mapped", "private"] = "auto",
-                 progress: Callable[[str], None] = log.info) -> None:
+                 progress: Callable[[str], None] = log.info, program: str = process.PROGRAM) -> None:
         self._folder = folder
+        self._program = program
         self._accelerator = accelerator
         self._uid = uid
         self._memory = memory
@@ -179,10 +181,10 @@ class Templates:
 
     async def _qemu_version(self) -> str:
         """What the QEMU that would start now calls itself; asked again when its file was replaced under a running agent."""
-        program = shutil.which(process.PROGRAM)
+        program = shutil.which(self._program)
         seen = Path(program).stat().st_mtime_ns if program else 0
         if self._version is None or self._version[0] != seen:
-            self._version = (seen, (await run_async([process.PROGRAM, "--version"])).decode().splitlines()[0])
+            self._version = (seen, (await run_async([self._program, "--version"])).decode().splitlines()[0])
         return self._version[1]
 
     async def _build(self, key: str, image: Image, vcpus: int, version: str, way: Way, folder: Path) -> None:
@@ -209,7 +211,7 @@ class Templates:
                 generation_id=str(uuid.uuid4()), memory="template" if way == "mapped" else "private",
                 memory_file=str(work / "memory"), pluggable=True)
             process.prepare(work / "run", self._uid)
-            pid, monitor = await process.start(machine, self._uid)
+            pid, monitor = await process.start(machine, self._uid, self._program)
             try:
                 await self._boot_and_save(monitor, work, way)
             finally:

@@ -21,8 +21,8 @@ from ipaddress import IPv4Address, IPv4Network, collapse_addresses
 from pathlib import Path
 
 from skysail.contract.document import Entrance, Guest, Port
-from skysail.ingress.listener import Listener
 from skysail.kit import durable
+from skysail.kit.confined import Confined
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import in_thread
 
@@ -38,7 +38,7 @@ class HaProxy:
     def __init__(self, folder: Path, *, namespace: str, address: str, ports: tuple[int, int], user: str, log: Path) -> None:
         self._folder = folder
         self._lock = threading.Lock()
-        self._listener = Listener(folder, "haproxy", namespace, user, log)
+        self._listener = Confined(folder, "haproxy", namespace, user, log)
         self._text = settings(folder, address, *ports)
         # Named by its content: a HAProxy that runs with other settings is not taken for this one.
         self._settings = folder / f"haproxy-{hashlib.sha256(self._text.encode()).hexdigest()[:16]}.cfg"

@@ -19,8 +19,8 @@ import asyncssh
 import msgspec
 
 from skysail.contract.document import Entrance, Guest
-from skysail.ingress.listener import Listener
 from skysail.kit import durable
+from skysail.kit.confined import Confined
 from skysail.kit.process import in_thread
 
 USER = "jump"
@@ -56,7 +56,7 @@ class Jump:
     def __init__(self, folder: Path, *, namespace: str, address: str, port: int, user: str, log: Path, program: Path) -> None:
         self._folder = folder
         self._lock = threading.Lock()
-        self._listener = Listener(folder, "python", namespace, user, log)
+        self._listener = Confined(folder, "python", namespace, user, log)
         self._settings = Settings(address=address, port=port, host_key=str(folder / "host_key"),
                                   rights=str(folder / "rights.json"),
                                   program=hashlib.sha256(program.read_bytes() + Path(__file__).read_bytes()).hexdigest())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sqlalchemy import Connection, select
@@ -93,16 +93,23 @@ def files(folder: Path) -> Iterator[Difference]:
             yield Difference(subject=f"snapshot {identifier}", saw=damaged.what, wanted="the content that its manifest names")
 
 
-def host(document: HostDocument, there: Inventory, whole: set[str]) -> Iterator[Difference]:
+def volumes(document: HostDocument) -> set[str]:
+    """The volumes that a document names."""
+    return {disk.id for disk in document.disks} | {one.id for guest in document.guests for one in (
+        guest.volume, *(disk.volume for disk in guest.disks))}
+
+
+def host(document: HostDocument, there: Inventory, whole: set[str], others: Sequence[HostDocument]) -> Iterator[Difference]:
     """What a host shall hold against what it does; ``whole`` are the snapshots that the rows call so. Volumes of guests are
-    told of elsewhere, unless no row knows them."""
-    volumes = {one.id for one in document.guests} | {one.id for one in document.disks}
+    told of elsewhere, unless no row knows them. It also holds what the documents of ``others`` name, which are in its
+    pool."""
+    known = [document, *others]
     wanted = {disk.id for disk in document.disks if disk.role == "keep" and disk.made}
-    for kind, needed, known, found in (
-            ("volume", wanted, volumes, there.volumes),
-            ("snapshot", whole, {one.id for one in document.snapshots}, there.snapshots)):
+    for kind, needed, named, found in (
+            ("volume", wanted, set().union(*map(volumes, known)), there.volumes),
+            ("snapshot", whole, {one.id for each in known for one in each.snapshots}, there.snapshots)):
         for identifier in sorted(needed - set(found)):
             yield Difference(subject=f"{kind} {identifier}", saw=f"not there on {document.host}", wanted=f"a {kind}")
-        for identifier in sorted(set(found) - known):
+        for identifier in sorted(set(found) - named):
             yield Difference(subject=f"{kind} {identifier}", saw=f"there on {document.host}, but no row knows it",
                              wanted="none")

@@ -5,6 +5,7 @@ What is in motion is not a difference: a look that finds any is repeated, and on
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,9 @@ from skysail.contract import VERSION
 from skysail.contract.document import HostDocument, Zone
 from skysail.contract.report import HeldZone, Inventory
 from skysail.dns.sim import SIMULATED
-from skysail.hosts import desired
+from skysail.hosts import credentials, desired
+from skysail.hosts.authority import Authority
+from skysail.hosts.client import look
 from skysail.images.library import Library, file_digest
 from skysail.inspect import blocks, networks
 from skysail.inspect.difference import Difference
@@ -86,8 +89,13 @@ def _rows(connection: Connection, config: Config) -> list[Difference]:
              *_owners(connection), *_metrics(connection), *blocks.rows(connection), *blocks.automatic(connection),
              *networks.rows(connection),
              *_work(connection, time.time()), *_secrets(connection, Vault.at(config.master_key))]
+    try:
+        context = _context(connection, config)
+    except InvalidTag:
+        return [*found, Difference(subject="authority of hosts", saw="does not open with this cloud's master key",
+                                   wanted="a secret sealed here")]
     for host in connection.execute(select(hosts)).mappings().all():
-        found += _host(connection, host, config)
+        found += _host(connection, host, config, context)
     return found
 
 
@@ -236,7 +244,17 @@ def _secrets(connection: Connection, vault: Vault) -> Iterator[Difference]:
         yield Difference(subject="accounts", saw="none", wanted="at least the admin's")
 
 
-def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[Difference]:
+def _context(connection: Connection, config: Config) -> ssl.SSLContext | None:
+    """By which hosts elsewhere are looked at; None where there never was any."""
+    by = Authority.find(connection, Vault.at(config.master_key), config.certificate_seconds)
+    if by is None:
+        return None
+    made = credentials.calling(by)
+    credentials.show_controller(made, by, time.time())
+    return made
+
+
+def _host(connection: Connection, host: RowMapping, config: Config, context: ssl.SSLContext | None) -> Iterator[Difference]:
     """The rows of one host against the machine."""
     subject = f"host {host['id']}"
     try:
@@ -245,12 +263,12 @@ def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[
         yield Difference(subject=subject, saw="no document can be made for it", wanted="secrets that open")
         return
     try:
-        with httpx.Client(transport=httpx.HTTPTransport(uds=host["address"].removeprefix("unix:")),
-                          base_url="http://agent", timeout=30) as agent:
+        with look(host["address"], context) as agent:
             there = msgspec.json.decode(agent.get("/inventory").raise_for_status().content, type=Inventory)
             held = msgspec.json.decode(agent.get("/document").raise_for_status().content, type=HostDocument | None)
-    except (httpx.HTTPError, OSError) as silent:
-        yield Difference(subject=subject, saw=f"its agent does not answer ({silent})", wanted="an agent that runs")
+    except (httpx.HTTPError, OSError):
+        # Without the reason, which is another one from look to look: host show has it.
+        yield Difference(subject=subject, saw="its agent does not answer", wanted="an agent that runs")
         return
     if held is None or held.generation != document.generation:
         yield Difference(subject=subject, saw=f"its agent holds generation {held.generation if held else 'none'}",
@@ -261,21 +279,24 @@ def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[
     wanted = {guest.id: guest for guest in document.guests if guest.role != "gone"}
     leaving = {guest.id for guest in document.guests if guest.role == "gone"}
     called = {guest.id: f"guest {guest.id} of {guest.instance}" for guest in document.guests}
-    for kind, found in (("guest", there.guests), ("volume", there.volumes), ("port", there.ports)):
+    for identifier in sorted(identifier for identifier, guest in wanted.items() if guest.volume.id not in there.volumes):
+        yield Difference(subject=called[identifier], saw="its host has no volume of it", wanted="a volume")
+    for kind, found in (("guest", there.guests), ("port", there.ports)):
         for identifier in sorted(wanted.keys() - set(found)):
+            if kind == "port" and wanted[identifier].stranded:
+                continue  # it has no place in the network
             yield Difference(subject=called[identifier], saw=f"its host has no {kind} of it", wanted=f"a {kind}")
         for identifier in sorted(set(found) - wanted.keys() - leaving):
-            if kind != "volume":  # there is block storage too
-                yield Difference(subject=f"{kind} {identifier}", saw=f"there on {host['id']}, but no row knows it",
-                                 wanted="none")
+            yield Difference(subject=f"{kind} {identifier}", saw=f"there on {host['id']}, but no row knows it", wanted="none")
     for identifier, guest in sorted(wanted.items()):
-        if (guest.role == "run") != (identifier in there.running):
+        # One that moves runs here or elsewhere, and may change from one to the other at this moment.
+        if guest.role in ("run", "stop") and (guest.role == "run") != (identifier in there.running):
             yield Difference(subject=called[identifier],
                              saw=f"its process {'runs' if identifier in there.running else 'does not run'}",
                              wanted=f"the role {guest.role}")
     whole = set(connection.execute(select(snapshots.c.id).where(
         snapshots.c.host_id == host["id"], snapshots.c.role == "keep", snapshots.c.state.in_(WHOLE.values()))).scalars())
-    yield from blocks.host(document, there, whole)
+    yield from blocks.host(document, there, whole, _pooled(connection, host, config))
     yield from networks.host(document, there, bool(config.peer_subnets))
     for stray in there.strays:
         yield Difference(subject=subject, saw=stray, wanted="only what the rows know")
@@ -285,10 +306,17 @@ def _host(connection: Connection, host: RowMapping, config: Config) -> Iterator[
     yield from _zones(document.zones, there.zones, signers)
 
 
+def _pooled(connection: Connection, host: RowMapping, config: Config) -> list[HostDocument]:
+    """The documents of all other hosts that have their disks where this one has."""
+    found = connection.execute(select(hosts.c.id).where(hosts.c.pool != "", hosts.c.pool == host["pool"],
+                                                        hosts.c.id != host["id"])).scalars().all()
+    return [desired.compile(connection, other, Vault.at(config.master_key)) for other in found]
+
+
 def _ordered(document: HostDocument) -> HostDocument:
     """The document with zones and record sets by name: those that came in parts are in the parts' order. The version is that
-    of the controller that wrote it."""
-    return msgspec.structs.replace(document, version=VERSION, zones=tuple(
+    of the controller that wrote it, the life the agent's that it was written for."""
+    return msgspec.structs.replace(document, version=VERSION, life="", zones=tuple(
         msgspec.structs.replace(zone, record_sets=tuple(sorted(zone.record_sets, key=lambda one: (one.name, one.type))))
         for zone in sorted(document.zones, key=lambda zone: zone.name)))
 
@@ -359,6 +387,10 @@ def _images(config: Config) -> Iterator[Difference]:
         return
     library = Library(config.images_dir)
     for image in library.list():
-        if file_digest(library.path(image.digest)) != image.digest:
-            yield Difference(subject=f"image {image.blueprint} {image.digest[:12]}", saw="its content has changed",
+        try:
+            saw = "" if file_digest(library.path(image.digest)) == image.digest else "its content has changed"
+        except FileNotFoundError:  # perhaps it is being removed: the next look shows
+            saw = "its file is missing"
+        if saw:
+            yield Difference(subject=f"image {image.blueprint} {image.digest[:12]}", saw=saw,
                              wanted="the content that its digest names")

@@ -17,11 +17,13 @@ class SkysailError(Exception):
 
 
 class ProcessFailed(SkysailError):
-    """A child program exited non-zero; ``stderr`` holds the end of what it said."""
+    """A child program exited non-zero, with ``code``; ``stderr`` holds the end of what it said. Without a code it did not
+    begin, or did not end in time."""
 
-    def __init__(self, what: str, stderr: str = "", cure: str = "") -> None:
+    def __init__(self, what: str, stderr: str = "", cure: str = "", code: int | None = None) -> None:
         super().__init__(what, cure)
         self.stderr = stderr
+        self.code = code
 
 
 class ApiError(SkysailError):

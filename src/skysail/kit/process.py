@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -32,7 +34,7 @@ def run(argv: Sequence[str], *, input: bytes | None = None, env: Mapping[str, st
         raise ProcessFailed(f"{argv[0]} did not finish within {timeout} s") from slow
     if done.returncode != 0:
         said = done.stderr.decode(errors="replace")[-4000:]
-        raise ProcessFailed(f"{argv[0]} exited with {done.returncode}: {said.strip()}", stderr=said)
+        raise ProcessFailed(f"{argv[0]} exited with {done.returncode}: {said.strip()}", stderr=said, code=done.returncode)
     return done.stdout
 
 
@@ -58,8 +60,36 @@ async def run_while_wanted(argv: Sequence[str]) -> bytes:
         raise
     if program.returncode != 0:
         said = err.decode(errors="replace")[-4000:]
-        raise ProcessFailed(f"{argv[0]} exited with {program.returncode}: {said.strip()}", stderr=said)
+        raise ProcessFailed(f"{argv[0]} exited with {program.returncode}: {said.strip()}", stderr=said,
+                            code=program.returncode)
     return out
+
+
+async def run_apart(argv: Sequence[str], *, env: Mapping[str, str], timeout: float) -> None:
+    """Run a program of somebody else's: in a session of its own, with this environment and no other, none of our files, and
+    no longer than ``timeout`` seconds. Only how it ended counts, whoever it left behind. Raises :class:`ProcessFailed`. One
+    that takes too long is gone then, with its process group, and so it is when its caller is called off."""
+    with tempfile.TemporaryFile() as said:
+        try:
+            program = await asyncio.create_subprocess_exec(
+                *argv, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=dict(env), cwd="/", start_new_session=True)
+        except OSError as refused:
+            raise ProcessFailed(f"{argv[0]} cannot be run: {refused.strerror}") from refused
+        try:
+            async with asyncio.timeout(timeout):
+                code = await program.wait()
+        except BaseException as late:
+            # Its session is known by its first process, which nobody has waited for yet: no other one can be meant.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
+            await asyncio.shield(program.wait())
+            if isinstance(late, TimeoutError):
+                raise ProcessFailed(f"{argv[0]} did not finish within {timeout:.0f} s") from late
+            raise
+        if code != 0:
+            said.seek(max(0, said.seek(0, os.SEEK_END) - 2000))
+            words = said.read().decode(errors="replace").strip()
+            raise ProcessFailed(f"{argv[0]} exited with {code}: {words}", stderr=words, code=code)
 
 
 async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -99,6 +129,19 @@ def kill(pid: int, started: int) -> None:
                 signal.pidfd_send_signal(handle, signal.SIGKILL)
     finally:
         os.close(handle)
+
+
+def allow_open_files(pid: int = 0) -> None:
+    """This process, or another one, may have as many files and connections open as it may allow itself, by root's word as
+    many as the kernel bears: few are the default (prlimit(2); proc(5), /proc/sys/fs/nr_open)."""
+    kind = resource.RLIMIT_NOFILE
+    try:
+        most = int(Path("/proc/sys/fs/nr_open").read_text())
+        resource.prlimit(pid, kind, (most, most))
+    except (OSError, ValueError):  # it is not for everybody to have more than others allowed, nor to see to another's
+        with contextlib.suppress(OSError, ValueError):
+            _, most = resource.prlimit(pid, kind)
+            resource.prlimit(pid, kind, (most, most))
 
 
 def machine_boot() -> str:

@@ -9,7 +9,7 @@ from typing import Protocol
 import msgspec
 import pyroute2.config
 
-from skysail.contract.document import Network, Port
+from skysail.contract.document import Network, Overlay, Port
 
 # pyroute2 works in another namespace by a fork of this process, which it ends by SIGTERM. With our own handlers that copy
 # would go on as if it were this process being told to end: it would unwind our callers, and tear down what is ours.
@@ -33,11 +33,18 @@ class Joined(msgspec.Struct, frozen=True, kw_only=True):
 class Fabric(Protocol):
     """Holds the data plane. ``apply`` is idempotent and atomic for the ruleset."""
 
-    async def apply(self, ports: Sequence[Port], networks: Sequence[Network] = ()) -> None:
+    async def apply(self, ports: Sequence[Port], networks: Sequence[Network] = (), overlay: Overlay | None = None) -> None:
         """Make exactly these ports exist, with their addresses and firewall; remove what is left over. Join exactly these
-        networks: what is joined no more is cut, connections that are open too.
+        networks: what is joined no more is cut, connections that are open too. With an ``overlay``, those with an identifier
+        span hosts: a new port that is not awaited is announced to the other hosts, and one that another host announces after
+        that is taken for gone there.
 
         Raises SkysailError for a port that cannot be, or two that contradict each other; then nothing was changed."""
+        ...
+
+    async def announce(self, port: str) -> None:
+        """The guest of this port runs here, from now on: its addresses are here, and all that reach it learn it. Says nothing
+        to the controller, and waits for no answer. Raises SkysailError for a port that was not applied."""
         ...
 
     async def open_port(self, port: Port) -> int:

@@ -10,15 +10,18 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from ipaddress import IPv4Network, IPv6Network, collapse_addresses
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 
 import msgspec
 
-from skysail.contract.document import FirewallRule, Network, Port
+from skysail.contract.document import FirewallRule, Network, Overlay, Port
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import run
 from skysail.network.plan import (
+    BGP_PORT,
     BRIDGE,
+    ELSEWHERE,
+    FABRIC,
     GATEWAY_IPV6,
     HTTP_PORT,
     JUMP_PORT,
@@ -27,8 +30,11 @@ from skysail.network.plan import (
     METADATA_PORT,
     TLS_PORT,
     UPLINK,
+    VXLAN_PORT,
+    Devices,
     Layout,
     link_local,
+    spanning,
     tap_name,
     vet,
 )
@@ -49,22 +55,22 @@ def machine_table(layout: Layout) -> str:
     return re.sub(r"[^A-Za-z0-9_]", "_", layout.namespace)
 
 
-def data_plane(layout: Layout, ports: Sequence[Port], networks: Sequence[Network] = ()) -> str:
+def data_plane(layout: Layout, ports: Sequence[Port], networks: Sequence[Network] = (), spans: bool = False) -> str:
     """The ruleset of the namespace: a bridge table (who may say what to whom) and an inet table (addresses, firewall).
-    ``networks`` are the joined ones.
+    ``networks`` are the joined ones, and with ``spans`` those that span hosts.
 
     Raises SkysailError for a port that cannot be written, or two that contradict each other.
     """
     ordered = sorted(ports, key=lambda port: port.id)
     vet(ordered)
     joined = {network.number: network for network in networks}
-    return "\n".join((*_fresh("bridge", TABLE), *_fresh("inet", TABLE), *_bridge(layout, ordered, joined),
-                      *_inet(layout, ordered, joined), ""))
+    return "\n".join((*_fresh("bridge", TABLE), *_fresh("inet", TABLE), *_bridge(layout, ordered, joined, spans),
+                      *_inet(layout, ordered, joined, spans), ""))
 
 
-def machine(layout: Layout, ports: Sequence[Port] = ()) -> str:
+def machine(layout: Layout, ports: Sequence[Port] = (), overlay: Overlay | None = None) -> str:
     """The machine's own table: guests pass through the machine to elsewhere, and reach nothing of it but what it shares of
-    its address, where that is all that guests have."""
+    its address, where that is all that guests have. Only hosts send it frames of guests, or tell it where they are."""
     link, pool, name = f'"{layout.link}"', layout.public_pool, machine_table(layout)
     prefix = layout.public_ipv6
     neighbours = _more(prefix, f"iifname {link} {NEIGHBOURS} accept")
@@ -80,10 +86,17 @@ oifname {link} ip6 daddr {prefix} accept""")
 # Without translation, so a forged source would be believed: one that is not out there where it comes from is dropped.
 iifname {link} ip saddr {private} ip daddr {{ {subnets} }} accept
 oifname {link} ip saddr {{ {subnets} }} ip daddr {private} fib saddr . iif oif exists accept""")
-    masquerade = _more(layout.masquerades_ipv6, f'oifname != {{ {link}, "lo" }} ip6 saddr {prefix} masquerade')
+    masquerade = _more(layout.masquerades, f"oifname != {link} ip saddr {pool} masquerade") + _more(
+        layout.masquerades_ipv6, f'oifname != {{ {link}, "lo" }} ip6 saddr {prefix} masquerade')
     shared = _Shared(layout, ports)
+    hosts, tellers = _hosts(layout, overlay)
+    # A packet of a guest leaves with the machine's own address: to another host it would be a frame of ours.
+    foreign = _more(hosts, f"iifname {link} ip daddr {{ {', '.join(tellers)} }} drop") if tellers else ""
+    entry = _more(overlay, f"""\
+ip daddr {layout.underlay} udp dport {VXLAN_PORT} {_from_none_but(hosts)}drop
+ip daddr {layout.underlay} tcp dport {BGP_PORT} {_from_none_but(tellers)}drop""")
     return "\n".join((*_fresh("inet", name), f"""\
-table inet {name} {{{shared.chains()}
+table inet {name} {{{shared.chains()}{_fence(layout)}
     # Before any DNAT of the machine's own: what it publishes on its addresses is not for guests.
     chain prerouting {{
         type filter hook prerouting priority mangle; policy accept;{neighbours}{shared.prerouting()}
@@ -91,13 +104,13 @@ table inet {name} {{{shared.chains()}
     }}
     # Guests answer the machine, but never speak first.
     chain input {{
-        type filter hook input priority filter - 5; policy accept;{neighbours}
+        type filter hook input priority filter - 5; policy accept;{entry}{neighbours}
         iifname {link} ct state {{ established, related }} accept
         iifname {link} drop
     }}
     chain forward {{
         type filter hook forward priority filter - 5; policy accept;
-        iifname != {link} oifname != {link} accept{shared.forward()}
+        iifname != {link} oifname != {link} accept{foreign}{shared.forward()}
         iifname {link} oifname {link} drop
         # A cloud's metadata holds the machine's own credentials.
         iifname {link} ip daddr 169.254.0.0/16 drop
@@ -106,11 +119,39 @@ table inet {name} {{{shared.chains()}
         drop
     }}
     chain postrouting {{
-        type nat hook postrouting priority srcnat; policy accept;
-        oifname != {link} ip saddr {pool} masquerade{masquerade}{shared.postrouting()}
+        type nat hook postrouting priority srcnat; policy accept;{masquerade}{shared.postrouting()}
     }}
 }}
 """))
+
+
+def _hosts(layout: Layout, overlay: Overlay | None) -> tuple[list[str], list[str]]:
+    """Whose frames are taken, and who may tell where guests are."""
+    hosts = sorted(overlay.hosts) if overlay else []
+    return hosts, sorted({*hosts, *overlay.reflectors, *(router for router, _ in layout.routers)}) if overlay else []
+
+
+def _from_none_but(addresses: Sequence[str]) -> str:
+    return f"ip saddr != {{ {', '.join(addresses)} }} " if addresses else ""
+
+
+def _fence(layout: Layout) -> str:
+    """What the guests' own processes reach of the machine's network: storage, and no other thing that listens here or is
+    reached from here. They answer whoever reached them: a guest that comes from another host does by a socket that its
+    process was handed."""
+    if not layout.storage_networks:
+        return ""
+    first, last = layout.guest_uids
+    kept = "".join(
+        f"\n        meta skuid {first}-{last} {word} daddr {_set(found)} accept"
+        for word, version in (("ip", 4), ("ip6", 6))
+        if (found := [network for network in layout.storage_networks if ip_network(network).version == version]))
+    return f"""
+    chain fence {{
+        type filter hook output priority filter - 5; policy accept;{kept}
+        meta skuid {first}-{last} ct direction reply accept
+        meta skuid {first}-{last} drop
+    }}"""
 
 
 class _Shared:
@@ -182,6 +223,16 @@ def firewall_changes(layout: Layout, former: Sequence[Port], ports: Sequence[Por
     return "".join(f"{line}\n" for line in lines)
 
 
+def moved(port: Port) -> str:
+    """What leads from the ruleset with this port awaited to that without, or back, in one transaction."""
+    command = "delete" if port.awaited else "add"
+    return f"{command} element inet {TABLE} inward {{ {_inward(port)} }}\n" if port.public_ipv4 else ""
+
+
+def _inward(port: Port) -> str:
+    return f"{port.public_ipv4} : {port.private_ipv4}"
+
+
 def _chains(layout: Layout, ports: Sequence[Port]) -> dict[str, tuple[str, ...]]:
     """The chains of all firewalls. Guests with the same rules share one: a host of a thousand default firewalls has one."""
     firewalls = {port.firewall: None for port in ports}
@@ -220,7 +271,28 @@ def _more(wanted: object, lines: str) -> str:
     return "".join(f"\n        {line}" for line in lines.splitlines()) if wanted else ""
 
 
-def _bridge(layout: Layout, ports: Sequence[Port], joined: Mapping[int, Network]) -> list[str]:
+def _bridge(layout: Layout, ports: Sequence[Port], joined: Mapping[int, Network], spans: bool) -> list[str]:
+    ends = {number: f'"{Devices.of(vni).port}"' for number, vni in spanning(ports, joined.values()).items()} if spans else {}
+    private, gateway = layout.private_network, layout.gateway
+    # Where a network's frames come from other hosts, on which their senders were looked at. The gateway is each host's own.
+    arriving = _more(spans, f"""\
+iifname "{ELSEWHERE}" ether saddr {layout.gateway_mac} drop
+iifname "{ELSEWHERE}" ether daddr {layout.gateway_mac} drop
+iifname "{ELSEWHERE}" ip saddr {private} ip saddr != {gateway} ip daddr != {gateway} accept
+iifname "{ELSEWHERE}" arp saddr ip {private} arp saddr ip != {gateway} arp daddr ip != {gateway} accept""")
+    # On the networks' own bridges everything passes: what comes there from here was looked at here.
+    aside = _more(spans, 'iifname { "in*", "vx*" } accept')
+    inward = _more(spans, f'iifname "{ELSEWHERE}" drop')
+    leaving = _more(spans, f"""\
+oifname {{ "in*", "vx*" }} accept
+oifname "{ELSEWHERE}" arp daddr ip {gateway} drop
+oifname "{ELSEWHERE}" arp daddr ip != {private} drop""")
+    own = f"""
+    # What {BRIDGE} itself says is for guests here.
+    chain output {{
+        type filter hook output priority filter; policy accept;
+        oifname "{ELSEWHERE}" drop
+    }}""" if spans else ""
     taps = [(f'"{tap_name(port.id)}"', port) for port in ports]
     reaching = {number: (number, *network.peers) for number, network in joined.items()}
     sources6 = [f"{tap} . {port.mac} . {address}" for tap, port in taps if layout.public_ipv6 and port.public_ipv6
@@ -234,9 +306,11 @@ icmpv6 type {{ nd-neighbor-advert, nd-router-advert, nd-router-solicit, nd-redir
 {known} ether daddr {layout.gateway_mac} ip6 saddr != fe80::/10 ip6 daddr != {{ fe80::/10, ff00::/8 }} accept""")
     return [
         f"table bridge {TABLE} {{",
-        *_elements("map networks", "ifname : mark", (f"{tap} : {port.network}" for tap, port in taps)),
+        *_elements("map networks", "ifname : mark", (*(f"{tap} : {port.network}" for tap, port in taps),
+                                                       *(f"{end} : {number}" for number, end in ends.items()))),
         *_elements("set neighbours", "ifname . mark",
-                   (f"{tap} . {number}" for tap, port in taps for number in reaching.get(port.network, (port.network,)))),
+                   (*(f"{tap} . {number}" for tap, port in taps for number in reaching.get(port.network, (port.network,))),
+                    *(f"{end} . {number}" for number, end in ends.items()))),
         *_elements("set sources", "ifname . ether_addr . ipv4_addr",
                    (f"{tap} . {port.mac} . {port.private_ipv4}" for tap, port in taps)),
         *_elements("set sources6", "ifname . ether_addr . ipv6_addr", sources6),
@@ -246,10 +320,10 @@ icmpv6 type {{ nd-neighbor-advert, nd-router-advert, nd-router-solicit, nd-redir
                     for tap, port in taps for address in (port.private_ipv4, "0.0.0.0"))),
         f"""\
     chain prerouting {{
-        type filter hook prerouting priority dstnat; policy drop;
+        type filter hook prerouting priority dstnat; policy drop;{aside}
         ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 drop
         ether type != {{ ip, arp, ip6 }} drop
-        meta mark set iifname map @networks
+        meta mark set iifname map @networks{arriving}
         ether type ip iifname . ether saddr . ip saddr @sources accept
         ether type arp arp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp operation {{ request, reply }} \
 iifname . ether saddr . arp saddr ether . arp saddr ip @senders accept{ipv6}
@@ -257,21 +331,24 @@ iifname . ether saddr . arp saddr ether . arp saddr ip @senders accept{ipv6}
     # The kernel hands some link-local destinations straight to this hook, past prerouting.
     chain input {{
         type filter hook input priority filter; policy accept;
-        ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 drop
+        ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00 drop{inward}
     }}
     # From tap to tap: within one network and its peers only, and no IPv6. What {BRIDGE} itself sends does not come by here.
     chain forward {{
-        type filter hook forward priority filter; policy drop;
+        type filter hook forward priority filter; policy drop;{leaving}
         ether type ip6 drop
         oifname . meta mark @neighbours accept
-    }}
+    }}{own}
 }}"""]
 
 
-def _inet(layout: Layout, ports: Sequence[Port], joined: Mapping[int, Network]) -> list[str]:
+def _inet(layout: Layout, ports: Sequence[Port], joined: Mapping[int, Network], spans: bool) -> list[str]:
     routed = [port.private_ipv4 for port in ports if port.network in joined and joined[port.network].routed]
     peering = _Peering.of(layout.peer_subnets)
     seen = [port for port in ports if port.public_ipv4]
+    doors = f'{{ "{UPLINK}", "{FABRIC}" }}' if spans else f'"{UPLINK}"'
+    # The kernel looks at no forged sources in IPv6: what comes from other hosts is from guests that are there.
+    forged = _more(spans and layout.public_ipv6, f'iifname "{FABRIC}" meta nfproto ipv6 fib saddr . iif oif missing drop')
     openings = {port.private_ipv4: _openings(port.firewall, 4) for port in ports}
     openings6 = {port.public_ipv6: _openings(port.firewall, 6) for port in ports if layout.public_ipv6 and port.public_ipv6}
     chains = _chains(layout, ports)
@@ -293,7 +370,7 @@ meta skuid {{ "{layout.ingress_user}", "{layout.jump_user}" }} drop""")
     return [
         f"table inet {TABLE} {{",
         *(_elements("set shared", "ipv4_addr . inet_service", offered) if layout.single_address else ()),
-        *_elements("map inward", "ipv4_addr : ipv4_addr", (f"{port.public_ipv4} : {port.private_ipv4}" for port in seen)),
+        *_elements("map inward", "ipv4_addr : ipv4_addr", map(_inward, (port for port in seen if not port.awaited))),
         *_elements("map outward", "ipv4_addr : ipv4_addr", (f"{port.private_ipv4} : {port.public_ipv4}" for port in seen)),
         # Without a public IPv4 address there is no way out: it is told so, and need not wait.
         *_elements("set unseen", "ipv4_addr", (port.private_ipv4 for port in ports if not port.public_ipv4)),
@@ -306,8 +383,8 @@ meta skuid {{ "{layout.ingress_user}", "{layout.jump_user}" }} drop""")
     # Nothing enters but by the bridge and the uplink: frames to link-local MACs can surface on a tap itself.
     chain doors {{
         type filter hook prerouting priority raw; policy drop;
-        iifname "{BRIDGE}" ip daddr {METADATA} notrack{untracked[0]}
-        iifname {{ "lo", "{BRIDGE}", "{UPLINK}" }} accept
+        iifname "{BRIDGE}" ip daddr {METADATA} notrack{untracked[0]}{forged}
+        iifname {{ "lo", "{BRIDGE}", "{UPLINK}"{f', "{FABRIC}"' if spans else ""} }} accept
     }}
     chain prerouting {{
         type nat hook prerouting priority dstnat; policy accept;
@@ -346,7 +423,7 @@ meta skuid {{ "{layout.ingress_user}", "{layout.jump_user}" }} drop""")
         ct state {{ established, related }} accept
         iifname "{BRIDGE}" ct state new add @busy {{ ip saddr ct count over {MAX_CONNECTIONS} }} drop
         iifname "{BRIDGE}" ct state new add @busy6 {{ ip6 saddr ct count over {MAX_CONNECTIONS} }} drop
-        iifname "{BRIDGE}" oifname "{UPLINK}" ct state new accept
+        iifname "{BRIDGE}" oifname {doors} ct state new accept
         oifname "{BRIDGE}" ct state new ct status dnat accept
         oifname "{BRIDGE}" ct state new meta nfproto ipv6 accept
     }}

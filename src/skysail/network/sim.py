@@ -6,10 +6,10 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 
-from skysail.contract.document import Network, Port
+from skysail.contract.document import Network, Overlay, Port
 from skysail.kit.errors import SkysailError
 from skysail.network import Joined, PortCounters
-from skysail.network.plan import vet
+from skysail.network.plan import vet, vet_overlay
 
 
 class SimFabric:
@@ -20,10 +20,16 @@ class SimFabric:
         self._ports: dict[str, Port] = {}
         self._networks: dict[int, Network] = {}
 
-    async def apply(self, ports: Sequence[Port], networks: Sequence[Network] = ()) -> None:
+    async def apply(self, ports: Sequence[Port], networks: Sequence[Network] = (), overlay: Overlay | None = None) -> None:
         vet(ports)
+        if overlay is not None:
+            vet_overlay(overlay, networks)
         self._ports = {port.id: port for port in ports}
         self._networks = {network.number: network for network in networks}
+
+    async def announce(self, port: str) -> None:
+        if port not in self._ports:
+            raise SkysailError(f"port {port} does not exist", "apply the port first")
 
     async def open_port(self, port: Port) -> int:
         if port.id not in self._ports:

@@ -35,7 +35,8 @@ _DOOMED = 0x736B  # a device group of ours: the kernel deletes a group in one go
 def ensure(ipr: Any, layout: Layout, ports: list[Port]) -> None:
     """One persistent tap per port on the bridge, no others. One that stays is not touched: a running QEMU holds it.
 
-    A tap's alias is written last and says for whom it was made; one without it is half-made and finished here.
+    A tap's alias is written last and says for whom it was made; one without it is half-made and finished here. Of a guest
+    that is awaited nothing is known at its tap.
     """
     held = links.links(ipr)
     bridge = held[BRIDGE].index
@@ -57,10 +58,11 @@ def ensure(ipr: Any, layout: Layout, ports: list[Port]) -> None:
         ipr.link("set", index=index, mtu=MTU, master=bridge, state="up")
         # What the gateway sends to a guest goes to its tap only, with no ARP and no flooding past other networks' taps.
         ipr.brport("set", index=index, unicast_flood=0)
-        ipr.fdb("replace", ifindex=index, lladdr=port.mac, state=_NUD_NOARP, flags=_NTF_MASTER)
+        if not port.awaited:
+            ipr.fdb("replace", ifindex=index, lladdr=port.mac, state=_NUD_NOARP, flags=_NTF_MASTER)
         ipr.link("set", index=index, IFLA_IFALIAS=alias)
-    ensure_neighbours(ipr, bridge, [(address, port.mac) for port in ports for address in _addresses(Owner.of(port))
-                                    if layout.public_ipv6 or ":" not in address])
+    ensure_neighbours(ipr, bridge, [(address, port.mac) for port in ports if not port.awaited
+                                    for address in _addresses(Owner.of(port)) if layout.public_ipv6 or ":" not in address])
 
 
 def _delete(ipr: Any, doomed: list[links.Link]) -> None:

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from typing import Any
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Column, Connection, select, update
 
 from skysail.hosts import placement
 from skysail.kit.config import SSH_PORTS, Config
 from skysail.kit.errors import invalid_input
 from skysail.store.schema import guests, instances, static_ips
 
+# The first ones are the gateway's and the operator's.
+KEPT = 9
+# Up to so many that are taken, all are read and the lowest free one is given: such addresses are easy to remember. Where
+# there are more, some are drawn, and one of them that nobody has is given: it is found without reading the others.
+FEW = 500
+DRAWN, DRAWS = 4, 16
+
 
 def free_public(connection: Connection, pool: str) -> str:
     """A public IPv4 address that no guest has and no static IP is; raises InvalidInputException when there is none."""
-    return _free(pool, [*connection.execute(select(guests.c.public_ipv4)).scalars(),
-                        *connection.execute(select(static_ips.c.ipv4)).scalars()])
+    return _free(connection, pool, guests.c.public_ipv4, static_ips.c.ipv4)
 
 
 def free_private(connection: Connection, network: str) -> str:
     """A private IPv4 address that no guest has; raises InvalidInputException when there is none."""
-    return _free(network, connection.execute(select(guests.c.private_ipv4)).scalars().all())
+    return _free(connection, network, guests.c.private_ipv4)
 
 
 def free_public_ipv6(connection: Connection, prefix: str) -> str:
     """An address of the IPv6 prefix that no guest has; raises InvalidInputException when there is none."""
-    return _free(prefix, connection.execute(select(guests.c.public_ipv6)).scalars().all())
+    return _free(connection, prefix, guests.c.public_ipv6)
 
 
 def free_ssh_port(connection: Connection, config: Config) -> int | None:
@@ -50,10 +56,18 @@ def number_ssh_ports(connection: Connection, config: Config) -> None:
             ssh_port=free_ssh_port(connection, config)))
 
 
-def _free(network: str, taken: Collection[str]) -> str:
+def _free(connection: Connection, network: str, *columns: Column[Any]) -> str:
+    """One that none of the ``columns``, each with an index of its own, has."""
+    many = connection.execute(select(columns[0]).where(columns[0].is_not(None)).offset(FEW).limit(1)).first() is not None
+    for _ in range(DRAWS if many else 0):
+        drawn = placement.draw_addresses(network, DRAWN, skip=KEPT)
+        for column in columns:
+            drawn -= set(connection.execute(select(column).where(column.in_(drawn))).scalars())
+        if drawn:
+            return min(drawn)
+    taken = [address for column in columns for address in connection.execute(select(column)).scalars()]
     try:
-        # The first ones are the gateway's and the operator's.
-        return placement.choose_address(network, taken, skip=9)
+        return placement.choose_address(network, taken, skip=KEPT)
     except placement.NoHost as full:
         raise invalid_input(f"This cloud has no address left: {full}.", "Delete instances, release static IPs, or give "
                             "the cloud a larger network in skysail.toml.") from full

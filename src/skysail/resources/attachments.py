@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Select, func, or_, select, update
+from sqlalchemy import Connection, RowMapping, Select, func, or_, select, true, update
 
 from skysail.kit.config import Config
 from skysail.kit.errors import invalid_input
@@ -27,17 +27,28 @@ def of(connection: Connection, instance_ids: Sequence[str], now: float) -> dict[
     return found
 
 
-def promised_gib(connection: Connection) -> dict[str, int]:
-    """What block storage takes of each host, were it full."""
-    return {row[0]: row[1] for row in connection.execute(
-        select(disks.c.host_id, func.sum(disks.c.size_gib)).group_by(disks.c.host_id))}
+def promised_gib(connection: Connection, among: Collection[str] | None = None) -> dict[str, int]:
+    """What block storage takes of each host, or of those ``among``, were it full."""
+    taken = select(disks.c.host_id, func.sum(disks.c.size_gib)).group_by(disks.c.host_id)
+    if among is not None:
+        taken = taken.where(disks.c.host_id.in_(among))
+    return {row[0]: row[1] for row in connection.execute(taken)}
+
+
+def pooled_gib(connection: Connection, pool: str, without: Collection[str] = ()) -> int:
+    """What the hosts of a pool promise of it: a disk is in it once, wherever its guest is. As if the guests ``without`` had
+    none."""
+    seeing = select(hosts.c.id).where(hosts.c.pool == pool)
+    return sum(connection.execute(select(func.sum(size)).where(table.c.host_id.in_(seeing), counted)).scalar_one() or 0
+               for table, size, counted in ((guests, guests.c.disk_gib, guests.c.id.not_in(without)),
+                                            (disks, disks.c.size_gib, true())))
 
 
 def refuse_beyond_room(config: Config, connection: Connection, host_id: str, size_gib: int) -> None:
     """Raises InvalidInputException when the host cannot promise that much disk more."""
-    taken = promised_gib(connection).get(host_id, 0) + (connection.execute(
-        select(func.sum(guests.c.disk_gib)).where(guests.c.host_id == host_id)).scalar_one() or 0)
-    held = connection.execute(select(hosts.c.disk_gib).where(hosts.c.id == host_id)).scalar_one()
+    held, pool = connection.execute(select(hosts.c.disk_gib, hosts.c.pool).where(hosts.c.id == host_id)).one()
+    taken = pooled_gib(connection, pool) if pool else promised_gib(connection, [host_id]).get(host_id, 0) + (
+        connection.execute(select(func.sum(guests.c.disk_gib)).where(guests.c.host_id == host_id)).scalar_one() or 0)
     left = max(round(held * config.disk_overcommit) - taken, 0)
     if size_gib > left:
         raise invalid_input(f"A disk of {size_gib} GB does not fit this cloud now: its host may promise {left} GB more.",

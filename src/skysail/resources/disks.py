@@ -15,7 +15,7 @@ import msgspec
 from sqlalchemy import Connection, RowMapping, delete, insert, select, update
 
 from skysail.contract.document import Origin
-from skysail.hosts import desired
+from skysail.hosts import desired, roster
 from skysail.kit.clock import Clock
 from skysail.kit.config import Config
 from skysail.kit.errors import invalid_input, not_found
@@ -24,7 +24,7 @@ from skysail.operations.workflow import Step, StepFailed, Workflow
 from skysail.resources import add_ons, attachments, names, paging, regions, snapshot_choice, snapshot_rows, tags
 from skysail.resources.instances import get_guest, get_row
 from skysail.resources.request import Request
-from skysail.store.schema import disks, guests, host_zones, instances, operations, snapshots
+from skysail.store.schema import disks, guests, host_zones, hosts, instances, operations, snapshots
 
 MIN_GIB, MAX_GIB = 8, 16384
 _PATH = re.compile(r"/dev/xvd[f-z]")
@@ -46,7 +46,8 @@ class Disks:
     def create(self, connection: Connection, request: Request) -> dict[str, Any]:
         """A blank disk on a host of its zone."""
         zone = regions.zone(self._config, request, request.params["availabilityZone"])
-        serving = select(host_zones.c.host_id).where(host_zones.c.region == request.region, host_zones.c.zone == zone)
+        serving = select(host_zones.c.host_id).join(hosts, hosts.c.id == host_zones.c.host_id).where(
+            host_zones.c.region == request.region, host_zones.c.zone == zone, hosts.c.cordoned.is_(False))
         host = connection.execute(serving.order_by(host_zones.c.host_id)).scalars().first()
         if host is None:
             raise invalid_input(f"The zone {request.params['availabilityZone']} has no host for a disk.")
@@ -89,7 +90,7 @@ class Disks:
             raise _not_now("attach", row)
         _refuse_while_copied(connection, row, "attach")
         guest = get_guest(connection, instance)
-        if row["zone"] != instance["zone"] or row["host_id"] != guest["host_id"]:
+        if row["zone"] != instance["zone"] or not roster.sees(connection, guest["host_id"], row["host_id"]):
             raise invalid_input(f"The disk {row['name']} and the instance {instance['name']} are not in the same zone.")
         if instance["state"] not in ("running", "stopped"):
             raise invalid_input(f"The instance {instance['name']} is {instance['state']}; a disk is attached to a running "
@@ -97,9 +98,10 @@ class Disks:
         if connection.execute(select(disks.c.id).where(disks.c.instance_id == instance["id"], disks.c.path == path)).first():
             raise invalid_input(f"The disk path {path} is in use on the instance {instance['name']}.")
         connection.execute(update(disks).where(disks.c.id == row["id"]).values(
-            instance_id=instance["id"], path=path, state="in-use", attachment="attaching",
+            instance_id=instance["id"], path=path, state="in-use", attachment="attaching", host_id=guest["host_id"],
             auto_mount=bool(asked.get("autoMounting"))))
-        desired.bump(connection, row["host_id"])
+        for host in {row["host_id"], guest["host_id"]}:
+            desired.bump(connection, host)
         return self._both(connection, request, row, instance, "attach disk", guest["id"])
 
     def detach(self, connection: Connection, request: Request) -> dict[str, Any]:
@@ -226,8 +228,10 @@ def _await_attached(connection: Connection, operation: RowMapping, now: float) -
     row = _row(connection, operation)
     if row is None or row["instance_id"] is None:
         return True  # its instance was deleted meanwhile
-    guest = connection.execute(select(guests.c.observed_disks, guests.c.observed_refused).where(
+    guest = connection.execute(select(guests.c.observed_disks, guests.c.observed_refused, guests.c.host_id).where(
         guests.c.id == operation["arguments"]["guest"])).first()
+    if guest is not None and guest.host_id != row["host_id"]:
+        raise StepFailed("DiskAttachmentFailed", "its instance went to another host at that moment")
     if guest is not None and row["id"] in guest.observed_refused:
         raise StepFailed("DiskAttachmentFailed", guest.observed_refused[row["id"]])
     if guest is not None and row["id"] not in guest.observed_disks:

@@ -149,8 +149,8 @@ def follow(connection: Connection) -> int:
     leaving = connection.execute(select(domains.c.id).where(domains.c.role == "gone")).scalars().all()
     if not leaving:
         return 0
-    all_hosts = connection.execute(select(func.count()).select_from(hosts)).scalar_one()
-    gone = connection.execute(
+    all_hosts = connection.execute(select(func.count()).select_from(hosts).where(hosts.c.name_server)).scalar_one()
+    gone = leaving if not all_hosts else connection.execute(
         select(zone_reports.c.domain_id).where(zone_reports.c.domain_id.in_(leaving), zone_reports.c.state == "gone")
         .group_by(zone_reports.c.domain_id).having(func.count() >= all_hosts)).scalars().all()
     for identifier in gone:

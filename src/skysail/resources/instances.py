@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import logging
 import secrets
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, RowMapping, func, insert, select, update
+from sqlalchemy import Connection, RowMapping, insert, select, update
 
 from skysail.contract.document import Origin, Personality
 from skysail.hosts import desired, placement
@@ -34,19 +36,23 @@ from skysail.resources import (
     names,
     paging,
     peering,
+    placing,
     regions,
     tags,
 )
 from skysail.resources.lifecycle import STATE_CODES, forget
 from skysail.resources.request import Request
-from skysail.store.schema import guests, hosts, images, instances, ports, static_ips
+from skysail.store.schema import guests, images, instances, ports, static_ips
 from skysail.store.vault import Vault
 
+log = logging.getLogger(__name__)
 MAX_NAMES = 20
 MAX_USER_DATA_BYTES = 16 * 1024
 # What an instance shows of its guest.
 _SHOWN = (guests.c.instance_id, guests.c.private_ipv4, guests.c.public_ipv4, guests.c.public_ipv6, guests.c.vcpus,
           guests.c.memory_mib, guests.c.disk_gib, guests.c.observed_metadata)
+# Made once, for each launch comes by: to put such a statement together takes longer than the database takes to run it.
+_INSERT_INSTANCE, _INSERT_GUEST, _INSERT_PORT = insert(instances), insert(guests), insert(ports)
 DEFAULT_PORTS = (("tcp", 22, 22), ("tcp", 80, 80))
 
 
@@ -76,6 +82,11 @@ def _static(connection: Connection, identifiers: Sequence[str]) -> set[str]:
     """Those of the instances that have a static IP."""
     return set(connection.execute(select(static_ips.c.instance_id).where(
         static_ips.c.instance_id.in_(identifiers))).scalars())
+
+
+def _memory_mib(bundle: dict[str, Any]) -> int:
+    mib: int = round(bundle["ramSizeInGb"] * 1024)
+    return mib
 
 
 def _hostname(name: str) -> str:
@@ -126,58 +137,68 @@ class Instances:
         key_name = asked.get("keyPairName") or key_pairs.DEFAULT_NAME
         public_key = key_pairs.public_key(connection, self._vault, request, key_name, self._clock.now())
         authority = accounts.ensure_authority(connection, self._vault, request.account_id, request.region)
-        made = []
-        for name in wanted:
-            identifier = str(uuid.uuid4())
+        identifiers = {name: str(uuid.uuid4()) for name in wanted}
+        for name, identifier in identifiers.items():
             names.claim(connection, request, name, "Instance", identifier)
-            made.append(self._launch(connection, request, name, identifier, zone, bundle, image, key_name, Personality(
-                hostname=_hostname(name), user=image["user"], authorized_keys=(public_key,), trusted_user_ca=(authority,),
-                user_data=user_data), origin, host))
+        kind = address_types.of_launch(self._config, bundle, asked.get("ipAddressType"))
+        places = self._places(connection, request, zone, bundle, image, len(wanted), host)
+        held = {place: image if host else placing.image(connection, place, image["blueprint"]) for place in set(places)}
+        made = []
+        for (name, identifier), place in zip(identifiers.items(), places, strict=True):
+            personality = partial(Personality, hostname=_hostname(name), authorized_keys=(public_key,),
+                                  trusted_user_ca=(authority,), user_data=user_data)
+            made.append(self._launch(connection, request, name, identifier, zone, bundle, kind, place, held[place], key_name,
+                                     personality, origin))
         return made
 
     def _image(self, connection: Connection, region: str, blueprint_id: str) -> RowMapping:
-        offered = select(images).where(images.c.blueprint == blueprint_id, images.c.host_id.in_(regions.serving(region)))
-        row = connection.execute(offered.order_by(images.c.version.desc())).mappings().first()
+        offered = select(images).where(images.c.blueprint == blueprint_id, regions.serves(images.c.host_id, region))
+        row = connection.execute(offered.order_by(images.c.version.desc()).limit(1)).mappings().first()
         if row is None:
             raise invalid_input(f"The blueprint {blueprint_id} is not ready in this region.",
                                 "GetBlueprints lists the ones that are; the operator builds more with "
                                 f"'skysail images build {blueprint_id}'.")
         return row
 
-    def _launch(self, connection: Connection, request: Request, name: str, identifier: str, zone: str,
-                bundle: dict[str, Any], image: Mapping[str, Any], key_name: str, personality: Personality,
-                origin: Origin | None, wanted_host: str) -> dict[str, Any]:
-        memory_mib = round(bundle["ramSizeInGb"] * 1024)
-        kind = address_types.of_launch(self._config, bundle, request.params.get("ipAddressType"))
+    def _places(self, connection: Connection, request: Request, zone: str, bundle: dict[str, Any], image: Mapping[str, Any],
+                count: int, host: str) -> list[str]:
+        """The host of each of so many instances. Raises InvalidInputException."""
+        # What an instance begins as lies on one host, the image that it once grew from too.
+        need = placement.Need(zone=request.region + zone, blueprint="" if host else image["blueprint"],
+                              vcpus=bundle["cpuCount"], memory_mib=_memory_mib(bundle), disk_gib=bundle["diskSizeInGb"])
         try:
-            host = placement.choose(self._candidates(connection, wanted_host, image["digest"]), zone=request.region + zone,
-                                    image=image["digest"], vcpus=bundle["cpuCount"], memory_mib=memory_mib,
-                                    disk_gib=bundle["diskSizeInGb"])
+            return placing.choose(connection, self._config, request.account_id, self._clock.now(), need, count, host)
         except placement.NoHost as full:
-            raise invalid_input(f"The bundle {bundle['bundleId']} does not fit this cloud now: {full}.",
-                                "Choose a smaller bundle, or delete instances.") from full
+            log.warning("no host takes %s of account %s: %s", ", ".join(request.params["instanceNames"]), request.account_id,
+                        full)
+            raise invalid_input(f"The bundle {bundle['bundleId']} does not fit {request.region}{zone} now.",
+                                "Choose a smaller bundle or another zone, or delete instances.") from full
+
+    def _launch(self, connection: Connection, request: Request, name: str, identifier: str, zone: str,
+                bundle: dict[str, Any], kind: str, host: str, image: Mapping[str, Any], key_name: str,
+                personality: Callable[..., Personality], origin: Origin | None) -> dict[str, Any]:
         private = addresses.free_private(connection, self._config.private_network)
         now = self._clock.now()
-        connection.execute(insert(instances).values(
-            id=identifier, account_id=request.account_id, region=request.region, zone=zone, name=name,
-            blueprint_id=image["blueprint"], blueprint_name=image["name"], bundle_id=bundle["bundleId"],
-            username=image["user"], key_pair_name=key_name, state="pending", created_at=now,
-            ssh_port=addresses.free_ssh_port(connection, self._config)))
+        connection.execute(_INSERT_INSTANCE, {
+            "id": identifier, "account_id": request.account_id, "region": request.region, "zone": zone, "name": name,
+            "blueprint_id": image["blueprint"], "blueprint_name": image["name"], "bundle_id": bundle["bundleId"],
+            "username": image["user"], "key_pair_name": key_name, "state": "pending", "created_at": now,
+            "ssh_port": addresses.free_ssh_port(connection, self._config)})
         guest = "g-" + secrets.token_hex(5)
         # 52:54 is how QEMU's own, locally administered addresses begin. The rest is the private address, which nobody else
         # has: random octets meet twice among a thousand guests in one cloud out of thirty.
         mac = ":".join(f"{octet:02x}" for octet in (0x52, 0x54, *ipaddress.IPv4Address(private).packed))
-        connection.execute(insert(guests).values(
-            id=guest, instance_id=identifier, instance_name=name, account_id=request.account_id, host_id=host,
-            role="run", starts=1, reboots=0, vcpus=bundle["cpuCount"], memory_mib=memory_mib,
-            disk_gib=bundle["diskSizeInGb"], image=image["digest"],
-            network=peering.ensure_network(connection, request.account_id, request.region),
-            iops=catalog.iops(bundle), mac=mac, private_ipv4=private,
+        connection.execute(_INSERT_GUEST, {
+            "id": guest, "instance_id": identifier, "instance_name": name, "account_id": request.account_id, "host_id": host,
+            "role": "run", "starts": 1, "reboots": 0, "vcpus": bundle["cpuCount"], "memory_mib": _memory_mib(bundle),
+            "disk_gib": bundle["diskSizeInGb"], "image": image["digest"],
+            "network": peering.ensure_network(connection, request.account_id, request.region),
+            "iops": catalog.iops(bundle), "mac": mac, "private_ipv4": private,
             **address_types.addresses_of(connection, self._config, kind),
-            personality=msgspec.to_builtins(personality), host_keys=[],
-            origin=msgspec.to_builtins(origin)))
+            "personality": msgspec.to_builtins(personality(user=image["user"])), "host_keys": [],
+            "origin": msgspec.to_builtins(origin)})
         opened = (*DEFAULT_PORTS, ("tcp", 443, 443)) if catalog.is_app(image["blueprint"]) else DEFAULT_PORTS
-        connection.execute(insert(ports), [
+        connection.execute(_INSERT_PORT, [
             {"instance_id": identifier, "protocol": protocol, "from_port": first, "to_port": last,
              "cidrs": ["0.0.0.0/0"], "ipv6_cidrs": ["::/0"], "cidr_aliases": []} for protocol, first, last in opened])
         tags.put(connection, identifier, request.params.get("tags") or [])
@@ -186,24 +207,6 @@ class Instances:
         return history.record(connection, request, now=now, type="CreateInstance", resource_name=name,
                               resource_type="Instance", resource_id=identifier, zone=zone, status="Started",
                               workflow="create", arguments={"guest": guest, "starts": 1})
-
-    def _candidates(self, connection: Connection, wanted: str, image: str) -> list[placement.Candidate]:
-        """The hosts; with ``wanted``, only that one, which has what is needed also where it launches a newer image."""
-        promised = {row.host_id: row for row in connection.execute(
-            select(guests.c.host_id, func.sum(guests.c.memory_mib).label("mib"), func.sum(guests.c.disk_gib).label("gib"))
-            .group_by(guests.c.host_id))}
-        stored, served = attachments.promised_gib(connection), regions.zones_of(connection)
-        held: dict[str, set[str]] = {}
-        for row in connection.execute(select(images.c.host_id, images.c.digest)):
-            held.setdefault(row.host_id, set()).add(row.digest)
-        if wanted:
-            held.setdefault(wanted, set()).add(image)
-        return [placement.Candidate(
-            id=row.id, zones=served.get(row.id, frozenset()), vcpus=row.vcpus, memory_mib=row.memory_mib,
-            promised_mib=promised[row.id].mib if row.id in promised else 0,
-            disk_gib=round(row.disk_gib * self._config.disk_overcommit),
-            promised_gib=(promised[row.id].gib if row.id in promised else 0) + stored.get(row.id, 0),
-            images=frozenset(held.get(row.id, ()))) for row in connection.execute(select(hosts)) if wanted in ("", row.id)]
 
     def get(self, connection: Connection, request: Request) -> dict[str, Any]:
         row = get_row(connection, request, request.params["instanceName"])

@@ -5,12 +5,12 @@ Lightsail's (EC2's) state codes: pending 0, running 16, shutting-down 32, termin
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, RowMapping, delete, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, delete, exists, select, update
 
 from skysail.hosts import desired
 from skysail.operations.workflow import Step, StepFailed, Workflow
 from skysail.resources import add_ons, names, snapshot_rows
-from skysail.store.schema import alarms, disks, guests, instances, operations, ports, static_ips, tags
+from skysail.store.schema import alarms, disks, guests, instances, moves, operations, ports, static_ips, tags
 
 STATE_CODES = {"pending": 0, "running": 16, "rebooting": 16, "stopping": 64, "stopped": 80}
 
@@ -86,11 +86,16 @@ def _await_gone(connection: Connection, operation: RowMapping, now: float) -> bo
     guest = _guest(connection, operation)
     if guest is None:
         return True
-    if guest["observed_state"] != "gone":
+    if guest["observed_state"] != "gone" or _moves(connection, guest["instance_id"]):
         return False
     connection.execute(delete(guests).where(guests.c.id == guest["id"]))
     desired.bump(connection, guest["host_id"])
     return True
+
+
+def _moves(connection: Connection, instance_id: str) -> bool:
+    """Whether something of the guest is on another host, too: it has its addresses there."""
+    return connection.execute(select(moves.c.id).where(moves.c.instance_id == instance_id)).first() is not None
 
 
 WORKFLOWS = {
@@ -123,6 +128,11 @@ def forget(connection: Connection, instance_id: str) -> None:
         connection.execute(delete(instances).where(instances.c.id == instance_id))
 
 
+# What a guest that shall run makes of its instance; nothing where it is not among them.
+_FOLLOWED = {"halted": "stopped", "crashed": "pending", "starting": "pending", "preparing": "pending", "failed": "pending",
+             "running": "running"}
+
+
 def follow(connection: Connection, now: float) -> int:
     """Instances follow guests that changed by themselves; how many did.
 
@@ -130,29 +140,37 @@ def follow(connection: Connection, now: float) -> int:
     instances without open work are looked at: an operation in flight owns its instance's state. Guests without an
     instance and without work (their launch failed) are let go once their host has.
     """
-    busy = select(operations.c.resource_id).where(operations.c.done.is_(False))
+    # An operator's operation, which moves a guest, changes nothing of what its owner sees.
+    def busy(instance_id: ColumnElement[str]) -> ColumnElement[bool]:
+        return exists().where(operations.c.resource_id == instance_id, operations.c.done.is_(False),
+                              operations.c.region != "")
+
     changed = 0
-    rows = connection.execute(
-        select(guests, instances.c.state).join(instances, instances.c.id == guests.c.instance_id)
-        .where(instances.c.id.not_in(busy))).mappings().all()
-    for row in rows:
-        state = row["state"]
-        if row["role"] == "run" and row["observed_starts"] == row["starts"]:
-            if row["observed_state"] == "halted":
-                connection.execute(update(guests).where(guests.c.id == row["id"]).values(role="stop"))
-                desired.bump(connection, row["host_id"])
-                state = "stopped"
-            elif row["observed_state"] in ("crashed", "starting", "preparing", "failed"):
-                state = "pending"
-            elif row["observed_state"] == "running":
-                state = "running"
+    # Nearly all run. The few others are found by an index: guests that do not, and instances that are under way.
+    both = select(guests.c.id, guests.c.instance_id, guests.c.host_id, guests.c.observed_state, instances.c.state).join(
+        instances, instances.c.id == guests.c.instance_id).where(
+        guests.c.role == "run", guests.c.observed_starts == guests.c.starts)
+    waiting = connection.execute(select(instances.c.id).where(
+        instances.c.state.in_([state for state in STATE_CODES if state not in ("running", "stopped")]),
+        ~busy(instances.c.id))).scalars().all()
+    found = connection.execute(both.where(guests.c.observed_state.in_([seen for seen in _FOLLOWED if seen != "running"]),
+                                          ~busy(instances.c.id))).mappings().all()
+    if waiting:
+        found = [*found, *connection.execute(both.where(
+            guests.c.instance_id.in_(waiting), guests.c.observed_state == "running")).mappings()]
+    for row in found:
+        state = _FOLLOWED[row["observed_state"]]
+        if row["observed_state"] == "halted":
+            connection.execute(update(guests).where(guests.c.id == row["id"]).values(role="stop"))
+            desired.bump(connection, row["host_id"])
         if state != row["state"]:
             _set_state(connection, row["instance_id"], state)
             changed += 1
     orphans = connection.execute(
         select(guests.c.id, guests.c.host_id).where(
             guests.c.role == "gone", guests.c.observed_state == "gone",
-            guests.c.instance_id.not_in(busy), guests.c.instance_id.not_in(select(instances.c.id)))).all()
+            ~busy(guests.c.instance_id), guests.c.instance_id.not_in(select(instances.c.id)),
+            guests.c.instance_id.not_in(select(moves.c.instance_id)))).all()
     for orphan in orphans:
         connection.execute(delete(guests).where(guests.c.id == orphan.id))
         desired.bump(connection, orphan.host_id)

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, RowMapping, delete, insert, select, update
+from sqlalchemy import Connection, RowMapping, and_, bindparam, delete, func, insert, or_, select, update
 
 from skysail.contract.samples import GuestSample, Sample
-from skysail.store.schema import guests, instances, measurements, meters, transfers
+from skysail.store.schema import guests, instances, measurements, meters, moves, remains, transfers
 
 DAY_SECONDS = 86400
 # How long rows of each resolution are kept (CloudWatch user guide, "Metrics retention").
@@ -43,6 +43,19 @@ NUMBERS = {"CPUUtilization": 1, "NetworkIn": 2, "NetworkOut": 3, "StatusCheckFai
            "StatusCheckFailed_System": 6, "BurstCapacityPercentage": 7, "BurstCapacityTime": 8, "MetadataNoToken": 9}
 _NAMES = {number: name for name, number in NUMBERS.items()}
 _decoder = msgspec.msgpack.Decoder(dict[int, tuple[int, float, float, float]])
+# Run for all guests of a host at once: every one of them is measured each minute.
+_INSERT_MEASUREMENT = insert(measurements).values(
+    instance_id=bindparam("of_instance"), seconds=bindparam("of_seconds"), at=bindparam("of_at"),
+    stats=bindparam("new_stats"))
+_UPDATE_MEASUREMENT = update(measurements).where(
+    measurements.c.instance_id == bindparam("of_instance"), measurements.c.seconds == bindparam("of_seconds"),
+    measurements.c.at == bindparam("of_at")).values(stats=bindparam("new_stats"))
+_INSERT_METER = insert(meters).values(
+    instance_id=bindparam("of_instance"), cpu_seconds=bindparam("more_cpu"), rx_bytes=bindparam("more_rx"),
+    tx_bytes=bindparam("more_tx"), sampled_at=bindparam("seen_at"))
+_UPDATE_METER = update(meters).where(meters.c.instance_id == bindparam("of_instance")).values(
+    cpu_seconds=meters.c.cpu_seconds + bindparam("more_cpu"), rx_bytes=meters.c.rx_bytes + bindparam("more_rx"),
+    tx_bytes=meters.c.tx_bytes + bindparam("more_tx"), sampled_at=bindparam("seen_at"))
 
 
 def _encode(row: Rolled) -> bytes:
@@ -81,33 +94,73 @@ def take_in(connection: Connection, host_id: str, samples: Sequence[Sample]) -> 
         select(guests.c.id, guests.c.instance_id, guests.c.instance_name, guests.c.account_id, instances.c.bundle_id,
                instances.c.region)
         .outerjoin(instances, instances.c.id == guests.c.instance_id).where(guests.c.host_id == host_id)).mappings()}
-    rolled: dict[tuple[str, int, int], Rolled] = {}
+    # What a guest used at its source before it went, or at its target before its row followed it, comes behind its back.
+    known |= {row["name"]: row for name, host in ((moves.c.guest, moves.c.source), (moves.c.id, moves.c.target))
+              for row in connection.execute(
+                  select(name.label("name"), guests.c.instance_id, guests.c.instance_name, guests.c.account_id,
+                         instances.c.bundle_id, instances.c.region)
+                  .join(guests, guests.c.instance_id == moves.c.instance_id)
+                  .outerjoin(instances, instances.c.id == guests.c.instance_id)
+                  .where(host == host_id, guests.c.id != name)).mappings()}
+    # So does what it used before its host failed, and it went on elsewhere.
+    known |= {row["id"]: row for row in connection.execute(
+        select(remains.c.id, remains.c.instance_id, remains.c.instance_name, remains.c.account_id, instances.c.bundle_id,
+               instances.c.region)
+        .outerjoin(instances, instances.c.id == remains.c.instance_id).where(remains.c.host_id == host_id)).mappings()}
+    # By resolution and moment, then by instance.
+    rolled: dict[tuple[int, int], dict[str, Rolled]] = {}
+    totals: dict[str, dict[str, Any]] = {}
     for sample in samples:
         for measured in sample.guests:
             guest = known.get(measured.id)
             if guest is None:
                 continue
-            _count(connection, guest, measured, sample.at)
+            _count(connection, totals, guest, measured, sample.at)
             if guest["bundle_id"] is None:
                 continue  # its instance is deleted: its bytes are counted, nobody asks for its metrics
             found = values(measured)
             for seconds in KEPT_SECONDS if found else ():
-                row = rolled.setdefault((guest["instance_id"], seconds, int(sample.at // seconds) * seconds), {})
+                together = rolled.setdefault((seconds, int(sample.at // seconds) * seconds), {})
+                row = together.setdefault(guest["instance_id"], {})
                 for metric, value in found.items():
                     _add(row, metric, Stats(1, value, value, value))
-    for (instance_id, seconds, at), row in rolled.items():
-        held = connection.execute(select(measurements.c.stats).where(
-            measurements.c.instance_id == instance_id, measurements.c.seconds == seconds,
-            measurements.c.at == at)).scalar_one_or_none()
-        for metric, stats in _decode(held).items() if held is not None else ():
-            _add(row, metric, stats)
-        if held is None:
-            connection.execute(insert(measurements).values(
-                instance_id=instance_id, seconds=seconds, at=at, stats=_encode(row)))
-        else:
-            connection.execute(update(measurements).where(
-                measurements.c.instance_id == instance_id, measurements.c.seconds == seconds, measurements.c.at == at)
-                .values(stats=_encode(row)))
+    for (seconds, at), rows in rolled.items():
+        _roll(connection, seconds, at, rows)
+    _meter(connection, totals)
+
+
+def note_failure(connection: Connection, instance_ids: Sequence[str], at: int) -> None:
+    """The system status check of these instances failed in the minute that began ``at``: nobody can say more of them. To be
+    said once of each minute."""
+    for seconds in KEPT_SECONDS if instance_ids else ():
+        _roll(connection, seconds, at // seconds * seconds, {instance_id: {
+            metric: Stats(1, 1.0, 1.0, 1.0) for metric in ("StatusCheckFailed", "StatusCheckFailed_System")}
+            for instance_id in instance_ids})
+    connection.execute(update(meters).where(meters.c.instance_id.in_(instance_ids)).values(sampled_at=at))
+
+
+def _roll(connection: Connection, seconds: int, at: int, rows: dict[str, Rolled]) -> None:
+    """Add to the measurements of many instances that begin ``at`` that moment."""
+    held = {row.instance_id: row.stats for row in connection.execute(
+        select(measurements.c.instance_id, measurements.c.stats).where(
+            measurements.c.instance_id.in_(rows), measurements.c.seconds == seconds, measurements.c.at == at))}
+    for instance_id, stats in held.items():
+        for metric, before in _decode(stats).items():
+            _add(rows[instance_id], metric, before)
+    for known, statement in ((True, _UPDATE_MEASUREMENT), (False, _INSERT_MEASUREMENT)):
+        written = [{"of_instance": one, "of_seconds": seconds, "of_at": at, "new_stats": _encode(row)}
+                   for one, row in rows.items() if (one in held) is known]
+        if written:
+            connection.execute(statement, written)
+
+
+def _meter(connection: Connection, totals: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add to the meters of many instances."""
+    held = set(connection.execute(select(meters.c.instance_id).where(meters.c.instance_id.in_(totals))).scalars())
+    for known, statement in ((True, _UPDATE_METER), (False, _INSERT_METER)):
+        rows = [{"of_instance": one, **more} for one, more in totals.items() if (one in held) is known]
+        if rows:
+            connection.execute(statement, rows)
 
 
 def _add(row: Rolled, metric: str, stats: Stats) -> None:
@@ -117,12 +170,16 @@ def _add(row: Rolled, metric: str, stats: Stats) -> None:
         row[metric] = stats
 
 
-def _count(connection: Connection, guest: RowMapping, measured: GuestSample, at: float) -> None:
+def _count(connection: Connection, totals: dict[str, dict[str, Any]], guest: RowMapping, measured: GuestSample,
+           at: float) -> None:
     """Into the totals of the instance and of its month."""
     flow = {"rx_bytes": measured.rx_bytes, "tx_bytes": measured.tx_bytes}
     if guest["bundle_id"] is not None:
-        _increase(connection, meters, {"instance_id": guest["instance_id"]}, flow | {"cpu_seconds": measured.cpu_seconds},
-                  {"sampled_at": at})
+        total = totals.setdefault(guest["instance_id"], {"more_cpu": 0.0, "more_rx": 0, "more_tx": 0})
+        total["more_cpu"] += measured.cpu_seconds
+        total["more_rx"] += measured.rx_bytes
+        total["more_tx"] += measured.tx_bytes
+        total["seen_at"] = at
     if any(flow.values()):
         # An instance that was deleted meanwhile has what was noted of it before.
         bundle = {"bundle_id": guest["bundle_id"], "region": guest["region"]} if guest["bundle_id"] else {}
@@ -156,20 +213,35 @@ def read(connection: Connection, instance_id: str, metric: str, seconds: int, st
     return found
 
 
+def latest(connection: Connection) -> dict[str, Rolled]:
+    """The last minute of each instance that was measured."""
+    query = select(measurements.c.instance_id, measurements.c.stats).join(meters, and_(
+        measurements.c.instance_id == meters.c.instance_id, measurements.c.seconds == 60,
+        measurements.c.at > meters.c.sampled_at - 60, measurements.c.at <= meters.c.sampled_at))
+    return {row.instance_id: _decode(row.stats) for row in connection.execute(query)}
+
+
 def sweep(connection: Connection, now: float, limit: int = 500) -> int:
     """Delete up to ``limit`` rows that are too old, or of instances that are gone; how many. Called again until it is 0, each
     time in a transaction of its own: requests get between."""
-    living = set(connection.execute(select(instances.c.id)).scalars())
-    for instance_id in connection.execute(select(meters.c.instance_id)).scalars().all():
-        for seconds, kept in KEPT_SECONDS.items():
-            mine = (measurements.c.instance_id == instance_id, measurements.c.seconds == seconds)
-            old = select(measurements.c.at).where(*mine).order_by(measurements.c.at).limit(limit)
-            if instance_id in living:
+    living = select(instances.c.id).where(instances.c.id == meters.c.instance_id).exists()
+    for seconds, kept in KEPT_SECONDS.items():
+        # Each instance's rows lie together, the oldest first: what there is to delete is found without looking at the rest.
+        oldest = select(func.min(measurements.c.at)).where(
+            measurements.c.instance_id == meters.c.instance_id, measurements.c.seconds == seconds).scalar_subquery()
+        deleted = 0
+        for row in connection.execute(select(meters.c.instance_id, living.label("lives")).where(
+                or_(oldest < now - kept, and_(~living, oldest.is_not(None)))).limit(limit)).all():
+            mine = (measurements.c.instance_id == row.instance_id, measurements.c.seconds == seconds)
+            old = select(measurements.c.at).where(*mine).order_by(measurements.c.at).limit(limit - deleted)
+            if row.lives:
                 old = old.where(measurements.c.at < now - kept)
-            deleted = connection.execute(delete(measurements).where(*mine, measurements.c.at.in_(old))).rowcount
-            if deleted:
-                return int(deleted)
-        if instance_id not in living:
-            connection.execute(delete(meters).where(meters.c.instance_id == instance_id))
-            return 1
+            deleted += connection.execute(delete(measurements).where(*mine, measurements.c.at.in_(old))).rowcount
+            if deleted >= limit:
+                break
+        if deleted:
+            return deleted
+    gone = connection.execute(select(meters.c.instance_id).where(~living).limit(limit)).scalars().all()
+    if gone:
+        return int(connection.execute(delete(meters).where(meters.c.instance_id.in_(gone))).rowcount)
     return int(connection.execute(delete(transfers).where(transfers.c.month < month(now - KEPT_SECONDS[300]))).rowcount)

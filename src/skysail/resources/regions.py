@@ -5,10 +5,10 @@ Source: Lightsail API reference, data type Region. What is in a region is known 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, inspect, select
+from sqlalchemy import ColumnElement, Connection, and_, delete, insert, inspect, select
 
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError, invalid_input
@@ -54,24 +54,37 @@ def zone(config: Config, request: Request, name: str) -> str:
     raise invalid_input(f"The availability zone {name[:60]} does not exist here.", f"Zones of {request.region}: {there}")
 
 
-def zones_of(connection: Connection) -> dict[str, frozenset[str]]:
-    """The names of the zones that each host serves."""
+def zones_of(connection: Connection, among: Collection[str] | None = None) -> dict[str, frozenset[str]]:
+    """The names of the zones that each host, or each of those ``among``, serves."""
     found: dict[str, set[str]] = {}
-    for row in connection.execute(select(host_zones)):
+    query = select(host_zones)
+    if among is not None:
+        query = query.where(host_zones.c.host_id.in_(among))
+    for row in connection.execute(query):
         found.setdefault(row.host_id, set()).add(row.region + row.zone)
     return {host: frozenset(names) for host, names in found.items()}
 
 
-def serving(region: str) -> Any:
-    """The ids of the hosts that serve a zone of the region, as a query."""
-    return select(host_zones.c.host_id).where(host_zones.c.region == region)
+def serves(host_id: ColumnElement[str], region: str) -> ColumnElement[bool]:
+    """Whether the host of a row serves a zone of the region."""
+    return select(host_zones.c.host_id).where(host_zones.c.host_id == host_id, host_zones.c.region == region).exists()
+
+
+def places(connection: Connection, host_id: str) -> set[tuple[str, str]]:
+    """Region and letter of each zone that the host serves."""
+    return {(row.region, row.zone) for row in connection.execute(select(host_zones).where(host_zones.c.host_id == host_id))}
+
+
+def in_zone(name: str) -> ColumnElement[bool]:
+    """Which rows of ``host_zones`` are of the availability zone called so: a region and a letter."""
+    return and_(host_zones.c.region == name[:-1], host_zones.c.zone == name[-1:])
 
 
 def serve(connection: Connection, host_id: str, regions: Mapping[str, Sequence[str]]) -> None:
     """The host serves exactly these zones from now on. Raises SkysailError while rows hold something elsewhere."""
     refuse_abandoning(connection, regions)
     wanted = {(region, letter) for region, letters in regions.items() for letter in letters}
-    held = {(row.region, row.zone) for row in connection.execute(select(host_zones).where(host_zones.c.host_id == host_id))}
+    held = places(connection, host_id)
     for region, letter in held - wanted:
         connection.execute(delete(host_zones).where(host_zones.c.host_id == host_id, host_zones.c.region == region,
                                                     host_zones.c.zone == letter))

@@ -37,7 +37,7 @@ class SnapshotCopies:
             raise invalid_input(f"The region {asked['sourceRegion'][:60]} does not exist here.",
                                 "GetRegions lists the ones that do.")
         row = _chosen(connection, replace(request, region=asked["sourceRegion"]))
-        if row["host_id"] not in connection.execute(regions.serving(request.region)).scalars().all():
+        if request.region not in {region for region, _ in regions.places(connection, row["host_id"])}:
             raise invalid_input(f"The host that has the snapshot serves no zone of {request.region}.")
         return {"operations": [snapshot_rows.put(
             connection, request, asked["targetSnapshotName"], row["kind"], now=self._clock.now(), host=row["host_id"],

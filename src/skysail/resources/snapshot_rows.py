@@ -128,9 +128,9 @@ def common(row: RowMapping, tagged: tags.Tagged) -> dict[str, Any]:
 
 def sweep(connection: Connection) -> int:
     """Let the files of deleted snapshots go that nothing stands on, and the rows of those that are gone; how many changed."""
-    rows = connection.execute(select(snapshots)).mappings().all()
-    if not any(row["deleted"] for row in rows):
+    if connection.execute(select(snapshots.c.id).where(snapshots.c.deleted.is_(True)).limit(1)).first() is None:
         return 0
+    rows = connection.execute(select(snapshots)).mappings().all()
     needed = {origin["snapshot"] for table in (guests, disks)
               for origin in connection.execute(select(table.c.origin).where(table.c.origin.is_not(None))).scalars() if origin}
     for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import grp
@@ -14,13 +15,17 @@ from pathlib import Path
 from typing import IO, Literal
 
 import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from skysail.agent import stock
 from skysail.agent.app import application
+from skysail.agent.identity import Identity
 from skysail.agent.keeper import Keeper
 from skysail.agent.ledger import Ledger
 from skysail.agent.samples import SampleLog, Sampler
 from skysail.agent.traffic import Traffic
+from skysail.contract.identity import CONTROLLER
 from skysail.contract.report import HostReport, ImageReport
 from skysail.dns import Zones
 from skysail.dns.powerdns import PowerDns
@@ -40,22 +45,30 @@ from skysail.ingress.jump import Jump
 from skysail.ingress.sim import SimIngress
 from skysail.kit.config import Config, load
 from skysail.kit.errors import SkysailError
-from skysail.kit.process import in_thread
+from skysail.kit.process import in_thread, machine_boot, started_at
 from skysail.metadata.process import Answerer, kept_key
 from skysail.metadata.sim import SimResponder
 from skysail.network import Fabric
+from skysail.network.frr import Frr
 from skysail.network.linux import LinuxFabric
 from skysail.network.plan import GATEWAY_IPV6, HTTP_PORT, JUMP_PORT, TLS_PORT, Layout
 from skysail.network.sim import SimFabric
-from skysail.serve import jump, processes
+from skysail.serve import beside, jump, membership, processes
+from skysail.serve.facts import Facts
+from skysail.serve.membership import Membership
+from skysail.storage import Pool, Shelf
+from skysail.storage.ceph import Cluster
 from skysail.storage.files import FilePool
+from skysail.storage.rbd import RbdPool
+from skysail.storage.rbd_shelf import RbdShelf
 from skysail.storage.shelf import FileShelf
 from skysail.storage.sim import SimPool, SimShelf
 
-HOST = "host-1"
-# A simulated host is as large as a small cluster, so that limits come from the controller and not from it.
-_SIM = HostReport(host=HOST, boot="", sequence=0, generation=0, vcpus=4, memory_mib=16 * 1024 * 1024,
-                  disk_gib=1024 * 1024, accelerator="sim")
+log = logging.getLogger(__name__)
+# Controllers end connections that they have no use for before that.
+KEEP_ALIVE_SECONDS = 60
+# How often is tried to answer controllers where that was not possible.
+UNREACHABLE_SECONDS = 2.0
 _SIM_IMAGE = ImageReport(digest="0" * 64, blueprint="debian_12", name="Debian", user="admin", version="12.0",
                          size_gib=2, templated=True)
 
@@ -68,8 +81,8 @@ def build(config: Config) -> tuple[Keeper, Sampler]:
         volumes, shelf = SimPool(), SimShelf()
         simulated = SimHypervisor(volumes.ensure, shelf=shelf)
         network = SimFabric(simulated.flow)
-        keeper = Keeper(_SIM, simulated, volumes, shelf, network, lambda: [_SIM_IMAGE], ledger, traffic, name_server(config),
-                        SimResponder(), ingress=[SimIngress()])
+        keeper = Keeper(simulated_capacity(config), simulated, volumes, shelf, network, lambda: [_SIM_IMAGE], ledger, traffic,
+                        name_server(config), SimResponder(), ingress=[SimIngress()], boot=present_boot(config))
         return keeper, _sampler(config, simulated, network, traffic, keeper)
     library = Library(config.images_dir)
     for folder in (config.images_dir, config.templates_dir, config.guests_dir, config.volumes_dir,
@@ -77,22 +90,51 @@ def build(config: Config) -> tuple[Keeper, Sampler]:
         folder.mkdir(parents=True, exist_ok=True)
     stock.recover(config)
     accelerator = probe(config.accelerator_file).accelerator
-    pool, snapshots, fabric = FilePool(config.volumes_dir), FileShelf(config.snapshots_dir), LinuxFabric(Layout.of(config))
+    pool, snapshots = storage(config)
+    fabric = LinuxFabric(Layout.of(config, membership.underlay(config)), router(config))
     workshop = Workshop(
         guests=config.guests_dir, accelerator=accelerator, find_image=lambda digest: _image(library, digest),
         templates=Templates(config.templates_dir, accelerator, config.guest_uid_base, config.template_memory),
         make_volume=pool.ensure, drop_volume=pool.remove, volumes=pool.observe, open_port=fabric.open_port,
-        give_volume=pool.give, shelf=snapshots, around=lambda: surroundings(config))
-    hypervisor = Qemu(workshop, config.guest_uid_base)
+        give_volume=pool.give, reclaim_volume=pool.reclaim, shelf=snapshots, around=lambda: surroundings(config),
+        cluster=cluster(config), underlay=membership.underlay(config) or "127.0.0.1", announce=fabric.announce)
+    hypervisor = Qemu(workshop, config.guest_uid_base, config.relay_uid)
     keeper = Keeper(capacity(config, accelerator), hypervisor, pool, snapshots, fabric, lambda: _reports(library), ledger,
                     traffic, name_server(config), responder(config, fabric),
-                    lambda digest: in_thread(renewal.renews, library, digest), ingress(config))
+                    lambda digest: in_thread(renewal.renews, library, digest), ingress(config), present_boot(config))
     return keeper, _sampler(config, hypervisor, fabric, traffic, keeper)
+
+
+def present_boot(config: Config) -> str:
+    """The machine's present boot, where others may take it for lost and start its guests elsewhere: where it joined a cloud.
+    A controller on this machine itself cannot. The guests of a simulated machine end with its agent, which is its boot."""
+    if membership.find(config) is None:
+        return ""
+    return machine_boot() if config.engines == "real" else f"{machine_boot()}-{os.getpid()}-{started_at(os.getpid())}"
+
+
+def cluster(config: Config) -> Cluster | None:
+    """The Ceph cluster that volumes are in; None where they are files."""
+    return Cluster.of(config) if config.storage == "ceph" else None
+
+
+def storage(config: Config) -> tuple[Pool, Shelf]:
+    """The engines that the configuration names, for volumes and for snapshots."""
+    found = cluster(config)
+    if found is None:
+        return FilePool(config.volumes_dir), FileShelf(config.snapshots_dir)
+    return (RbdPool(found, config.volumes_dir, config.importer_uid),
+            RbdShelf(found, config.snapshots_dir, config.importer_uid))
 
 
 def _sampler(config: Config, hypervisor: Hypervisor, fabric: Fabric, traffic: Traffic, keeper: Keeper) -> Sampler:
     return Sampler(SampleLog(config.root / "agent" / "samples.jsonl"), hypervisor, fabric, traffic, keeper.wanted,
                    keeper.metadata.tokenless, interval_seconds=config.sample_seconds, throttles=config.cpu_burst)
+
+
+def router(config: Config) -> Frr:
+    """What tells other hosts which guests are here; where there are none it is ended, should it run."""
+    return Frr(config.routing_dir, config.namespace, processes.log_folder(config))
 
 
 def responder(config: Config, fabric: LinuxFabric) -> Answerer:
@@ -117,10 +159,25 @@ def ingress(config: Config) -> list[Ingress]:
 
 
 def capacity(config: Config, accelerator: str) -> HostReport:
-    """What this machine has."""
+    """What this machine has; where disks are in a cluster, their room is what its pool has."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
-    return HostReport(host=HOST, boot="", sequence=0, generation=0, vcpus=os.cpu_count() or 1, memory_mib=memory,
-                      disk_gib=shutil.disk_usage(config.root).total >> 30, accelerator=accelerator)
+    return HostReport(host=membership.host(config), boot="", sequence=0, generation=0, vcpus=os.cpu_count() or 1,
+                      memory_mib=memory, disk_gib=_room_gib(config), accelerator=accelerator)
+
+
+def simulated_capacity(config: Config) -> HostReport:
+    """A simulated host is as large as a small cluster, so that limits come from the controller and not from it."""
+    return HostReport(host=membership.host(config), boot="", sequence=0, generation=0, vcpus=4096,
+                      memory_mib=16 * 1024 * 1024, disk_gib=1024 * 1024, accelerator="sim")
+
+
+def _room_gib(config: Config) -> int:
+    if config.storage == "ceph":
+        try:
+            return Cluster.of(config, seconds=10.0).room_gib()
+        except SkysailError as failed:
+            log.warning("how much room the cluster has is not known, and taken for this machine's disk's: %s", failed)
+    return shutil.disk_usage(config.root).total >> 30
 
 
 def surroundings(config: Config) -> Surroundings:
@@ -196,6 +253,63 @@ def listen(config: Config) -> socket.socket:
     return listener
 
 
+async def serve(config: Config, keeper: Keeper, sampler: Sampler) -> None:
+    """Answer at the agent's socket, and where this machine joined a cloud, to its controllers."""
+    joined, held = membership.find(config), membership.identity(config)
+    identity = held if joined is not None and held.whole else None
+    facts = Facts(config, keeper.host, present_boot(config))
+    made = application(keeper, sampler, processes.log_folder(config), facts.tell, identity)
+    own = uvicorn.Server(_answering(made))
+    serving = asyncio.create_task(own.serve(sockets=[listen(config)]))
+    # Not before what runs here was adopted: nobody's document comes first.
+    while not own.started and not serving.done():
+        await asyncio.sleep(0.05)
+    remote = asyncio.create_task(_answer_controllers(made, joined, identity)) if joined and own.started else None
+    await serving
+    if remote is not None:
+        remote.cancel()
+        await asyncio.gather(remote, return_exceptions=True)
+
+
+def _answering(made: Starlette, http: type[asyncio.Protocol] | Literal["auto"] = "auto") -> uvicorn.Config:
+    # qemu.qmp passes descriptors through the event loop's own socket, which uvloop hides.
+    return uvicorn.Config(made, log_level="warning", access_log=False, loop="asyncio", http=http,
+                          timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1)
+
+
+async def _answer_controllers(made: Starlette, joined: Membership, identity: Identity | None) -> None:
+    """Answer where controllers call this host, until cancelled. While that cannot be, because the port is taken or a name
+    cannot be resolved yet, guests are looked after all the same: a host without its controller holds to the last document."""
+    if identity is None:
+        log.error("this host has no certificate: no controller reaches it")
+        return
+    trouble = ""
+    while True:
+        try:
+            context = identity.context()
+            listener = await asyncio.to_thread(beside.listen, joined.address, joined.port)
+            async with beside.served(_answering(made, Callers), listener, context):
+                await asyncio.Event().wait()
+        except (SkysailError, OSError) as unreachable:
+            if trouble != str(unreachable):
+                log.error("no controller reaches this host: %s", unreachable)
+            trouble = str(unreachable)
+        except Exception:
+            log.exception("controllers could not be answered; it is tried again")
+        await asyncio.sleep(UNREACHABLE_SECONDS)
+
+
+class Callers(HttpToolsProtocol):
+    """A connection by mutual TLS. OpenSSL let in who has a certificate of a caller by our authority; only controllers have
+    one, and it says so."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        shown = transport.get_extra_info("ssl_object").getpeercert() or {}
+        if ("DNS", CONTROLLER) not in shown.get("subjectAltName", ()):
+            transport.abort()
+
+
 def main() -> None:
     """Serve the host in ``$SKYSAIL_DATA`` until told to stop."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -205,10 +319,7 @@ def main() -> None:
     config = load()
     alone = hold(config)
     keeper, sampler = build(config)
-    # qemu.qmp passes descriptors through the event loop's own socket, which uvloop hides.
-    server = uvicorn.Server(uvicorn.Config(application(keeper, sampler, processes.log_folder(config)), log_level="warning",
-                                           access_log=False, loop="asyncio", timeout_graceful_shutdown=1))
-    server.run(sockets=[listen(config)])
+    asyncio.run(serve(config, keeper, sampler))
     alone.close()
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import json
 import logging
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -28,10 +28,15 @@ from skysail.api.tls import Certificates
 from skysail.api.wire import Wire
 from skysail.hosts import entrance, reverse
 from skysail.hosts.client import AgentClient
-from skysail.hosts.fleet import Fleet, lease_name
+from skysail.hosts.credentials import Credentials
+from skysail.hosts.fleet import PARTS as HOST_PARTS
+from skysail.hosts.fleet import Fleet
+from skysail.hosts.turns import Turns
+from skysail.kit import garbage
 from skysail.kit.clock import Clock, SystemClock
 from skysail.kit.config import Config, load
 from skysail.kit.errors import SkysailError
+from skysail.kit.process import allow_open_files
 from skysail.notices.smtp import Smtp
 from skysail.notices.webhook import Webhook
 from skysail.operations.engine import PARTS, Engine, part
@@ -45,8 +50,10 @@ from skysail.resources import (
     lifecycle,
     metadata,
     metering,
+    migration,
     peering,
     regions,
+    rescue,
     snapshot_rows,
 )
 from skysail.resources import alarms as alarm_rows
@@ -72,8 +79,9 @@ from skysail.resources.request import Request
 from skysail.resources.snapshot_copies import SnapshotCopies
 from skysail.resources.static_ips import StaticIps
 from skysail.resources.tags import Tags
-from skysail.serve import confirmation, endpoint, prometheus
+from skysail.serve import confirmation, endpoint, joining, membership, prometheus
 from skysail.serve.courier import COURIER, Courier
+from skysail.serve.fencing import Fencer
 from skysail.serve.rounds import Round
 from skysail.store.database import Database
 from skysail.store.leases import BEAT_SECONDS, Shares
@@ -81,16 +89,19 @@ from skysail.store.schema import hosts
 from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
-HOST = "host-1"
+HOST = membership.FIRST_HOST
 WORKFLOWS = (lifecycle.WORKFLOWS | disks.WORKFLOWS | snapshot_rows.WORKFLOWS | auto_snapshots.WORKFLOWS | peering.WORKFLOWS
              | metadata.WORKFLOWS | address_type_changes.WORKFLOWS)
 ALARM_SECONDS = 5.0
+# So many hosts are asked something at a time: enough for all processors, few enough that none waits for long.
+ASKED_AT_ONCE = 64
 # How often is looked whether an automatic snapshot is due.
 DUE_SECONDS = 2.0
 # How often instances are seen to follow their guests.
 FOLLOW_SECONDS = 1.0
-# How often samples are asked for at the least; how often old ones are looked for, and the rest between two portions of them.
-COLLECT_SECONDS = 5.0
+# How often is looked whether a host has failed, or is back, and what the lease of all that follows is called.
+OUTAGE_SECONDS, OUTAGES = 1.0, "outages"
+# How often old samples are looked for, and the rest between two portions of them.
 SWEEP_SECONDS, SWEEP_PAUSE_SECONDS = 600.0, 0.2
 
 
@@ -107,9 +118,12 @@ def initialise(config: Config, clock: Clock | None = None) -> None:
     database.migrate()
     try:
         with database.transaction() as connection:
-            if connection.execute(select(hosts.c.id).where(hosts.c.id == HOST)).first() is None:
-                connection.execute(insert(hosts).values(id=HOST, address=f"unix:{config.agent_socket}"))
-            regions.serve(connection, HOST, config.regions)
+            if config.local_host:
+                if connection.execute(select(hosts.c.id).where(hosts.c.id == HOST)).first() is None:
+                    connection.execute(insert(hosts).values(id=HOST, address=f"unix:{config.agent_socket}"))
+                regions.serve(connection, HOST, config.regions)
+            else:
+                regions.refuse_abandoning(connection, config.regions)
     finally:
         database.close()
 
@@ -170,7 +184,7 @@ def confirmation_page(config: Config) -> str:
 
 
 def build(config: Config, clock: Clock | None = None,
-          client: Callable[[str], AgentClient] = AgentClient) -> Starlette:
+          client: Callable[[str], AgentClient] | None = None) -> Starlette:
     """The controller as an ASGI application; its lifespan runs engine and watches."""
     clock = clock or SystemClock()
     vault = Vault.at(config.master_key)
@@ -180,14 +194,16 @@ def build(config: Config, clock: Clock | None = None,
         domains.delegate(connection, config.name_servers, clock.now())
         addresses.number_ssh_ports(connection, config)
         reverse.configure(connection, config.reverse_zones, config.name_servers, config.naming_domain, clock.now())
-        entrance.configure(connection, HOST, config.single_address, config.instance_domain)
+        if config.local_host:
+            entrance.configure(connection, HOST, config.single_address, config.instance_domain)
     loop_of: list[asyncio.AbstractEventLoop] = []
 
-    def observed() -> None:
-        engine.wake()
+    def observed(resources: Collection[str]) -> None:
+        engine.wake(resources)
 
     def follow(connection: Connection) -> int:
         lifecycle.follow(connection, clock.now())
+        migration.sweep(connection)
         snapshot_rows.sweep(connection)
         domains.follow(connection)
         reverse.follow(connection)
@@ -195,13 +211,16 @@ def build(config: Config, clock: Clock | None = None,
 
     def work(connection: Connection) -> Iterable[str]:
         """All that there is to do, by the names of its leases."""
-        yield from (COURIER, *(round_.name for round_ in rounds), *PARTS)
-        yield from map(lease_name, connection.execute(select(hosts.c.id)).scalars())
+        yield from (COURIER, *(round_.name for round_ in rounds), *PARTS, *HOST_PARTS)
 
+    credentials = Credentials(database, vault, clock, config.certificate_seconds)
     shares = Shares(database, f"{socket.gethostname()}:{config.root}", work)
-    fleet = Fleet(database, clock, vault, shares.find, client, observed, metering.take_in,
-                  min(config.sample_seconds, COLLECT_SECONDS))
-    engine = Engine(database, WORKFLOWS, clock, fleet.touch, lambda resource_id: shares.claim(part(resource_id)))
+    connect = client or partial(AgentClient, credentials=credentials, turns=Turns(ASKED_AT_ONCE))
+    fleet = Fleet(database, clock, vault, shares.find, connect, observed, metering.take_in, config.sample_seconds)
+    began = clock.now()
+    moving = migration.workflow(config)
+    engine = Engine(database, {**WORKFLOWS, moving.name: moving}, clock, fleet.touch,
+                    lambda resource_id: shares.claim(part(resource_id)))
 
     def touched() -> None:
         engine.wake()
@@ -213,7 +232,10 @@ def build(config: Config, clock: Clock | None = None,
               acted=touched),
         Round("alarms", ALARM_SECONDS, lambda connection: alarm_rows.follow(connection, clock.now()), database, shares),
         Round("sweep", SWEEP_SECONDS, lambda connection: metering.sweep(connection, clock.now()), database, shares,
-              again_seconds=SWEEP_PAUSE_SECONDS))
+              again_seconds=SWEEP_PAUSE_SECONDS),
+        Round(OUTAGES, OUTAGE_SECONDS, lambda connection: rescue.follow(connection, config, clock.now(), began), database,
+              shares, acted=touched))
+    fencer = Fencer(config, database, clock, lambda: shares.claim(OUTAGES), connect)
     courier = Courier(database, clock, Smtp(config), Webhook(), lambda: shares.claim(COURIER))
 
     def committed() -> None:
@@ -240,7 +262,8 @@ def build(config: Config, clock: Clock | None = None,
         loop_of.append(asyncio.get_running_loop())
         await asyncio.to_thread(shares.renew)
         tasks = [asyncio.create_task(work) for work in (
-            live(), hear(), fleet.run(), engine.run(), courier.run(), *(round_.run() for round_ in rounds))]
+            live(), hear(), fleet.run(), engine.run(), courier.run(), fencer.run(), *(round_.run() for round_ in rounds),
+            joining.serve(config, database, credentials, clock))]
         try:
             yield
         finally:
@@ -286,10 +309,10 @@ def main() -> None:
             "credentials": admin_credentials(config) if "--admin-key" in sys.argv else None}))
         return
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per document is noise
+    allow_open_files()  # two connections for each host
     made = build(config)
-    # What is here now stays, the service model above all: the collector need not stop a request to look through it again.
-    gc.collect()
-    gc.freeze()
+    # What is here now stays, the service model above all, and so does what is known of hosts.
+    garbage.settle()
     certificate, key = Certificates(config.certificates).server if config.secure else (None, None)
     uvicorn.run(made, host=config.listen, port=config.port, log_level="warning", access_log=False,
                 server_header=False, http=Wire, ws="none", ssl_certfile=certificate, ssl_keyfile=key)

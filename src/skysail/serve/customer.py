@@ -62,12 +62,13 @@ def instances(config: Config, region: str = "") -> list[dict[str, Any]]:
 
 
 def launch(config: Config, name: str, blueprint: str, bundle: str, wait_seconds: float = 120.0,
-           region: str = "") -> dict[str, Any]:
-    """Create one instance in the region's first zone and wait until it runs; raises :class:`SkysailError` after
-    ``wait_seconds``."""
+           region: str = "", user_data: str = "") -> dict[str, Any]:
+    """Create one instance in the region's first zone, with the launch script ``user_data``, and wait until it runs; raises
+    :class:`SkysailError` after ``wait_seconds``."""
     region = served(config, region)
     made = call(config, "create_instances", region, instanceNames=[name], blueprintId=blueprint, bundleId=bundle,
-                availabilityZone=f"{region}{config.regions[region][0]}")["operations"][0]
+                availabilityZone=f"{region}{config.regions[region][0]}",
+                **({"userData": user_data} if user_data else {}))["operations"][0]
     deadline = time.monotonic() + wait_seconds
     while time.monotonic() < deadline:
         operation = call(config, "get_operation", region, operationId=made["id"])["operation"]

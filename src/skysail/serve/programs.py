@@ -12,13 +12,18 @@ import httpx
 from skysail.kit import logs, process
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
-from skysail.serve import endpoint, name_server, processes
+from skysail.serve import endpoint, membership, name_server, processes
 
 UNITS = Path("/etc/systemd/system")
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def names(config: Config) -> tuple[str, ...]:
-    """This cloud's processes, in the order in which they start."""
+    """This machine's processes of the cloud, in the order in which they start."""
+    if membership.find(config) is not None:
+        return ("agent",)
+    if not config.local_host:
+        return ("controller",)
     return ("dns", "agent", "controller") if config.powerdns else ("agent", "controller")
 
 
@@ -49,7 +54,7 @@ def wait_healthy(config: Config, name: str, seconds: float = 180.0) -> None:
     Raises :class:`SkysailError` with the end of its log when it ends or hangs.
     """
     def settled() -> bool:
-        return healthy(config, name) or (not _systemd() and processes.find(config, name) is None)
+        return healthy(config, name) or (not _systemd(config) and processes.find(config, name) is None)
 
     processes.wait_until(settled, seconds)
     if not healthy(config, name):
@@ -75,7 +80,9 @@ def unit(config: Config, name: str) -> str:
     if name == "dns":
         return name_server.unit(config, processes.log_path(config, name))
     who = config.controller_user
-    user = f"User={who}\nGroup={who}\nNoNewPrivileges=yes\nCapabilityBoundingSet=\n" if name == "controller" else ""
+    # A controller has two connections to each host.
+    user = (f"User={who}\nGroup={who}\nNoNewPrivileges=yes\nCapabilityBoundingSet=\nLimitNOFILE=1048576\n"
+            if name == "controller" else "")
     # The agent tells guests the machine's resolvers, which a machine on DHCP has only when it is online.
     before = "skysail-agent.service" if name == "controller" else "network-online.target"
     order = f"Wants={before}\nAfter={before}"
@@ -90,8 +97,10 @@ def unit(config: Config, name: str) -> str:
 def start(config: Config, name: str, digest: str) -> None:
     """Start ``name`` in place of the one that runs; ``digest`` names what it is started from."""
     processes.stop(config, name)
-    if not _systemd():
-        processes.start(config, name, command(config, name), env=environment(config), digest=digest)
+    if not _systemd(config):
+        started = processes.start(config, name, command(config, name), env=environment(config), digest=digest)
+        if name == "controller":
+            process.allow_open_files(started.pid)
         return
     (UNITS / f"skysail-{name}.service").write_text(unit(config, name))
     process.run(["systemctl", "daemon-reload"])
@@ -102,7 +111,7 @@ def start(config: Config, name: str, digest: str) -> None:
 
 def current(config: Config, name: str, digest: str) -> bool:
     """Whether ``name`` was last started from what ``digest`` names."""
-    if _systemd():
+    if _systemd(config):
         stamp = config.root / "run" / f"{name}.digest"
         return stamp.exists() and stamp.read_text() == digest
     record = processes.find(config, name)
@@ -112,7 +121,7 @@ def current(config: Config, name: str, digest: str) -> bool:
 def stop(config: Config, name: str) -> bool:
     """End ``name``, also for the next boot of the machine; whether it was running."""
     unit = UNITS / f"skysail-{name}.service"
-    if _systemd() and unit.exists():
+    if _systemd(config) and unit.exists():
         ran = pid(config, name) is not None
         process.run(["systemctl", "disable", "--now", unit.name])
         return ran
@@ -121,7 +130,7 @@ def stop(config: Config, name: str) -> bool:
 
 def pid(config: Config, name: str) -> int | None:
     """The process of ``name``; None when there is none."""
-    if _systemd():
+    if _systemd(config):
         said = process.run(["systemctl", "show", "--property=MainPID", "--value", f"skysail-{name}.service"]).strip()
         return int(said) or None
     record = processes.find(config, name)
@@ -130,9 +139,9 @@ def pid(config: Config, name: str) -> int | None:
 
 def environment(config: Config) -> dict[str, str]:
     """What our programs find in their environment."""
-    return {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8",
+    return {"PATH": ":".join(filter(None, (config.qemu_folder, PATH))), "LANG": "C.UTF-8",
             "PYTHONPATH": str(config.root / "program"), "PYTHONUNBUFFERED": "1", "SKYSAIL_DATA": config.data}
 
 
-def _systemd() -> bool:
-    return Path("/run/systemd/system").is_dir()
+def _systemd(config: Config) -> bool:
+    return not config.detached and Path("/run/systemd/system").is_dir()

@@ -10,6 +10,7 @@ import asyncio
 import hmac
 import ipaddress
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from skysail.hosts import roster
 from skysail.kit.config import Config
-from skysail.resources import metering
+from skysail.resources import metering, migration
+from skysail.resources.migration import Migration
 from skysail.store.database import Database
 from skysail.store.schema import alarms, deliveries, guests, hosts, instances, meters, transfers
 
@@ -76,6 +79,10 @@ def _families(connection: Connection, now: float) -> Iterator[tuple[str, str, st
         return [({"host": row["id"]}, row[column] * factor) for row in machines if row[column] is not None]
 
     yield "skysail_host_seen_timestamp_seconds", "gauge", "When the host last reported.", of_host("seen_at")
+    yield ("skysail_host_up", "gauge", "Whether the host answers.",
+           [({"host": row["id"]}, int(roster.state(row) == "ready")) for row in machines])
+    yield ("skysail_host_cordoned", "gauge", "Whether the host is given nothing new.",
+           [({"host": row["id"]}, int(row["cordoned"])) for row in machines])
     yield "skysail_host_vcpus", "gauge", "Processors of the host.", of_host("vcpus")
     yield "skysail_host_memory_bytes", "gauge", "Memory of the host.", of_host("memory_mib", 1 << 20)
     yield "skysail_host_disk_bytes", "gauge", "Disk of the host.", of_host("disk_gib", 1 << 30)
@@ -112,21 +119,45 @@ def _families(connection: Connection, now: float) -> Iterator[tuple[str, str, st
     yield ("skysail_instance_month_transfer_bytes", "gauge", "Bytes that count against this month's allowance.",
            [(named[row["instance_id"]] | {"direction": direction}, row[column]) for row in month
             if row["instance_id"] in named for direction, column in (("in", "rx_bytes"), ("out", "tx_bytes"))])
+    minutes = metering.latest(connection)
     for metric, name, words in (
             ("StatusCheckFailed", "skysail_instance_status_check_failed", "Whether its latest status check failed."),
             ("BurstCapacityPercentage", "skysail_instance_burst_capacity_percent", "Burst capacity that is left.")):
-        found = []
-        for row in rows:
-            if row["sampled_at"] is not None:
-                latest = metering.read(connection, row["id"], metric, 60, row["sampled_at"] // 60 * 60, row["sampled_at"] + 1)
-                found += [(named[row["id"]], stats.minimum if "Burst" in metric else stats.maximum) for _, stats in latest]
-        yield name, "gauge", words, found
+        measured = [(row["id"], minutes[row["id"]].get(metric)) for row in rows if row["id"] in minutes]
+        yield (name, "gauge", words, [(named[identifier], stats.minimum if "Burst" in metric else stats.maximum)
+                                      for identifier, stats in measured if stats is not None])
 
+    yield from _of_migrations(migration.seen(connection))
     yield ("skysail_alarms", "gauge", "Alarms by state.",
            [({"state": row[0]}, row[1]) for row in connection.execute(
                select(alarms.c.state, func.count()).group_by(alarms.c.state).order_by(alarms.c.state))])
     waiting = connection.execute(select(func.count()).select_from(deliveries)).scalar_one()
     yield "skysail_notices_waiting", "gauge", "Notices that no receiver took yet.", [({}, waiting)]
+
+
+def _of_migrations(found: list[Migration]) -> Iterator[tuple[str, str, str, Iterable[tuple[Labels, float]]]]:
+    over = [one for one in found if one.state == "succeeded"]
+    states = Counter(one.state for one in found)
+    yield ("skysail_migrations", "gauge", "Instances that wait to go to another host, or are on their way.",
+           [({"state": state.replace(" ", "_")}, states[state]) for state in ("waiting", "under way")])
+    yield ("skysail_migrations_total", "counter", "Instances that went to another host, or stayed where they were.",
+           [({"outcome": outcome}, states[outcome]) for outcome in ("succeeded", "failed")])
+    yield ("skysail_migration_bytes_total", "counter", "Bytes that went over with those that went.",
+           [({"of": "memory"}, sum(one.report.memory_bytes for one in over)),
+            ({"of": "disks"}, sum(one.report.disk_bytes for one in over))])
+    yield ("skysail_migrations_by_post_copy_total", "counter", "Those that ran before all of their memory was there.",
+           [({"memory": "whole"}, sum(one.report.post_copy and not one.report.cut for one in over)),
+            ({"memory": "cut"}, sum(bool(one.report.cut) for one in over))])
+    for kind, words, values in (
+            ("pause", "Pauses of those that went, by QEMU's count; the gap of those that stood still.",
+             [one.report.pause_ms for one in over]),
+            ("gap", "From the stop at the source until it ran at the target.", [one.report.gap_ms for one in over]),
+            ("outside", "Pauses as a probe saw them, where there was one.",
+             [one.report.outside_ms for one in over if one.report.outside_ms is not None])):
+        yield (f"skysail_migration_{kind}_seconds_sum", "counter", words, [({}, round(sum(values) / 1000, 6))])
+        yield (f"skysail_migration_{kind}_seconds_count", "counter", "How many these are.", [({}, len(values))])
+        yield (f"skysail_migration_{kind}_seconds_max", "gauge", "The longest of these.",
+               [({}, round(max(values, default=0.0) / 1000, 6))])
 
 
 def _labels(labels: Labels) -> str:

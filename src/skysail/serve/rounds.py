@@ -1,17 +1,21 @@
-"""A round: what one of the controllers does every so often, each time in one transaction."""
+"""A round: what one of the controllers does every so often, in one transaction each time that there is something to do."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from sqlalchemy import Connection
 
 from skysail.store.database import Database
 from skysail.store.leases import BEAT_SECONDS, LeaseLost, Shares
+from skysail.store.look import WouldWrite, look
 
 log = logging.getLogger(__name__)
+# A round rests at least so many times as long as it took.
+RESTS = 4.0
 
 
 class Round:
@@ -32,7 +36,7 @@ class Round:
     async def run(self) -> None:
         """Go round until cancelled."""
         while True:
-            pause = BEAT_SECONDS
+            pause, began = BEAT_SECONDS, time.monotonic()
             try:
                 done = await asyncio.to_thread(self._go)
                 if done:
@@ -44,13 +48,19 @@ class Round:
             except Exception:
                 log.exception("%s failed; it is tried again", self.name)
                 pause = self._seconds
-            await asyncio.sleep(pause)
+            # Where there is so much that to look at it takes long, it is looked at less often.
+            await asyncio.sleep(max(pause, RESTS * (time.monotonic() - began)))
 
     def _go(self) -> int | None:
         """How much was done; None when another controller does it."""
         confirm = self._shares.claim(self.name)
         if confirm is None:
             return None
-        with self._database.transaction() as connection:
-            confirm(connection)
-            return self._act(connection)
+        try:
+            # Mostly there is nothing to do, and to find that out keeps nobody from writing.
+            with self._database.transaction(write=False) as connection:
+                return self._act(look(connection))
+        except WouldWrite:
+            with self._database.transaction() as connection:
+                confirm(connection)
+                return self._act(connection)

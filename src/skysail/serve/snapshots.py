@@ -31,10 +31,10 @@ from skysail.operations import history
 from skysail.resources import accounts, snapshot_rows
 from skysail.resources.request import Request
 from skysail.resources.snapshot_rows import WHOLE
-from skysail.serve import processes
+from skysail.serve import agent, processes
 from skysail.serve.controller import HOST
 from skysail.storage import Copy, Manifest, parcel
-from skysail.storage.shelf import FileShelf, seal
+from skysail.storage.shelf import seal
 from skysail.store.schema import snapshots
 from skysail.store.visit import visit
 
@@ -76,7 +76,7 @@ def export(config: Config, name: str, target: Path, region: str, account: str, p
         raise SkysailError(f"there is no folder {target.parent}", "make it first")
     row = visit(config, lambda connection: dict(_find(
         connection, name, region or config.default_region, _account(connection, account))), dict[str, Any])
-    shelf = FileShelf(config.snapshots_dir)
+    _, shelf = agent.storage(config)
     with workplace(config.snapshots_dir) as work:
         work.chmod(0o711)
         room = work / "disks"
@@ -88,8 +88,8 @@ def export(config: Config, name: str, target: Path, region: str, account: str, p
             origin = Origin(snapshot=row["id"], volume=volume["id"])
             asyncio.run(shelf.verify(origin))
             disks.append(room / f"{number}.qcow2")
-            parts.append(parcel.flatten(asyncio.run(shelf.chain(origin)), disks[-1], volume["size_gib"], config.importer_uid,
-                                        detail))
+            chain = asyncio.run(shelf.show(origin, room, config.importer_uid))
+            parts.append(parcel.flatten(chain, disks[-1], volume["size_gib"], config.importer_uid, detail))
         progress(f"{name}: writing {target}")
         parcel.write(target, _parcel(config, row, parts), disks, detail)
     return target.stat().st_size

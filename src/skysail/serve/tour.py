@@ -6,7 +6,7 @@ from typing import Any
 
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
-from skysail.serve import blueprints, customer, endpoint, processes
+from skysail.serve import blueprints, customer, endpoint, membership, processes
 from skysail.serve import up as machine
 
 FIRST = "first"
@@ -15,13 +15,15 @@ FIRST = "first"
 def up(config: Config, progress: machine.Progress, first_instance: bool = True) -> dict[str, Any]:
     """Bring the cloud up; with ``first_instance``, launch one if there is none, and log in to it, once in its life."""
     machine.up(config, progress)
+    if membership.find(config) is not None or not config.local_host:
+        return machine.status(config)
     proven = config.root / "first-instance"  # once: an owner who deletes it does not want it back at every upgrade
     if first_instance and not proven.exists():
         held = [instance["name"] for instance in customer.instances(config, config.default_region)]
         if not held:
             progress("first instance: launching")
             customer.launch(config, FIRST, blueprints.FIRST_BLUEPRINT, blueprints.FIRST_BUNDLE, wait_seconds=600)
-        if not held or FIRST in held:
+        if config.engines == "real" and (not held or FIRST in held):  # a simulated one lets nobody in
             progress("first instance: logging in")
             if not processes.wait_until(lambda: customer.ssh(config, FIRST, ["true"]) == 0, 60, pause_seconds=1):
                 raise SkysailError(f"instance {FIRST} runs, but no login succeeded",
@@ -32,6 +34,10 @@ def up(config: Config, progress: machine.Progress, first_instance: bool = True) 
 
 def directions(config: Config) -> list[str]:
     """Ready-to-paste commands for a person who has just started the cloud."""
+    if (joined := membership.find(config)) is not None:
+        return [f"This machine is {joined.host}. Its controller shows it: sudo ./skysail host show {joined.host}"]
+    if not config.local_host:
+        return ["The controller runs. Let a machine join: sudo ./skysail host token"]
     zone = f"{config.default_region}{config.zones[0]}"
     shared = [
         f"address      {config.single_address}, for all: ports 80 and 443 lead to the instance that is asked for by name"

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 import skysail
-from skysail.hypervisor import confinement
+from skysail.hypervisor import confinement, relay
 from skysail.kit import durable, process
 from skysail.kit.config import Config
 from skysail.kit.errors import SkysailError
@@ -37,7 +37,8 @@ NEEDED_FREE_GIB = 6
 
 
 def up(config: Config, progress: Progress) -> None:
-    """Build what is missing, start name server, agent and controller, wait until all are healthy. Needs root."""
+    """Build what is missing, start name server, agent and controller, wait until all are healthy; on a machine that joined a
+    cloud, the agent alone. Needs root."""
     process.require_root()
     require_disk(config)
     with turn(config, progress):
@@ -49,7 +50,8 @@ def _up(config: Config, progress: Progress) -> None:
     ensure_folders(config)
     digest = install_program(config)
     check_configuration(config, digest)
-    blueprints.ensure_first(config, progress)
+    if "agent" in programs.names(config):
+        blueprints.ensure_first(config, progress)
     for name in programs.names(config):
         # The name server goes on through an upgrade of ours: only its own configuration makes it start again.
         wanted = name_server.prepare(config) if name == "dns" else digest
@@ -81,7 +83,7 @@ def _down(config: Config, progress: Progress, guests: bool) -> None:
             for listener in agent.ingress(config):
                 asyncio.run(listener.end())
             progress("network: taken down")
-            asyncio.run(LinuxFabric(Layout.of(config)).teardown())
+            asyncio.run(LinuxFabric(Layout.of(config), agent.router(config)).teardown())
 
 
 def end_guests(config: Config) -> int:
@@ -89,6 +91,7 @@ def end_guests(config: Config) -> int:
     running = processes.guests(config)
     for record in running:
         processes.end(record, 0.0)
+    relay.end(config.guests_dir)
     if config.guests_dir.is_dir():
         for folder in config.guests_dir.iterdir():
             confinement.release(folder.name)

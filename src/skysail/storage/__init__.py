@@ -1,4 +1,7 @@
-"""The storage door: volumes and snapshots of one host. Engines: qcow2 files, and a simulation."""
+"""The storage door: volumes and snapshots of one host. Engines: qcow2 files, images in a Ceph cluster, and a simulation.
+
+Where a thing lies is said as QEMU's programs take it: the path of a file, or the name of an image (``rbd:…``) in a cluster.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ Consistency = Literal["frozen", "crash", "off"]
 
 
 class Copy(msgspec.Struct, frozen=True, kw_only=True):
-    """One volume in a snapshot: its file and that file's parents, nearest first; ``sha256`` of the file; sizes in bytes."""
+    """One volume in a snapshot: its file and that file's parents, nearest first; ``sha256`` of the file, '' where the store
+    sees to its content itself; sizes in bytes."""
 
     volume: str
     file: str
@@ -38,12 +42,17 @@ class Pool(Protocol):
     """Holds volumes; each is blank, or a copy-on-write child of a read-only parent."""
 
     async def ensure(self, volume: Volume, parent: Path | None, size_bytes: int, uid: int) -> Path:
-        """The qcow2 file of ``volume``, made if absent over ``parent`` (qcow2, named format, never probed), owned by
-        ``uid``. An existing file is left as it is. Atomic: a crash leaves a whole volume or none."""
+        """Where ``volume`` is, made if absent over ``parent`` (a qcow2 file, named format, never probed, or what a shelf of
+        the same store told), for ``uid``. An existing one is left as it is. Atomic: a crash leaves a whole volume or none."""
         ...
 
     async def give(self, volume_id: str, uid: int) -> Path:
         """The file of an existing volume belongs to ``uid`` from now on; raises SkysailError when it is not here."""
+        ...
+
+    async def reclaim(self, volume_id: str) -> None:
+        """Whoever had the volume open does not write it any more, wherever it is: a process that was cut off, or a host that
+        is not heard of. Nothing where only processes of this host can have it, and those are known to be gone."""
         ...
 
     async def observe(self) -> dict[str, Path]:
@@ -60,15 +69,29 @@ class Pool(Protocol):
 
 
 class Shelf(Protocol):
-    """Holds snapshots: read-only files that never change, and volumes grow from."""
+    """Holds snapshots: read-only files that never change, and volumes grow from.
+
+    One that is ``layered`` holds files that are copied, and stand on others, which whoever opens them has to open, too, and
+    which stay as long as something stands on them. One that is not keeps by itself what volumes hold, and what that stands
+    on: nothing here stands on anything.
+    """
+
+    @property
+    def layered(self) -> bool: ...
 
     async def draft(self, snapshot_id: str, copies: Sequence[Copy], uid: int) -> dict[str, Path]:
-        """Empty files for ``uid`` to copy into, by volume; those of an earlier draft of this snapshot are gone."""
+        """Empty files for ``uid`` to copy into, by volume; what an earlier draft of this snapshot left is gone."""
         ...
 
     async def finish(self, manifest: Manifest, uid: int) -> Manifest:
         """Check the draft's files, note their checksums, and let the snapshot appear, whole, and nobody's to change. Raises
-        SkysailError when a file is damaged."""
+        SkysailError when a file is damaged, or nothing was marked that had to be."""
+        ...
+
+    async def mark(self, manifest: Manifest) -> None:
+        """Have the store keep what the draft's volumes hold now; nothing for one that is ``layered``. Volumes that are
+        written meanwhile are to have what is overwritten copied into the draft's files, from the snapshot's moment on.
+        Raises SkysailError when a volume is not there."""
         ...
 
     async def find(self, snapshot_id: str) -> Manifest | None:
@@ -81,6 +104,11 @@ class Shelf(Protocol):
 
     async def verify(self, origin: Origin) -> None:
         """Raises SkysailError when a file that a volume of this origin stands on is not what it was when it was made."""
+        ...
+
+    async def show(self, origin: Origin, room: Path, uid: int) -> tuple[str, ...]:
+        """:meth:`chain` as files of this host, for ``uid`` to read: what is none yet is laid in the folder ``room``, which is
+        that user's, and belongs to the caller."""
         ...
 
     async def duplicate(self, snapshot_id: str, source_id: str) -> None:

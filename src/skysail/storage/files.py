@@ -46,6 +46,9 @@ class FilePool:
                                "bring its file back, or delete the disk") from lost
         return path
 
+    async def reclaim(self, volume_id: str) -> None:
+        """See :class:`skysail.storage.Pool`: its process is gone."""
+
     async def observe(self) -> dict[str, Path]:
         return {path.stem: path for path in self._folder.glob("*.qcow2")}
 

@@ -30,6 +30,8 @@ MANIFEST = "manifest.json"
 class FileShelf:
     """Snapshots under ``folder``, each a folder named by its id; a draft's name begins with a dot."""
 
+    layered = True
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._checksums = Checksums()
@@ -60,6 +62,9 @@ class FileShelf:
         """See :class:`skysail.storage.Shelf`."""
         return await in_thread(_finish, self._draft(manifest.id), self._folder / manifest.id, manifest, uid)
 
+    async def mark(self, manifest: Manifest) -> None:
+        """See :class:`skysail.storage.Shelf`: what is copied is all."""
+
     async def find(self, snapshot_id: str) -> Manifest | None:
         try:
             return msgspec.json.decode((self._folder / snapshot_id / MANIFEST).read_bytes(), type=Manifest)
@@ -83,6 +88,9 @@ class FileShelf:
             for copy in held.copies if held else ():
                 if copy.file == file.name:
                     await in_thread(self._checksums.check, file, copy.sha256)
+
+    async def show(self, origin: Origin, room: Path, uid: int) -> tuple[str, ...]:
+        return await self.chain(origin)
 
     async def duplicate(self, snapshot_id: str, source_id: str) -> None:
         """See :class:`skysail.storage.Shelf`. Files never change, so two folders may hold the same ones (link(2))."""
@@ -168,7 +176,7 @@ def _finish(draft: Path, folder: Path, manifest: Manifest, uid: int) -> Manifest
     copies = []
     for copy in manifest.copies:
         path = draft / copy.file
-        _inspect(path, copy)
+        inspect(path, copy)
         _check(path, uid)
         if manifest.consistency != "off":
             # Copied once more: the guest's process may have kept the file open, and nobody shall be able to change this one.
@@ -225,7 +233,7 @@ def _shut(path: Path, copy: Copy) -> str:
     os.chown(path, os.geteuid(), os.getegid())
     path.chmod(0o444)
     durable.sync(path)
-    _inspect(path, copy)
+    inspect(path, copy)
     return _digest(path)
 
 
@@ -234,7 +242,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _inspect(path: Path, copy: Copy) -> None:
+def inspect(path: Path, copy: Copy) -> None:
     """The header of a file that a guest's process wrote names the parent that we gave it, and no file of data elsewhere."""
     with path.open("rb") as file:
         head = file.read(104).ljust(104, b"\0")

@@ -26,6 +26,9 @@ class SimPool:
             raise SkysailError(f"the disk {volume_id} is not on this host")
         return self._volumes[volume_id]
 
+    async def reclaim(self, volume_id: str) -> None:
+        """See :class:`skysail.storage.Pool`: its process is gone."""
+
     async def observe(self) -> dict[str, Path]:
         return dict(self._volumes)
 
@@ -38,6 +41,8 @@ class SimPool:
 
 class SimShelf:
     """Remembers which snapshots exist."""
+
+    layered = True
 
     def __init__(self) -> None:
         self._drafts: dict[str, tuple[Copy, ...]] = {}
@@ -52,6 +57,9 @@ class SimShelf:
         self._held[manifest.id] = msgspec.structs.replace(manifest, copies=copies)
         return self._held[manifest.id]
 
+    async def mark(self, manifest: Manifest) -> None:
+        """See :class:`skysail.storage.Shelf`: what is copied is all."""
+
     async def find(self, snapshot_id: str) -> Manifest | None:
         return self._held.get(snapshot_id)
 
@@ -64,6 +72,9 @@ class SimShelf:
 
     async def verify(self, origin: Origin) -> None:
         await self.chain(origin)
+
+    async def show(self, origin: Origin, room: Path, uid: int) -> tuple[str, ...]:
+        return await self.chain(origin)
 
     async def duplicate(self, snapshot_id: str, source_id: str) -> None:
         if source_id not in self._held:

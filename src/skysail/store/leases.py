@@ -76,8 +76,10 @@ class Shares:
         with self._database.transaction() as connection:
             held = self._divide(connection)
         changed = held != self._held
-        for name in sorted(held.keys() ^ self._held.keys()):
-            log.info("%s is %s", name, "done here" if name in held else "done by another controller")
+        for what, names in (("done here", held.keys() - self._held.keys()),
+                            ("done by another controller", self._held.keys() - held.keys())):
+            if names:
+                log.info("from now on %s: %s", what, ", ".join(sorted(names)))
         self._held = held
         return changed
 

@@ -23,14 +23,22 @@ from skysail.store.schema import (
     domain_entries,
     domains,
     guests,
+    host_authority,
     host_zones,
+    hosts,
+    images,
     instances,
+    join_tokens,
     leases,
     measurements,
     metadata,
     meters,
+    moves,
     networks,
     operations,
+    outages,
+    qualifications,
+    remains,
     reverse_zones,
     sample_cursors,
     snapshots,
@@ -199,6 +207,21 @@ def _reverse_zones(connection: Connection) -> None:
     reverse_zones.create(connection, checkfirst=True)
 
 
+def _facts_of_hosts(connection: Connection) -> None:
+    _add_columns(connection, "hosts", (
+        ("facts", "JSON"), ("refused", "VARCHAR DEFAULT '' NOT NULL"), ("away_since", "FLOAT")))
+
+
+def _authority_of_hosts(connection: Connection) -> None:
+    host_authority.create(connection, checkfirst=True)
+
+
+def _joining_of_hosts(connection: Connection) -> None:
+    join_tokens.create(connection, checkfirst=True)
+    _add_columns(connection, "hosts", (("cordoned", "BOOLEAN DEFAULT '0' NOT NULL"),
+                                       ("name_server", "BOOLEAN DEFAULT '1' NOT NULL")))
+
+
 def _add_columns(connection: Connection, table: str, columns: Iterable[tuple[str, str]]) -> None:
     """Those columns that a database made by this version does not have from its foundation on."""
     held = _columns(connection, table)
@@ -211,11 +234,50 @@ def _leases(connection: Connection) -> None:
     metadata.create_all(connection, tables=[controllers, leases], checkfirst=True)
 
 
+def _found_by_index(connection: Connection) -> None:
+    """What a controller of many hosts looks for, it finds without reading all that there is."""
+    for table in (domain_entries, disks, guests, host_zones, hosts, images, instances, snapshots):
+        for index in table.indexes:
+            index.create(connection, checkfirst=True)
+
+
+def _moves(connection: Connection) -> None:
+    moves.create(connection, checkfirst=True)
+
+
+def _pools(connection: Connection) -> None:
+    _add_columns(connection, "hosts", (("pool", "VARCHAR DEFAULT '' NOT NULL"),))
+    _add_columns(connection, "guests", (("volume", "VARCHAR(64) DEFAULT '' NOT NULL"),))
+
+
+def _outages(connection: Connection) -> None:
+    metadata.create_all(connection, tables=[outages, remains], checkfirst=True)
+    for index in hosts.indexes:
+        index.create(connection, checkfirst=True)
+    _add_columns(connection, "guests", (("ours", "BOOLEAN"), ("heir", "BOOLEAN DEFAULT '0' NOT NULL")))
+
+
+def _qualifications(connection: Connection) -> None:
+    qualifications.create(connection, checkfirst=True)
+    _add_columns(connection, "guests", (("observed_qemu", "VARCHAR DEFAULT '' NOT NULL"),))
+
+
+def _open_operations(connection: Connection) -> None:
+    connection.exec_driver_sql("DROP INDEX IF EXISTS ix_operations_open")
+    for index in operations.indexes:
+        index.create(connection, checkfirst=True)
+
+
+def _post_copy(connection: Connection) -> None:
+    _add_columns(connection, "moves", (("pull", "JSON"),))
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts,
     _metrics, _disks_and_snapshots, _regions, _networks, _automatic_snapshots, _shared_address, _reverse_zones,
     _attachments_that_mount, _metadata_options, _guests_without_public_ipv4,
-    _leases)
+    _leases, _facts_of_hosts, _authority_of_hosts, _joining_of_hosts, _found_by_index, _moves, _pools, _outages,
+    _qualifications, _open_operations, _post_copy)
 
 
 def upgrade(connection: Connection, version: int) -> None:

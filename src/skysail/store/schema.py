@@ -20,6 +20,7 @@ from sqlalchemy import (
     String,
     Table,
     UniqueConstraint,
+    text,
 )
 
 metadata = MetaData(naming_convention={
@@ -116,6 +117,94 @@ hosts = Table(
     Column("instance_domain", String(255), nullable=False, default="", server_default=""),
     Column("entrance_state", String(16), nullable=False, default="", server_default=""),
     Column("entrance_reason", String, nullable=False, default="", server_default=""),
+    # contract.facts.HostFacts, as it told them last. Why it is not spoken with, '' where it is. Since when it has not
+    # answered.
+    Column("facts", JSON),
+    Column("refused", String, nullable=False, default="", server_default=""),
+    Column("away_since", Float),
+    # Where the disks of its guests are, when other hosts see that, too; '' for files of its own.
+    Column("pool", String, nullable=False, default="", server_default=""),
+    # ``cordoned``: it is given nothing new. ``name_server``: it answers for the cloud's domains.
+    Column("cordoned", Boolean, nullable=False, default=False, server_default="0"),
+    Column("name_server", Boolean, nullable=False, default=True, server_default="1"),
+    # What is looked at again and again of thousands of hosts, without what else is in their rows: where they are, which
+    # have not said that they hold what they shall, and which do not answer.
+    Index("ix_hosts_address", "id", "address"),
+    Index("ix_hosts_behind", "id", "generation", sqlite_where=text("generation != observed_generation"),
+          postgresql_where=text("generation != observed_generation")),
+    Index("ix_hosts_away", "id", "away_since", sqlite_where=text("away_since IS NOT NULL"),
+          postgresql_where=text("away_since IS NOT NULL")),
+)
+
+# Hosts that have not answered for too long, each for as long as its ``away_since`` is ``since`` (hosts/outages.py). ``boot``
+# is the one that it was last heard in. ``due_at`` is when the operator's program is asked next to turn it off, NULL while
+# nobody wants that, ``asked`` where the operator does; ``tries`` and ``error`` say how that went. From ``fenced_at`` on it is
+# off for certain, by the program's word, or the operator's (``vouched``). ``measured_at``: the last minute that its instances
+# are known to have failed in. ``vain_at``: when none of them could go on elsewhere.
+outages = Table(
+    "outages", metadata,
+    Column("host_id", ForeignKey("hosts.id"), primary_key=True),
+    Column("since", Float, nullable=False),
+    Column("boot", String(128), nullable=False, default=""),
+    Column("due_at", Float),
+    Column("asked", Boolean, nullable=False, default=False),
+    Column("tries", Integer, nullable=False, default=0),
+    Column("error", String, nullable=False, default=""),
+    Column("fenced_at", Float),
+    Column("vouched", Boolean, nullable=False, default=False),
+    Column("measured_at", _Large, nullable=False, default=0),
+    Column("vain_at", Float, nullable=False, default=0.0),
+)
+
+# What is left, at a host that failed, of instances that went on elsewhere (hosts/remains.py), by the guest's id there. They
+# went on (``how``) with their disks, which are in a ``pool`` of both hosts, so that nothing is left but a guest that must not
+# run; or from a ``snapshot``, and their former disks are kept until their operator has them thrown away (``unwanted``): the
+# guest's own, and ``disks``, as (id, GiB).
+remains = Table(
+    "remains", metadata,
+    Column("host_id", ForeignKey("hosts.id"), primary_key=True),
+    Column("id", String(64), primary_key=True),
+    Column("instance_id", String(64), nullable=False, index=True),
+    Column("instance_name", String(255), nullable=False),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("how", String(16), nullable=False),
+    Column("went_to", String(64), nullable=False),
+    Column("left_at", Float, nullable=False),
+    Column("snapshot", String(255), nullable=False, default=""),
+    Column("snapshot_at", Float),
+    Column("vcpus", Integer, nullable=False),
+    Column("memory_mib", Integer, nullable=False),
+    Column("disk_gib", Integer, nullable=False),
+    Column("image", String(64), nullable=False),
+    Column("mac", String(17), nullable=False),
+    Column("private_ipv4", String(15), nullable=False),
+    Column("network", Integer, nullable=False),
+    Column("disks", JSON, nullable=False, default=list),
+    Column("unwanted", Boolean, nullable=False, default=False),
+    Column("observed_state", String(16), nullable=False, default=""),
+)
+
+# The authority that hosts and controllers have their certificates of; one row, where there is a second machine.
+host_authority = Table(
+    "host_authority", metadata,
+    Column("id", Integer, primary_key=True),
+    Column("certificate", String, nullable=False),
+    Column("private_sealed", LargeBinary, nullable=False),
+    Column("created_at", Float, nullable=False),
+)
+
+# What lets one machine join. ``host``: which it becomes, '' for the one that it asks to be. ``used_key``: SHA-256 of the
+# public key of the machine that did.
+join_tokens = Table(
+    "join_tokens", metadata,
+    Column("id", String(8), primary_key=True),
+    Column("secret_hash", String(64), nullable=False),
+    Column("host", String(64), nullable=False, default=""),
+    Column("zone", String(40), nullable=False, default=""),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("used_at", Float),
+    Column("used_key", String(64), nullable=False, default=""),
 )
 
 # The controllers that work on this database, each in a ``place`` of its own; one is gone once the database's clock is past
@@ -140,6 +229,7 @@ host_zones = Table(
     Column("host_id", ForeignKey("hosts.id"), primary_key=True),
     Column("region", String(32), primary_key=True),
     Column("zone", String(4), primary_key=True),
+    Index("ix_host_zones_zone", "region", "zone", "host_id"),
 )
 
 images = Table(
@@ -151,6 +241,7 @@ images = Table(
     Column("user", String(32), nullable=False),
     Column("version", String(64), nullable=False),
     Column("size_gib", Integer, nullable=False),
+    Index("ix_images_blueprint", "blueprint", "version"),
 )
 
 instances = Table(
@@ -172,6 +263,7 @@ instances = Table(
     # contract.document.MetadataOptions; the defaults where there are none.
     Column("metadata_options", JSON),
     Index("ix_instances_listing", "account_id", "region", "name"),
+    Index("ix_instances_state", "state"),
     Index("uq_instances_ssh_port", "ssh_port", unique=True),
 )
 
@@ -190,6 +282,8 @@ guests = Table(
     Column("memory_mib", Integer, nullable=False),
     Column("disk_gib", Integer, nullable=False),
     Column("image", String(64), nullable=False),
+    # Its system disk, where that is not called as the guest is: it is in a pool, and came to another host with its guest.
+    Column("volume", String(64), nullable=False, default="", server_default=""),
     Column("mac", String(17), nullable=False, unique=True),
     Column("private_ipv4", String(15), nullable=False, unique=True),
     Column("public_ipv4", String(15), unique=True),
@@ -213,7 +307,53 @@ guests = Table(
     Column("network", Integer, nullable=False, default=0, server_default="0"),
     Column("observed_metadata", JSON),
     Column("observed_addresses", JSON),
+    # Whether it carries our agents, where its host has said so. ``heir``: its host failed, and its disks go on here.
+    Column("ours", Boolean),
+    Column("heir", Boolean, nullable=False, default=False, server_default="0"),
+    # The QEMU that its process is of, which its host's program need not be any more; '' where that is not known.
+    Column("observed_qemu", String, nullable=False, default="", server_default=""),
     Index("uq_guests_public_ipv6", "public_ipv6", unique=True),
+    Index("ix_guests_role", "role", "observed_state"),
+)
+
+# A guest on its way from one host to another (hosts.transit.Move), by the id that it has at the target. Until it has gone
+# over its row in ``guests`` is at the source, from then on at the target. ``operation_id`` is whose work it is.
+moves = Table(
+    "moves", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("operation_id", String(64), nullable=False),
+    Column("instance_id", String(64), nullable=False, index=True),
+    Column("guest", String(64), nullable=False),
+    Column("source", ForeignKey("hosts.id"), nullable=False, index=True),
+    Column("target", ForeignKey("hosts.id"), nullable=False, index=True),
+    Column("phase", String(16), nullable=False),
+    Column("phase_at", Float, nullable=False),
+    Column("terms", JSON, nullable=False),
+    Column("passport", JSON),
+    Column("destination", JSON),
+    Column("progress", JSON),
+    Column("source_state", String(16), nullable=False, default=""),
+    Column("target_state", String(16), nullable=False, default=""),
+    Column("target_reason", String, nullable=False, default=""),
+    Column("balance_seconds", Float),
+    Column("called_off", String, nullable=False, default=""),
+    Column("lost", Boolean, nullable=False, default=False),
+    Column("remains", JSON, nullable=False, default=list),
+    # contract.migration.Pull, as the target told it last.
+    Column("pull", JSON),
+)
+
+# Whether guests get whole from one version of QEMU to another (contract.qualification.Qualification).
+qualifications = Table(
+    "qualifications", metadata,
+    Column("sender", String(255), primary_key=True),
+    Column("receiver", String(255), primary_key=True),
+    Column("machine", String(64), primary_key=True),
+    Column("accelerator", String(16), primary_key=True),
+    Column("kernel", String, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("quick", Boolean, nullable=False),
+    Column("trials", JSON, nullable=False),
 )
 
 ports = Table(
@@ -262,6 +402,7 @@ disks = Table(
     Column("observed_state", String(16), nullable=False, default=""),
     Column("reason", String, nullable=False, default=""),
     Index("ix_disks_listing", "account_id", "region", "name"),
+    Index("ix_disks_host_id", "host_id"),
 )
 
 # Copies of volumes, of an instance or of one disk. ``deleted``: gone for its owner; its files stay while others stand on them
@@ -297,6 +438,9 @@ snapshots = Table(
     Column("duplicates", String(64), nullable=False, default="", server_default=""),
     Column("arrived", Boolean, nullable=False, default=False, server_default="0"),
     Index("ix_snapshots_listing", "account_id", "region", "kind", "name"),
+    Index("ix_snapshots_host_id", "host_id"),
+    Index("ix_snapshots_guest_id", "guest_id"),
+    Index("ix_snapshots_deleted", "deleted"),
     Index("ix_snapshots_source_id", "source_id"),
 )
 
@@ -343,6 +487,7 @@ domain_entries = Table(
     Column("alias_region", String(32), nullable=False, default="", server_default=""),
     Column("ttl", Integer, nullable=False),
     Index("ix_domain_entries_listing", "domain_id", "name", "type"),
+    Index("ix_domain_entries_alias", "alias"),
 )
 
 # Zones with the names of addresses, as the operator's configuration has them. ``domain``: what is above the name of an
@@ -481,7 +626,11 @@ operations = Table(
     Column("unwinding", Boolean, nullable=False, default=False),
     Column("done", Boolean, nullable=False, default=True),
     Column("arguments", JSON, nullable=False, default=dict),
-    Index("ix_operations_open", "done"),
+    # Of open ones, which are few beside all that ever were, in the order of their age, and those of a resource.
+    Index("ix_operations_open_by_age", "created_at", "id", sqlite_where=text("done IS 0"),
+          postgresql_where=text("done IS false")),
+    Index("ix_operations_open_of_resource", "resource_id", "region", sqlite_where=text("done IS 0"),
+          postgresql_where=text("done IS false")),
     # In the order of a page of GetOperations and of GetOperationsForResource: a page reads only its own rows.
     Index("ix_operations_newest", "account_id", "region", "created_at", "id"),
     Index("ix_operations_of_resource", "account_id", "region", "resource_name", "created_at", "id"),

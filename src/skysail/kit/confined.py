@@ -1,4 +1,4 @@
-"""A listener in the data plane's namespace: a process of its own user, without any privilege, that outlives who started it.
+"""A process of its own user, with no privilege but those that it is given, that outlives who started it.
 
 It is known by a file that is named in its command line and that nobody else has, so that one which no record names is found
 all the same: two of them would share the port, and lead to different guests.
@@ -17,21 +17,26 @@ from pathlib import Path
 from skysail.kit import logs, process
 from skysail.kit.errors import SkysailError
 
-# What a listener is before it is itself.
+# What such a process is before it is itself.
 _ENTERING = ("nsenter", "setpriv")
 START_SECONDS, END_SECONDS = 20.0, 5.0
 
 
-class Listener:
+class Confined:
     """The process whose command line has ``mark``, a path below ``folder``, as one of its words. ``program`` is the name of
-    its executable file."""
+    its executable file; it lives in the network namespace of that name, without one in that of the calling thread. It has
+    these ``capabilities`` (capabilities(7), as setpriv(1) writes them), and with ``groups`` all groups of its user."""
 
-    def __init__(self, folder: Path, program: str, namespace: str, user: str, log: Path) -> None:
+    def __init__(self, folder: Path, program: str, namespace: str, user: str, log: Path, *,
+                 capabilities: Sequence[str] = (), groups: bool = False) -> None:
         self._folder = folder
         self._program = program
         self._namespace = namespace
         self._user = user
         self._log = log
+        given = "".join(f",+{name}" for name in capabilities)
+        self._rights = ["--init-groups" if groups else "--clear-groups", "--no-new-privs", f"--bounding-set=-all{given}",
+                        f"--inh-caps=-all{given}", *([f"--ambient-caps=-all{given}"] if given else [])]
         self._found: tuple[int, int] | None = None
         self._mark: Path | None = None
         self._heard = 0  # bytes of the log that earlier ones wrote
@@ -94,11 +99,11 @@ class Listener:
     def _start(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._heard = self._log.stat().st_size if self._log.exists() else 0
+        entering = ["nsenter", f"--net=/run/netns/{self._namespace}", "--"] if self._namespace else []
         with self._log.open("ab") as out:
             child = subprocess.Popen(
-                ["nsenter", f"--net=/run/netns/{self._namespace}", "--", "setpriv", f"--reuid={self._user}",
-                 f"--regid={self._user}", "--clear-groups", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--",
-                 *argv], stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, cwd="/", env=dict(env))
+                [*entering, "setpriv", f"--reuid={self._user}", f"--regid={self._user}", *self._rights, "--", *argv],
+                stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, cwd="/", env=dict(env))
         # Reaped by a thread of its own, or its pid would stay taken as a zombie and look alive.
         threading.Thread(target=child.wait, name=f"reap-{child.pid}", daemon=True).start()
         self._found = (child.pid, process.started_at(child.pid) or 0)
