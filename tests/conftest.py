@@ -7,10 +7,12 @@ database.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +68,25 @@ def _keeps_rows(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    outcome: Any = yield
+    with _nothing_collected() if call.excinfo else nullcontext():
+        outcome: Any = yield
     if outcome.get_result().failed:
         for used in getattr(item, "funcargs", {}).values():
             if isinstance(used, Cloud):
                 keep_evidence(used, EVIDENCE / item.name.replace("/", "_"))
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """While pytest parses a failed test's source. Python 3.11.2 (Debian 12) keeps one recursion depth for whatever it parses:
+    a collection in the middle whose finalizer logs a traceback parses, too, and pytest ends the whole run with "AST
+    constructor recursion depth mismatch" (https://github.com/pytest-dev/pytest/issues/10763)."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def keep_evidence(cloud: Cloud, target: Path) -> None:
