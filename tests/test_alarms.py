@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import re
+import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +29,9 @@ from skysail.contract.samples import GuestSample, Sample
 from skysail.inspect.verify import verify
 from skysail.kit.clock import HandClock
 from skysail.kit.config import Config
-from skysail.notices import Notice, Undeliverable
+from skysail.notices import Notice, Undeliverable, webhook
 from skysail.notices.smtp import Smtp
+from skysail.notices.webhook import Webhook
 from skysail.resources import alarms as alarm_rows
 from skysail.resources import metering, outbox
 from skysail.resources.alarm_state import evaluate
@@ -327,6 +332,49 @@ def test_a_relay_that_wants_tls_and_a_password(tmp_path: Path, monkeypatch: pyte
         Smtp(config).send(notice)
     with pytest.raises(ValueError, match="in the clear"):
         Config(smtp_host="x", mail_from="a@b", smtp_user="me")
+
+
+def test_receivers_that_do_not_answer_hold_up_nobody_else(tmp_path: Path) -> None:
+    go = threading.Event()
+
+    class Slow:
+        def send(self, _notice: Notice) -> None:
+            assert go.wait(60)
+
+    database, clock = store(tmp_path), HandClock(NOW)
+    with database.transaction() as connection:
+        for number in range(outbox.PORTION):
+            outbox.put(connection, {"id": f"c-{number}", "endpoint": "me@example.org"}, "s", "b",  # type: ignore[arg-type]
+                       clock.now())
+
+    async def story() -> None:
+        work = asyncio.create_task(Courier(database, clock, Slow(), Slow()).deliver())
+        await asyncio.sleep(0.5)
+        async with asyncio.timeout(30):
+            assert await asyncio.gather(*(asyncio.to_thread(lambda: 1) for _ in range(10))) == [1] * 10
+        assert not work.done()
+        go.set()
+        await work
+    asyncio.run(story())
+    database.close()
+
+
+def test_a_webhook_that_answers_a_byte_at_a_time_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhook, "TIMEOUT_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def drip() -> None:
+            with contextlib.suppress(OSError), server.accept()[0] as taken:
+                for byte in itertools.chain(b"HTTP/1.1 200 OK\r\nX: ", itertools.repeat(0x61)):
+                    taken.sendall(bytes((byte,)))
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        with pytest.raises(Undeliverable, match="did not answer within 1 s"):
+            Webhook().send(Notice(id="1", endpoint=f"http://127.0.0.1:{server.getsockname()[1]}", subject="s", body="b",
+                                  at=1.0))
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 def test_a_courier_gives_up_after_days_and_not_before(tmp_path: Path) -> None:

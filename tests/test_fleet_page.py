@@ -48,10 +48,10 @@ def test_a_machine_joins_and_leaves() -> None:
           desk("public_ipv6 = ''\n") as second):
         (first.folder / "first-instance").touch()  # nobody can log in to a simulated one
         said = first.shell(commands(PAGE, "Join"))
-        url, token = re.search(r"sudo ./skysail join (https://\S+) (\S+)", said).groups()
-        join = commands(PAGE, "Join", 1).replace("https://192.0.2.1:8702", url).replace("TOKEN", f"{token} --name web-7")
-        assert url in join and token in join
-        second.shell(join.replace("--name", f"--port {free_port()} --name"))
+        url, token = re.search(r"sudo ./skysail join (https://\S+)\nand give it this token:\n(\S+)", said).groups()
+        join = commands(PAGE, "Join", 1).replace("https://192.0.2.1:8702", url).strip()
+        assert url in join
+        second.shell(f"{join} --port {free_port()} --name web-7 <<< {token}")
         first.shell("./skysail launch web")
         second.shell("./skysail down")
         first.shell("until ./skysail host show web-7 | grep -E '^state +away'; do sleep 1; done", 120)

@@ -25,7 +25,7 @@ from clouds import Cloud, eventually, running_cloud
 from fleets import authority, free_port, printed, row, told, write
 from skysail import contract
 from skysail.contract.facts import HostFacts
-from skysail.hosts import admission
+from skysail.hosts import admission, roster
 from skysail.hosts.admission import Application, Refused, Token
 from skysail.hosts.authority import Authority
 from skysail.hosts.credentials import show
@@ -63,14 +63,14 @@ class Newcomer:
     def config(self) -> Config:
         return load(str(self.folder))
 
-    def skysail(self, *words: str, before: str = "") -> subprocess.CompletedProcess[str]:
-        """``skysail WORDS`` there; Python's statements ``before`` run first."""
+    def skysail(self, *words: str, before: str = "", said: str = "") -> subprocess.CompletedProcess[str]:
+        """``skysail WORDS`` there, to which ``said`` is said; Python's statements ``before`` run first."""
         return subprocess.run([sys.executable, "-c", f"{before}\nimport sys; from skysail.cli.main import main\n"
                                "sys.exit(main(sys.argv[1:]))", *words], capture_output=True, text=True, check=False,
-                              env={**os.environ, "SKYSAIL_DATA": str(self.folder)})
+                              input=said, env={**os.environ, "SKYSAIL_DATA": str(self.folder)})
 
     def join(self, made: dict[str, str], *more: str, before: str = "") -> subprocess.CompletedProcess[str]:
-        return self.skysail("join", made["url"], made["token"], "--port", str(self.port), *more, before=before)
+        return self.skysail("join", made["url"], "--port", str(self.port), *more, before=before, said=made["token"])
 
     def remove(self) -> None:
         with contextlib.suppress(SkysailError):
@@ -90,7 +90,7 @@ def newcomer(settings: str = "") -> Iterator[Newcomer]:
 @root
 def test_a_fresh_machine_joins_and_is_given_instances(open_cloud: Cloud) -> None:
     made = told(open_cloud, "host", "token", "--zone", "us-east-1b")
-    assert made["command"] == f"sudo ./skysail join {made['url']} {made['token']}"
+    assert made["command"] == f"sudo ./skysail join {made['url']}"
     with newcomer() as machine, newcomer() as other:
         done = machine.join(made, "--name", "host-2")
         assert done.returncode == 0, done.stderr
@@ -351,7 +351,7 @@ def test_name_and_zone_are_the_operators_before_the_machines(office: Office) -> 
     assert "this token is for the zone r1b" in office.refused(bound, zone="r1a")
     assert office.ask(bound, name="host-8").zones == ("r1b",)
     assert office.ask(office.token(), name="host-9", zone="r1b").zones == ("r1b",)
-    for place in ("", "192.0.2.7/x", "a@b", "192.0.2.7:1", "h x"):
+    for place in ("", "192.0.2.7/x", "a@b", "192.0.2.7:1", "h x", "10.0.0.256", "10.0.0", "web.7", "::1%]", "fe80::1%eth0"):
         assert "is no address" in office.refused(office.token(), name="host-10", address=place)
     assert "this cloud has no zone r9z" in office.refused(office.token(), name="host-10", zone="r9z")
 
@@ -363,6 +363,20 @@ def test_a_machine_that_takes_a_hosts_place_is_another_one(office: Office) -> No
     (found,) = office.connection.execute(select(hosts)).all()
     assert second.identity != first.identity and second.zones == ("r1a",), "it serves what the host did"
     assert found.address == f"https://{second.identity}@192.0.2.8:8703" and found.generation == 7 and found.cordoned
+
+
+def test_a_token_does_not_outlive_the_place_that_it_led_to(office: Office) -> None:
+    key, token = certificates.new_key(), office.token()
+    first = office.ask(token, key=key)
+    assert office.ask(token, key=key).identity == first.identity
+    bound, others = office.token(host="host-2"), certificates.new_key()
+    second = office.ask(bound, key=others)
+    assert office.refused(token, key=key) == "this token is not known here", "it would get its successor's identity"
+    assert office.ask(bound, key=others).identity == second.identity
+    roster.remove(office.connection, "host-2")
+    third = office.token()
+    office.ask(third)
+    assert office.refused(bound, key=others) == "this token is not known here"
 
 
 def test_who_speaks_another_contract_or_asks_nonsense_is_refused(office: Office) -> None:

@@ -92,6 +92,24 @@ def test_one_that_stands_still_loses_its_work_and_writes_nothing(
     assert Counter(name for share in held(still, other) for name in share) == Counter(WORK)
 
 
+def test_one_that_could_not_say_so_for_a_while_judges_nobody(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody could write for some seconds, none is dead to the first one that can again."""
+    monkeypatch.setattr(leases, "LIFE_SECONDS", 0.4)
+    first, second = controller(database, "a"), controller(database, "b")
+    for _ in range(2):
+        first.renew(), second.renew()
+    before = held(first, second)
+    assert all(before)
+    time.sleep(0.6)
+    assert not first.renew() and not second.renew()
+    assert held(first, second) == before
+    time.sleep(0.3)
+    first.renew()
+    time.sleep(0.3)
+    first.renew()
+    assert held(first) == [set(WORK)], "one that is dead is so to who is not"
+
+
 def test_who_comes_in_anothers_place_need_not_wait_for_its_end(database: Database) -> None:
     killed, successor = controller(database, "a"), controller(database, "a")
     killed.renew()

@@ -20,7 +20,7 @@ from skysail.contract.migration import Terms
 from skysail.contract.qualification import Qualification, Trial
 from skysail.contract.report import DiskReport, GuestReport, HostReport, Inventory, SnapshotReport
 from skysail.contract.samples import GuestSample, Sample
-from skysail.hosts import desired, qualification, roster
+from skysail.hosts import desired, outages, qualification, roster
 from skysail.hosts.watch import write_facts, write_report
 from skysail.hypervisor.sim import SimHypervisor
 from skysail.inspect import blocks
@@ -55,7 +55,11 @@ class Site:
         if not self.answers:
             return
         with self.desk.database.transaction(write=False) as connection:
-            self.document = document = desired.compile(connection, self.host, self.desk.vault)
+            document = self.document
+            # It is sent a document when its generation grew, and not because what would be in it is something else now.
+            if document is None or document.generation < connection.execute(
+                    select(hosts.c.generation).where(hosts.c.id == self.host)).scalar_one():
+                self.document = document = desired.compile(connection, self.host, self.desk.vault)
         for guest in document.guests:
             report = await self.hypervisor.ensure(guest)
             if report.state == "gone":
@@ -803,6 +807,38 @@ def test_a_target_that_falls_silent_before_it_begins_is_given_up(hall: Hall) -> 
         assert told.state == "failed" and told.error.startswith("host-2 has not answered for 6")
         assert hall.phase() == "failed", "what the target may have is not forgotten"
         hall.sites["host-2"].answers = True
+        await hall.clean()
+    asyncio.run(story())
+
+
+def test_what_a_host_left_that_is_off_for_certain_ends_with_its_removal(hall: Hall) -> None:
+    """Nobody waits any longer to hear from it that something is gone."""
+    async def story() -> None:
+        await hall.launch("one", "two")
+        done = hall.begin("one")
+        await hall.come_to("going")
+        move = hall.desk.rows(moves)[0]
+        lost = hall.sites[move["target"]]
+        lost.answers = False
+        with hall.desk.database.transaction() as connection:
+            migration.call_off(connection, migration.find_instance(connection, "one", "us-east-1", "admin"), "enough")
+        assert (await hall.over(done)).state == "failed" and hall.phase() == "failed"
+        for name in ("one", "two"):
+            if hall.guest(name)["host_id"] == lost.host:
+                hall.desk.ask("DeleteInstance", instanceName=name)
+        deleted = hall.desk.ask("DeleteInstance", instanceName="one")
+        for _ in range(5):
+            await hall.round()
+        assert not hall.desk.operation(deleted)["done"], "it has its addresses there, too"
+        with hall.desk.database.transaction() as connection:
+            connection.execute(update(hosts).where(hosts.c.id == lost.host).values(away_since=hall.desk.clock.now()))
+            with pytest.raises(SkysailError, match="still holds"):
+                roster.remove(connection, lost.host)
+            connection.execute(update(hosts).where(hosts.c.id == lost.host).values(address="https://x@192.0.2.9:8703"))
+            outages.vouch(connection, lost.host, hall.desk.clock.now())
+            roster.remove(connection, lost.host)
+        del hall.sites[lost.host]
+        await hall.until(lambda: hall.desk.operation(deleted)["done"], "it is let go")
         await hall.clean()
     asyncio.run(story())
 

@@ -13,6 +13,7 @@ import itertools
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -32,7 +33,7 @@ from skysail.hypervisor import accelerator, confinement, connections, departure,
 from skysail.hypervisor.engine import Qemu
 from skysail.hypervisor.guest import QemuGuest
 from skysail.hypervisor.process import PROGRAM
-from skysail.hypervisor.qmp import Monitor
+from skysail.hypervisor.qmp import Gone, Monitor
 from skysail.hypervisor.record import Record
 from skysail.hypervisor.template import Image, Templates
 from skysail.hypervisor.workshop import Workshop
@@ -295,8 +296,12 @@ class Fleet:
         """The guest stands still here, and is the target's; the word to run is still on its way."""
         await self.phase("moving")
         self.strait.cut("word_port")
+        await self.halts("postmigrate")
+
+    async def halts(self, status: str) -> None:
+        """The source's QEMU says that its guest stands still, and so why."""
         end = time.monotonic() + PATIENCE_SECONDS
-        while await process.status(await self.here.engine._guests[self.going].monitor()) != "postmigrate":
+        while await process.status(await self.here.engine._guests[self.going].monitor()) != status:
             assert time.monotonic() < end
             await asyncio.sleep(0.02)
 
@@ -781,6 +786,69 @@ def test_a_stopped_guest_whose_owner_starts_it_stays(fleet: Fleet) -> None:
     asyncio.run(story())
 
 
+def test_more_connections_than_it_carries_wait_for_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever opens many and says nothing does not end who carries them."""
+    most = 3
+    with socket.create_server(("127.0.0.1", 0)) as target, socket.create_server(("127.0.0.1", 0)) as listener:
+        place = listener.getsockname()
+        carrier = subprocess.Popen(
+            [sys.executable, "-c", f"import sys; from skysail.hypervisor import ferry; ferry.MOST = {most}; ferry.main()",
+             "mark", str(listener.fileno()), f"127.0.0.1:{target.getsockname()[1]}"], pass_fds=[listener.fileno()])
+        try:
+            idle = [(socket.create_connection(place), target.accept()[0]) for _ in range(most)]
+            target.settimeout(1.0)
+            late = socket.create_connection(place)
+            with pytest.raises(TimeoutError):
+                target.accept()
+            for one in idle.pop():
+                one.close()
+            target.settimeout(60.0)
+            carried, _ = target.accept()
+            late.sendall(b"x")
+            assert carried.recv(1) == b"x"
+            assert carrier.poll() is None
+            for one in (*itertools.chain.from_iterable(idle), late, carried):
+                one.close()
+        finally:
+            carrier.kill()
+            carrier.wait()
+
+
+def test_a_target_whose_qemu_does_not_answer_is_awaited_all_the_same(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said to run, what it came from would be cleared away."""
+    async def silent(self: QemuGuest) -> Any:
+        raise Gone("QEMU does not answer")
+
+    async def story() -> None:
+        await fleet.start()
+        going = await fleet.meet()
+        with monkeypatch.context() as patch:
+            patch.setattr(QemuGuest, "look", silent)
+            assert [one.state for one in await fleet.there.engine.observe()] == ["listening"]
+            assert [one.state for one in await fleet.here.engine.observe()] == ["running"]
+        await fleet.here.engine.ensure(going)
+        await fleet.ends("sent")
+        await fleet.arrived()
+    asyncio.run(story())
+
+
+def test_a_source_with_a_disk_that_is_larger_than_its_own_is_refused(fleet: Fleet) -> None:
+    """It would fill the target's, which others need."""
+    def larger(same: Passport) -> Passport:
+        return msgspec.structs.replace(same, disks=tuple(
+            msgspec.structs.replace(disk, size_bytes=(1 << 30) + 1) for disk in same.disks))
+
+    async def story() -> None:
+        await fleet.start()
+        with pytest.raises(AssertionError, match="1073741825 bytes in a disk of 1 GiB"):
+            await fleet.meet(change=larger)
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.json.decode(msgspec.json.encode(msgspec.structs.replace(fleet.passport, seed_bytes=1 << 40)),
+                                type=Passport)
+        await fleet.counts_on(fleet.here, "g-1")
+    asyncio.run(story())
+
+
 def test_a_stopped_guest_stays_when_its_target_dies(fleet: Fleet) -> None:
     async def story() -> None:
         fleet.blueprint(both=False, ballast_mib=8)
@@ -843,14 +911,18 @@ def test_a_guest_that_is_not_followed_stands_still_and_goes(fleet: Fleet) -> Non
 
 @pytest.mark.usefixtures("forgetful")
 @pytest.mark.parametrize("by", ["network", "owner", "next agent", "target"])
-def test_a_guest_that_stands_still_for_nothing_goes_on(fleet: Fleet, by: str) -> None:
+def test_a_guest_that_stands_still_for_nothing_goes_on(fleet: Fleet, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It would give up by itself before a busy machine has come to what is tried here.
+    monkeypatch.setattr(departure, "STILL_SECONDS", 60.0)
+
     async def story() -> None:
         fleet.blueprint(busy=True)
         await fleet.start()
         going, usual = await fleet.meet(), weights("g-1")
         fleet.strait.cut("memory_port")
         await fleet.here.engine.ensure(going)
-        await until(lambda: fleet.here.record("g-1").departure.stood, "it is stopped")  # type: ignore[union-attr]
+        await until(lambda: fleet.here.record("g-1").departure.stood, "it is about to be stopped")  # type: ignore[union-attr]
+        await fleet.halts("paused")
         await asyncio.sleep(0.5)  # and that is seen on its serial line
         await fleet.stands(fleet.here, "g-1")
         assert weights("g-1") != usual, "it goes before others"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -204,4 +205,28 @@ def test_who_writes_is_heard_by_all(pair: tuple[Database, Database]) -> None:
             connection.exec_driver_sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%%' "
                                        "AND datname = current_database()")
 
+    asyncio.run(hear())
+
+
+def test_what_a_transaction_tells_is_heard_with_its_commit(pair: tuple[Database, Database]) -> None:
+    """More resources than one notification can name."""
+    ids = {str(uuid.uuid4()) for _ in range(1000)}
+
+    def tell(*told: str, name: str) -> None:
+        with pair[0].transaction() as connection:
+            pair[0].tell(connection, told)
+            connection.execute(insert(accounts).values(id=name, name=name, created_at=0.0))
+
+    async def hear() -> None:
+        listening = pair[1].heard()
+        assert await anext(listening) == (), "what was said before one listened may have been missed"
+        await asyncio.to_thread(tell, "first", name="a")
+        with pytest.raises(DBAPIError):
+            await asyncio.to_thread(tell, "undone", name="a")
+        await asyncio.to_thread(tell, *ids, "last", name="b")
+        heard: set[str] = set()
+        async with asyncio.timeout(60):
+            while "last" not in heard:
+                heard.update(await anext(listening))
+        assert heard == {*ids, "first", "last"}
     asyncio.run(hear())

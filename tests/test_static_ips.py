@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import msgspec
 from botocore.exceptions import ClientError
 
+import stores
 from clouds import Cloud, eventually, running_cloud
 from skysail.inspect.verify import verify
+from skysail.store.schema import guests, leaving_addresses
 from test_instances import error, launch, state
+from test_workflows import Desk
 
 
 def address(client, name: str) -> tuple[str, bool]:
@@ -81,6 +87,7 @@ def test_a_full_pool_holds_a_static_ip_only_until_its_deleted_instance_is_gone()
         eventually(lambda: state(client, "four") == "running")
         client.allocate_static_ip(staticIpName="front")
         client.attach_static_ip(staticIpName="front", instanceName="one")  # which frees one address ...
+        eventually(lambda: not stores.rows(cloud.config, "SELECT 1 FROM leaving_addresses"), 60, "its host leads it nowhere")
         launch(client, "five")  # ... and that is the last
         assert "no address left" in error(client.detach_static_ip, "InvalidInputException", staticIpName="front")
         client.delete_instance(instanceName="one")
@@ -94,3 +101,27 @@ def test_a_full_pool_holds_a_static_ip_only_until_its_deleted_instance_is_gone()
             return True
         eventually(attached)
         eventually(lambda: verify(cloud.config, 0.1) == [])
+
+
+def test_an_address_is_given_to_nobody_before_its_host_let_go_of_it(tmp_path: Path) -> None:
+    """The host may be away, and its guest be reached by the address all the while."""
+    desk = Desk(tmp_path)
+
+    def address(name: str) -> str:
+        return next(str(row["public_ipv4"]) for row in desk.rows(guests) if row["instance_name"] == name)
+
+    desk.running()
+    former, guest = address("one"), desk.rows(guests)[0]["id"]
+    desk.ask("AllocateStaticIp", staticIpName="fixed")
+    desk.ask("AttachStaticIp", staticIpName="fixed", instanceName="one")
+    desk.create("two")
+    desk.seen[guest] = msgspec.structs.replace(desk.seen[guest], public_addresses=(former,))
+    desk.report()
+    desk.create("three")
+    assert former not in {address(name) for name in ("one", "two", "three")}
+    desk.seen[guest] = msgspec.structs.replace(desk.seen[guest], public_addresses=(address("one"),))
+    desk.report()
+    assert not desk.rows(leaving_addresses)
+    desk.create("four")
+    assert address("four") == former, "the lowest that is free"
+    desk.database.close()

@@ -249,6 +249,23 @@ def test_whatever_happens_it_runs_once_and_comes_to_rest(owners: bool, off: bool
     assert not stuck, f"there is no way on: {story(came, stuck[0])}"
 
 
+def test_a_source_that_has_it_outweighs_a_target_that_claims_to() -> None:
+    move = Move(id="b", instance_id="i", guest="a", source="x", target="y", phase="going", phase_at=0.0, terms=Terms(),
+                passport=PASSPORT, target_state="running")
+    owner, later = Owner(role="run"), 2 * transit.LAST_WORD_SECONDS
+
+    def after(phase: transit.Phase, state: str, owner: Owner = owner) -> str:
+        return transit.turn(msgspec.structs.replace(move, phase=phase, progress=Progress(
+            guest="b", state=state)), owner, later).phase  # type: ignore[arg-type]
+
+    assert after("going", "copying") == "landed", "its word may come later than the target's"
+    assert after("going", "failed") == "failed"
+    assert after("landed", "failed") == after("landed", "copying") == "landed", "nothing is cleared away there"
+    assert after("landed", "copying", Owner(role="run", silent="x is away")) == "clearing"
+    assert after("landed", "failed", Owner(role="run", fenced=True)) == "clearing"
+    assert after("landed", "sent") == "clearing"
+
+
 def test_every_phase_is_come_to() -> None:
     came, _ = explored(True)
     assert {world.move.phase for world in came} == {*transit.BEFORE, "landed", "clearing"}

@@ -36,10 +36,11 @@ class _Versioned(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def application(keeper: Keeper, sampler: Sampler, log_folder: Path, facts: Callable[[], HostFacts],
-                identity: Identity | None = None) -> Starlette:
+                identity: Identity | None = None, callers: Callable[[], int] = lambda: 0) -> Starlette:
     """PUT and GET /document, GET /facts, /report, /reports (a line of JSON per change), /samples, /inventory, /healthz,
     POST /prepare, and POST /images when others changed the images here; with an ``identity`` also POST /certificate, which
-    answers with a request for one, and PUT."""
+    answers with a request for one, and PUT. GET /callers says how many connections of controllers on other machines there
+    are."""
 
     async def put_document(request: Request) -> Response:
         body = await request.body()
@@ -115,6 +116,9 @@ def application(keeper: Keeper, sampler: Sampler, log_folder: Path, facts: Calla
         await keeper.recount()
         return Response(status_code=204)
 
+    async def tell_callers(_request: Request) -> Response:
+        return PlainTextResponse(str(callers()))
+
     async def healthz(_request: Request) -> Response:
         return PlainTextResponse("ok")
 
@@ -136,6 +140,7 @@ def application(keeper: Keeper, sampler: Sampler, log_folder: Path, facts: Calla
     return Starlette(lifespan=lifespan, routes=[
         *certificates,
         Route("/document", put_document, methods=["PUT"]), Route("/document", document),
+        Route("/callers", tell_callers),
         Route("/facts", tell_facts), Route("/report", report), Route("/reports", reports), Route("/samples", samples),
         Route("/inventory", inventory), Route("/prepare", prepare, methods=["POST"]),
         Route("/images", images, methods=["POST"]), Route("/healthz", healthz)])

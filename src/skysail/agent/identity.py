@@ -52,8 +52,7 @@ class Identity:
     def take(self, certificate: bytes) -> None:
         """Show this certificate (PEM) from now on. Raises SkysailError when it is not by our authority, not for the key of
         our last request, or another host's."""
-        (own,) = certificates.held_names(self._held()).get_values_for_type(x509.DNSName)
-        self._keep(self._fitting(certificate, x509.load_pem_x509_certificate(self._authority.read_bytes()), own))
+        self._keep(self._fitting(certificate, x509.load_pem_x509_certificate(self._authority.read_bytes()), self.name))
         if self._context is not None:
             self._context.load_cert_chain(self._host)
 
@@ -78,6 +77,11 @@ class Identity:
 
     def _held(self) -> x509.Certificate:
         return x509.load_pem_x509_certificate(self._host.read_bytes())
+
+    @property
+    def name(self) -> str:
+        """The host name that the certificate is for."""
+        return str(certificates.held_names(self._held()).get_values_for_type(x509.DNSName)[0])
 
     @property
     def until(self) -> float:

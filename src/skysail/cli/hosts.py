@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import sys
 from typing import Annotated
 
 import cyclopts
@@ -18,11 +20,14 @@ from skysail.resources.migration import Migration
 app = cyclopts.App(name="host", version=__version__, help="The machines of the cloud.")
 
 
-def join(url: str, token: str, *, name: str = "", zone: str = "", address: str = "", port: int = 8703) -> None:
-    """Make this machine a host of the cloud whose controller is at URL; TOKEN is made there by host token. --name: what it is
-    called, its host name unless told; --zone: which it serves; --address, --port: where the controller calls it."""
+def join(url: str, token: str = "-", *, name: str = "", zone: str = "", address: str = "", port: int = 8703) -> None:
+    """Make this machine a host of the cloud whose controller is at URL; TOKEN is made there by host token, and read from
+    standard input where it is left out: a command line is seen by others. --name: what it is called, its host name unless
+    told; --zone: which it serves; --address, --port: where the controller calls it."""
     from skysail.serve import join as joining
 
+    if token == "-":
+        token = getpass.getpass("token: ") if sys.stdin.isatty() else sys.stdin.readline()
     made = joining.join(configuration.load(), url, token, show.step, name=name, zone=zone, address=address, port=port)
     show.line(f"this machine is {made.host}; the controller shows it: sudo ./skysail host show {made.host}")
 
@@ -34,7 +39,8 @@ def make_token(*, host: str = "", zone: str = "", hours: float = 1.0, json: Json
     from skysail.serve import hosts as machines
 
     made = machines.make_token(configuration.load(), host, zone, hours)
-    show.as_json(made) if json else show.line(f"on the machine, until {made['until']}:\n{made['command']}")
+    show.as_json(made) if json else show.line(
+        f"on the machine, until {made['until']}:\n{made['command']}\nand give it this token:\n{made['token']}")
 
 
 @app.command(name="cordon")

@@ -48,7 +48,7 @@ class MovingDisk(msgspec.Struct, frozen=True, kw_only=True):
 
     name: Annotated[str, msgspec.Meta(pattern=r"\A(disk|xvd[f-z])\Z")]
     volume: str
-    size_bytes: int
+    size_bytes: Annotated[int, msgspec.Meta(ge=0)]
     address: int = 0
 
 
@@ -67,7 +67,7 @@ class Passport(msgspec.Struct, frozen=True, kw_only=True):
     ours: bool
     authority: str
     base: str = ""
-    seed_bytes: int = 0
+    seed_bytes: Annotated[int, msgspec.Meta(ge=0, le=16 << 20)] = 0
     ipv6: str | None = None
     mounted: tuple[str, ...] = ()
     starts: int = 0

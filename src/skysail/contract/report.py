@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -14,6 +14,9 @@ from skysail.contract.migration import Destination, Passport, Progress, Pull
 # still for good, the guest runs elsewhere or is about to.
 GuestState = Literal["preparing", "starting", "running", "rebooting", "stopping", "stopped", "halted", "crashed",
                      "failed", "gone", "listening", "sent"]
+
+# What useradd(8) takes for a user's name, or nothing.
+USER = r"\A([a-z_][a-z0-9_-]{0,31})?\Z"
 
 # Lightsail's words for a disk that mounts by itself.
 Mount = Literal["Mounted", "Pending", "Failed"]
@@ -80,12 +83,13 @@ class SnapshotReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImageReport(msgspec.Struct, frozen=True, kw_only=True):
-    """An image that the host holds and can launch."""
+    """An image that the host holds and can launch. ``user`` is whom one logs in as: a name that useradd(8) takes, since
+    clients make command lines of it."""
 
     digest: str
     blueprint: str
     name: str
-    user: str
+    user: Annotated[str, msgspec.Meta(pattern=USER)]
     version: str
     size_gib: int
     templated: bool

@@ -129,11 +129,17 @@ def admit(connection: Connection, authority: Authority, asked: Application, zone
         connection.execute(insert(host_zones).values(host_id=name, region=region, zone=letter))
     else:
         connection.execute(update(hosts).where(hosts.c.id == name).values(**facts))
+        forget_tokens(connection, name)
     if moved:
         overlay.bump(connection)
     connection.execute(update(join_tokens).where(join_tokens.c.id == token["id"]).values(
         used_at=now, used_key=key, host=name))
     return _admission(connection, authority, name, identity, asked, now)
+
+
+def forget_tokens(connection: Connection, host: str) -> None:
+    """Whoever became the host by them is it no more: with one of these it would get its successor's identity."""
+    connection.execute(delete(join_tokens).where(join_tokens.c.host == host, join_tokens.c.used_at.is_not(None)))
 
 
 def _token(connection: Connection, asked: Application, now: float) -> RowMapping:
@@ -166,10 +172,13 @@ def _admission(connection: Connection, authority: Authority, host: str, identity
 
 
 def _is_place(text: str) -> bool:
+    """Whether it is an address, without a scope, which Python takes anything for and which means nothing on another machine,
+    or a host name. No name ends in digits (RFC 1123, 2.1): that is an address with a mistake in it."""
     try:
-        return bool(ipaddress.ip_address(text))
+        return "%" not in text and bool(ipaddress.ip_address(text))
     except ValueError:
-        return all(NAME.fullmatch(label) for label in text.split("."))
+        labels = text.split(".")
+        return not labels[-1].isdigit() and all(NAME.fullmatch(label) for label in labels)
 
 
 def _at(address: str) -> str:

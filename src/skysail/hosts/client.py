@@ -7,6 +7,7 @@ import contextlib
 import math
 import ssl
 from collections.abc import AsyncIterator
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -29,6 +30,11 @@ FACTS_SECONDS = 90.0
 # A connection outlives the pause between two questions, and ends before the agent ends it (serve/agent.py), which would be in
 # the middle of one.
 LIMITS = httpx.Limits(keepalive_expiry=30.0)
+# What a host answers is bounded, and by its word alone nothing is unpacked: a report of a thousand guests has a megabyte.
+PLAIN = {"accept-encoding": "identity"}
+FEW_BYTES, MOST_BYTES = 1 << 20, 64 << 20
+# Between two looks at whether a host's certificate is due.
+RENEWAL_PAUSE_SECONDS = 5.0
 # To a socket of this machine a new one costs nothing, and an idle one an open file.
 LOCAL_LIMITS = httpx.Limits(max_keepalive_connections=0)
 
@@ -80,7 +86,8 @@ def look(address: str, context: ssl.SSLContext | None) -> httpx.Client:
     transport = httpx.HTTPTransport(uds=address.removeprefix("unix:"))
     if identity and context is not None:
         transport = _PinnedLook(host_name(identity), context)
-    return httpx.Client(transport=transport, base_url=place, timeout=httpx.Timeout(30.0, connect=5.0), trust_env=False)
+    return httpx.Client(transport=transport, base_url=place, timeout=httpx.Timeout(30.0, connect=5.0), trust_env=False,
+                        headers=PLAIN)
 
 
 def _understood(address: str) -> tuple[str, str]:
@@ -110,7 +117,8 @@ class AgentClient:
         # Without TLS, of which each would hold a store of certificates.
         transport = transport or httpx.AsyncHTTPTransport(uds=address.removeprefix("unix:"), verify=False,
                                                            limits=LOCAL_LIMITS)
-        self._http = httpx.AsyncClient(transport=transport, base_url=place, timeout=httpx.Timeout(10.0), trust_env=False)
+        self._http = httpx.AsyncClient(transport=transport, base_url=place, timeout=httpx.Timeout(10.0), trust_env=False,
+                                       headers=PLAIN)
         self._turns = turns or Turns(8)
         self._parting = Parting()
         # The parts of zones that the agent had with the last document that it took.
@@ -120,7 +128,7 @@ class AgentClient:
         """What the host is; None where the agent is of version 2, which told no facts. Raises :class:`Foreign` when its
         version is too far from ours."""
         async with self._turns.turn():
-            answer = await self._http.get("/facts", timeout=httpx.Timeout(10.0, read=FACTS_SECONDS))
+            answer = await self._ask("GET", "/facts", FEW_BYTES, timeout=httpx.Timeout(10.0, read=FACTS_SECONDS))
         untold = answer.status_code == 404
         if not untold:
             answer.raise_for_status()
@@ -143,8 +151,19 @@ class AgentClient:
 
     async def _deliver(self, document: HostDocument) -> httpx.Response:
         async with self._turns.turn():
-            return await self._http.put("/document",
-                                        content=msgspec.json.encode(self._parting.delivery(document, self._held)))
+            return await self._ask("PUT", "/document", MOST_BYTES,
+                                   content=msgspec.json.encode(self._parting.delivery(document, self._held)))
+
+    async def _ask(self, method: str, path: str, most: int, **request: Any) -> httpx.Response:
+        """The whole answer, of up to ``most`` bytes. Raises httpx.RemoteProtocolError for more: a host that goes on and on
+        would take the memory that all others need."""
+        async with self._http.stream(method, path, **request) as answer:
+            said = bytearray()
+            async for chunk in answer.aiter_raw():
+                said += chunk
+                if len(said) > most:
+                    raise httpx.RemoteProtocolError(f"the agent answers {path} with more than {most} bytes")
+        return httpx.Response(answer.status_code, content=bytes(said), request=answer.request)
 
     async def reports(self) -> AsyncIterator[HostReport]:
         """The host's report now, and again at each change, until the stream breaks. Each is of all that the host observes:
@@ -155,16 +174,22 @@ class AgentClient:
                 stream = await open_stream.enter_async_context(
                     self._http.stream("GET", "/reports", timeout=httpx.Timeout(10.0, read=40.0)))
             stream.raise_for_status()
-            rest = b""
+            rest = bytearray()
             async for chunk in stream.aiter_raw():
-                *lines, rest = (rest + chunk).split(b"\n")
+                rest += chunk
+                if b"\n" not in chunk:
+                    if len(rest) > MOST_BYTES:
+                        raise httpx.RemoteProtocolError(f"the agent reports more than {MOST_BYTES} bytes at once")
+                    continue
+                *lines, last = bytes(rest).split(b"\n")
+                rest = bytearray(last)
                 if told := [line for line in lines if line.strip() not in (b"", b"{}")]:
                     yield msgspec.json.decode(told[-1], type=HostReport)
 
     async def samples(self, ring: str, after: int) -> SamplePage:
         """The host's next samples behind number ``after`` of ``ring``."""
         async with self._turns.turn():
-            answer = await self._http.get("/samples", params={"ring": ring, "after": after})
+            answer = await self._ask("GET", "/samples", MOST_BYTES, params={"ring": ring, "after": after})
         answer.raise_for_status()
         return msgspec.json.decode(answer.content, type=SamplePage)
 
@@ -174,11 +199,11 @@ class AgentClient:
             return math.inf
         wait = self._credentials.due_in(facts.certificate_until)
         if wait > 0:
-            return wait
-        asked = await self._http.post("/certificate")
+            return max(wait, RENEWAL_PAUSE_SECONDS)  # whatever it says, it is not asked all the time
+        asked = await self._ask("POST", "/certificate", FEW_BYTES)
         asked.raise_for_status()
         certificate = await asyncio.to_thread(self._credentials.certify, self._identity, asked.content)
-        (await self._http.put("/certificate", content=certificate)).raise_for_status()
+        (await self._ask("PUT", "/certificate", FEW_BYTES, content=certificate)).raise_for_status()
         return self._credentials.renewal_seconds
 
     async def close(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import zlib
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from sqlalchemy import Connection, delete, insert, select
 
 from skysail.contract.samples import Sample, SamplePage
 from skysail.hosts.client import AgentClient
-from skysail.hosts.threads import REPORTS
+from skysail.hosts.threads import SAMPLES
 from skysail.store.database import Database
 from skysail.store.leases import Confirm, LeaseLost, alone
 from skysail.store.schema import sample_cursors
@@ -28,22 +29,24 @@ log = logging.getLogger(__name__)
 SPREAD_SECONDS, LATE_SECONDS = 10.0, 5.0
 # All have been asked before the next samples are taken, with time left for some to be late.
 OF_INTERVAL = 0.8
+# So long it takes, on average, until the next host is asked. Where there are so many that an interval is too short for all,
+# each is asked for the samples of several at once: what a host costs, it costs once then.
+HOST_SECONDS = 0.02
 TakeIn = Callable[[Connection, str, list[Sample]], None]
 
 
 class Collector:
     """Follows the samples of ``host_id``, which takes one every ``interval_seconds``; ``take_in`` writes what they say;
-    ``spread`` says within how many seconds it suits to ask all hosts; ``confirm`` that it is still this controller that does
-    so."""
+    ``count`` says how many hosts there are, ``confirm`` that it is still this controller that does so."""
 
     def __init__(self, host_id: str, client: AgentClient, database: Database, take_in: TakeIn,
-                 interval_seconds: float, spread: Callable[[], float] = lambda: 0.0, confirm: Confirm = alone) -> None:
+                 interval_seconds: float, count: Callable[[], int] = lambda: 1, confirm: Confirm = alone) -> None:
         self._host_id = host_id
         self._client = client
         self._database = database
         self._take_in = take_in
         self._interval = interval_seconds
-        self._spread = spread
+        self._count = count
         self._confirm = confirm
         # Up to where samples were taken in, once that was read or written: it is nobody else's to move on. When the last of
         # them began.
@@ -54,7 +57,7 @@ class Collector:
         """Collect until cancelled: soon after a sample is taken, which all hosts do at about the same time, from one somewhat
         later than from another."""
         place = zlib.crc32(self._host_id.encode()) / 2**32
-        pause = place * self._within()
+        pause = place * within(self._interval, self._count())
         while True:
             await asyncio.sleep(pause)
             late = True
@@ -69,22 +72,19 @@ class Collector:
                 log.info("samples of host %s: %s", self._host_id, str(unreachable) or type(unreachable).__name__)
             except Exception:
                 log.exception("samples of host %s could not be taken in; they are asked for again", self._host_id)
-            since = (time.time() - place * self._within()) % self._interval
-            pause = min(LATE_SECONDS, self._interval) if late and since < 3 * LATE_SECONDS else self._interval - since
-
-    def _within(self) -> float:
-        """Seconds, after a sample was taken, in which all hosts are asked."""
-        return min(max(SPREAD_SECONDS, min(self._spread(), OF_INTERVAL * self._interval)), self._interval)
+            every = rhythm(self._interval, self._count())
+            since = (time.time() - place * within(self._interval, self._count())) % every
+            pause = min(LATE_SECONDS, every) if late and since < 3 * LATE_SECONDS else every - since
 
     async def collect(self) -> bool:
         """Take in one page; whether there was anything on it."""
         if self._taken is None:
-            self._taken = await REPORTS.run(self._cursor)
+            self._taken = await SAMPLES.run(self._cursor)
         page = await self._client.samples(*self._taken)
         if not page.samples:
             return False
         self._taken = None  # until it is written
-        fresh = await REPORTS.run(self._commit, page)
+        fresh = await SAMPLES.run(self._commit, page)
         self._taken, self._newest = (page.ring, page.samples[-1].sequence), page.samples[-1].at
         return fresh > 0
 
@@ -104,6 +104,23 @@ class Collector:
                 connection.execute(insert(sample_cursors).values(
                     host_id=self._host_id, ring=page.ring, sequence=new[-1].sequence))
             return len(new)
+
+
+def rhythm(interval: float, count: int) -> float:
+    """Every how many seconds each of ``count`` hosts is asked for its samples, of which it takes one each ``interval``."""
+    return interval * max(1, math.ceil(count * HOST_SECONDS / interval))
+
+
+def within(interval: float, count: int) -> float:
+    """Seconds, after a sample was taken, in which all of them are asked."""
+    every = rhythm(interval, count)
+    return min(max(SPREAD_SECONDS, min(HOST_SECONDS * count, OF_INTERVAL * every)), every)
+
+
+def delay(interval: float, count: int) -> float:
+    """How many seconds after it was taken a sample of one of them is asked for at the latest."""
+    every = rhythm(interval, count)
+    return every if every > interval else within(interval, count)
 
 
 def cursor(connection: Connection, host_id: str) -> tuple[str, int]:

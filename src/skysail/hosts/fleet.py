@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 # How long nobody notices a host that appears, where nothing says that rows have changed; longer only where there are so many
 # that looking at them would take more than that part of the time.
 FOLLOW_SECONDS, LOOKING = 1.0, 0.05
-# The samples of so many hosts are asked for one after the other: many take them at the same time.
-SAMPLES_OF_A_HOST_SECONDS = 0.004
 # Into so many parts hosts are divided among controllers: leases are renewed each second, however many hosts there are.
 PARTS = tuple(f"hosts:{number}" for number in range(64))
 
@@ -73,6 +71,8 @@ class Fleet:
         self._take_in = take_in
         self._sample_seconds = sample_seconds
         self._tended: dict[str, _Tended] = {}
+        # Those that are ours and cannot be watched as they are.
+        self._unfit: dict[str, _Host] = {}
         self._changed = asyncio.Event()
 
     def touch(self) -> None:
@@ -120,7 +120,7 @@ class Fleet:
         for host_id, generation in behind.items():
             tended = self._tended.get(host_id)
             if tended is None:
-                if self._find_lease(lease_name(host_id)) is not None:
+                if host_id not in self._unfit and self._find_lease(lease_name(host_id)) is not None:
                     return False
             elif tended.generation != generation:
                 tended.generation = generation
@@ -130,15 +130,22 @@ class Fleet:
     async def _follow(self, found: Mapping[str, _Host]) -> None:
         await self._leave([host_id for host_id, tended in self._tended.items()
                            if tended.host != found.get(host_id) or tended.work.done()])
+        self._unfit = {host_id: host for host_id, host in self._unfit.items() if host == found.get(host_id)}
         for host_id, host in found.items():
-            if host_id not in self._tended:
+            if host_id in self._tended or host_id in self._unfit:
+                continue
+            try:
                 self._tended[host_id] = self._tend(host_id, host)
+            except Exception:  # one address that nobody can call keeps nobody from the others
+                log.exception("host %s at %s cannot be watched", host_id, host.address)
+                self._unfit[host_id] = host
 
     def _tend(self, host_id: str, host: _Host) -> _Tended:
         client = self._connect(host.address)
-        watch = Watch(host_id, client, self._database, self._clock, self._vault, self._observed, host.lease.confirm)
+        watch = Watch(host_id, client, self._database, self._clock, self._vault, self._observed, host.lease.confirm,
+                      lambda: len(self._tended))
         collector = Collector(host_id, client, self._database, self._take_in, self._sample_seconds,
-                              lambda: SAMPLES_OF_A_HOST_SECONDS * len(self._tended), host.lease.confirm)
+                              lambda: len(self._tended), host.lease.confirm)
 
         async def work() -> None:
             try:

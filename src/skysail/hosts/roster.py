@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import msgspec
-from sqlalchemy import Connection, RowMapping, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, and_, delete, func, not_, or_, select, true, update
 
 from skysail.contract.facts import HostFacts
-from skysail.hosts import desired, outages, overlay
+from skysail.hosts import admission, desired, outages, overlay
 from skysail.hosts.outages import Outage
 from skysail.kit.errors import SkysailError
 from skysail.store.schema import (
@@ -18,6 +18,7 @@ from skysail.store.schema import (
     host_zones,
     hosts,
     images,
+    leaving_addresses,
     moves,
     remains,
     sample_cursors,
@@ -107,11 +108,15 @@ def held(connection: Connection, host_id: str) -> list[str]:
     """In words, all that somebody owns on the host. Raises SkysailError when there is no such host."""
     if connection.execute(select(hosts.c.id).where(hosts.c.id == host_id)).first() is None:
         raise _unknown(host_id)
+    # What only waits for the host to say that it is gone is nobody's, where the host never will say anything.
+    over = outages.is_fenced(connection, host_id)
+    owned = guests.c.role != "gone" if over else true()
+    going = not_(_left(host_id)) if over else true()
     found = [f"instance {row.instance_name} ({row.observed_state or row.role})" for row in connection.execute(
-        select(guests).where(guests.c.host_id == host_id).order_by(guests.c.instance_name))]
+        select(guests).where(guests.c.host_id == host_id, owned).order_by(guests.c.instance_name))]
     found += [f"instance {row.instance_name} on its way" for row in connection.execute(
         select(guests.c.instance_name).join(moves, moves.c.instance_id == guests.c.instance_id).where(
-            or_(moves.c.source == host_id, moves.c.target == host_id), guests.c.host_id != host_id)
+            or_(moves.c.source == host_id, moves.c.target == host_id), guests.c.host_id != host_id, going)
         .order_by(guests.c.instance_name))]
     found += [f"disk {row.name}" for row in connection.execute(
         select(disks.c.name).where(disks.c.host_id == host_id).order_by(disks.c.name))]
@@ -121,6 +126,12 @@ def held(connection: Connection, host_id: str) -> list[str]:
                                               remains.c.unwanted.is_(False)).order_by(remains.c.instance_name))]
     return found + [f"snapshot {row.name or row.auto_day}" + (" (deleted, others stand on it)" if row.deleted else "")
                     for row in connection.execute(copies)]
+
+
+def _left(host_id: str) -> ColumnElement[bool]:
+    """Attempts to move a guest of which nothing but that host has anything left: to it, and failed; from it, and through."""
+    return or_(and_(moves.c.phase == "failed", moves.c.target == host_id),
+               and_(moves.c.phase == "clearing", moves.c.source == host_id))
 
 
 def sees(connection: Connection, host_id: str, other_id: str) -> bool:
@@ -156,15 +167,21 @@ def let_go(connection: Connection, host_id: str) -> None:
 
 def remove(connection: Connection, host_id: str) -> None:
     """The host is no part of the cloud any more: it is called no more. Raises SkysailError while it holds anything, and for
-    the last one that answers for domains while there are any."""
+    the last one that answers for domains while there are any. Of one that is off for certain nobody waits any longer to hear
+    that something is gone: should the machine come back, it starts nothing, since no controller calls it."""
     if left := held(connection, host_id):
         more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
         raise SkysailError(f"host {host_id} still holds {', '.join(left[:NAMED])}{more}", "delete what is there first")
     others = connection.execute(select(func.count()).select_from(hosts).where(hosts.c.id != host_id, hosts.c.name_server))
     if not others.scalar_one() and connection.execute(select(domains.c.id)).first() is not None:
         raise SkysailError(f"host {host_id} is the only one that answers for the cloud's domains", "delete them first")
-    for table in (host_zones, images, zone_reports, sample_cursors, failures, remains):
+    for move in connection.execute(select(moves).where(_left(host_id))).mappings().all():
+        desired.bump(connection, move["source"])
+        connection.execute(delete(moves).where(moves.c.id == move["id"]))
+    connection.execute(delete(guests).where(guests.c.host_id == host_id))
+    for table in (host_zones, images, zone_reports, sample_cursors, failures, remains, leaving_addresses):
         connection.execute(delete(table).where(table.c.host_id == host_id))
+    admission.forget_tokens(connection, host_id)
     connection.execute(delete(hosts).where(hosts.c.id == host_id))
     overlay.bump(connection)
 

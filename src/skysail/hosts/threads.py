@@ -27,5 +27,6 @@ class Threads:
         return await asyncio.get_running_loop().run_in_executor(self._pool, partial(call, *args, **kwargs))
 
 
-# Python runs only one of all at a time; but those that wait for the disk share its sync.
-REPORTS, DOCUMENTS = Threads(4, "reports"), Threads(2, "documents")
+# Python runs only one of all at a time; but those that wait for the disk share its sync. Samples can wait, and of thousands
+# of hosts there are always some: one thread's turn among all that write is theirs.
+REPORTS, DOCUMENTS, SAMPLES = Threads(4, "reports"), Threads(2, "documents"), Threads(1, "samples")

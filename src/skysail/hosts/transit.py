@@ -220,7 +220,8 @@ def turn(move: Move, owner: Owner, now: float) -> Turn:
                 return Turn(phase="failed", reason=f"{move.target} cannot take it in: {move.target_reason}")
             return Turn(phase="going") if move.destination is not None else stay
         case "going" | "ending":
-            if move.heard or move.come:
+            # A source that has it and says so outweighs a target that claims to.
+            if move.heard or (move.come and said != "failed"):
                 return Turn(phase="landed")
             if said == "sent":
                 return Turn(phase="owed")
@@ -248,6 +249,9 @@ def turn(move: Move, owner: Owner, now: float) -> Turn:
         case "landed":
             # One whose memory still comes would end with its source. How long that may take, the target knows.
             needed = move.pulls and not owner.target_fenced
+            # Nor is anything cleared away at a source that says that it has the guest: a target that was wrong about
+            # it, or lied, has nothing whole.
+            needed = needed or (not owner.fenced and (said == "failed" or (said == "copying" and not owner.silent)))
             if move.heard or (not needed and now - move.phase_at > LAST_WORD_SECONDS):
                 return Turn(phase="clearing")
     return stay

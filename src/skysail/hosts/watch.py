@@ -29,14 +29,26 @@ from skysail.kit.errors import SkysailError
 from skysail.store.database import Database
 from skysail.store.leases import Confirm, LeaseLost, alone
 from skysail.store.look import WouldWrite, look
-from skysail.store.schema import disks, domains, guests, hosts, images, moves, reverse_zones, snapshots, zone_reports
+from skysail.store.schema import (
+    disks,
+    domains,
+    guests,
+    hosts,
+    images,
+    leaving_addresses,
+    moves,
+    reverse_zones,
+    snapshots,
+    zone_reports,
+)
 from skysail.store.vault import Vault
 
 log = logging.getLogger(__name__)
 Told = TypeVar("Told")
 RETRY_SECONDS, FOREIGN_SECONDS = 0.5, 5.0
-# How often at least a host is asked whether it is still what it was: its QEMU may be upgraded under its agent.
-FACTS_SECONDS = 300.0
+# How often at least a host is asked whether it is still what it was: its QEMU may be upgraded under its agent. Where there
+# are many, not so often that more than one is asked in so long.
+FACTS_SECONDS, HOST_SECONDS = 300.0, 0.1
 # Within which time from its start on a controller sends each host its document, also one that says that it holds it: not in
 # the first half of it, when there is enough to do, and not all at once.
 AGAIN_SECONDS = 600.0
@@ -44,6 +56,8 @@ AGAIN_SECONDS = 600.0
 HOURLY_SECONDS = 3600.0
 # How long the moment at which a host was last heard may stay as it is in the rows while nothing else changes.
 SEEN_SECONDS = 60.0
+# So many generations at the most a database was ever behind its agents.
+MOST_BEHIND = 1 << 32
 # How long changes are gathered for the next document where they come faster than documents are made. One that comes alone
 # does not wait.
 CROWDED_SECONDS = 0.1
@@ -56,10 +70,12 @@ _OBSERVED = (guests.c.id, guests.c.instance_id, guests.c.observed_state, guests.
 
 class Watch:
     """Keeps host ``host_id`` and its rows together. ``observed`` is called after each report that was written, with the ids
-    of the resources that it told something new of; ``confirm`` says that it is still this controller that does so."""
+    of the resources that it told something new of; ``confirm`` says that it is still this controller that does so, ``count``
+    how many hosts it watches."""
 
     def __init__(self, host_id: str, client: AgentClient, database: Database, clock: Clock, vault: Vault,
-                 observed: Callable[[Collection[str]], None], confirm: Confirm = alone) -> None:
+                 observed: Callable[[Collection[str]], None], confirm: Confirm = alone,
+                 count: Callable[[], int] = lambda: 1) -> None:
         self._host_id = host_id
         self._client = client
         self._database = database
@@ -68,6 +84,7 @@ class Watch:
         self._zones = ZoneCompiler()
         self._observed = observed
         self._confirm = confirm
+        self._count = count
         self._changed = asyncio.Event()
         self._changed.set()
         # The version that host and controller speak; no document goes out before it is known.
@@ -78,6 +95,8 @@ class Watch:
         # The agent's present life, as its last report said; the generation that it holds whole, as far as we know.
         self._boot = ""
         self._held = 0
+        # Whether the rows say that it does not answer, and nobody heard it since.
+        self._missed = False
         # What was taken in last, but for what is written nowhere.
         self._taken = b""
 
@@ -141,15 +160,16 @@ class Watch:
             return desired.compile(connection, self._host_id, self._vault, self._zones)
 
     def _overtake(self) -> None:
-        # After a restored database our generation may be behind the agent's; the rows are the truth, so move ahead.
+        # After a restored database our generation may be behind the agent's; the rows are the truth, so move ahead. Not by
+        # any step: a host that is wrong about it, or lies, would soon have the number that has none behind it.
         with self._database.transaction() as connection:
             self._confirm(connection)
             row = connection.execute(select(hosts).where(hosts.c.id == self._host_id)).one()
             connection.execute(update(hosts).where(hosts.c.id == self._host_id).values(
-                generation=max(row.generation, row.observed_generation) + 1))
+                generation=max(row.generation, min(row.observed_generation, row.generation + MOST_BEHIND)) + 1))
 
     async def _listen(self) -> None:
-        trouble = ""
+        trouble = ""  # that was logged
         while True:
             try:
                 await self._ask()
@@ -172,8 +192,8 @@ class Watch:
             except (httpx.HTTPError, OSError) as broken:
                 if not trouble:  # once, not twice a second for as long as it lasts
                     log.warning("reports of host %s broke off: %s", self._host_id, str(broken) or type(broken).__name__)
-                    await self._miss()
                 trouble = str(broken) or "it broke off"
+                await self._miss()
             except Exception:
                 log.exception("a report of host %s could not be taken in", self._host_id)
             self._agreed.clear()  # who answers next may be another program
@@ -203,13 +223,19 @@ class Watch:
             facts = await self._client.facts()
         except Foreign as foreign:
             self._agreed.clear()
-            await REPORTS.run(self._write, {"refused": str(foreign), "away_since": None})
+            try:
+                await REPORTS.run(self._write, {"refused": str(foreign), "away_since": None})
+            finally:
+                self._missed = False
             raise
         self._version = contract.common(facts.contract if facts else UNTOLD) or contract.VERSION
-        await REPORTS.run(self._learn, facts)
+        try:
+            await REPORTS.run(self._learn, facts)
+        finally:
+            self._missed = False
         self._agreed.set()
         # All hosts met a controller that started at about the same time, and are not asked again at the same time.
-        self._pause = FACTS_SECONDS * random.uniform(0.5, 1.0)
+        self._pause = max(FACTS_SECONDS, HOST_SECONDS * self._count()) * random.uniform(0.5, 1.0)
         if facts is not None:
             try:
                 self._pause = min(self._pause, await self._client.renew(facts))
@@ -234,9 +260,13 @@ class Watch:
                 log.exception("what host %s is could not be written; it is asked again", self._host_id)
 
     async def _miss(self) -> None:
-        """From now on it does not answer."""
+        """It does not answer. Tried until that is in the rows: whether it is fenced, and all else, follows from it."""
+        if self._missed:
+            return
         try:
-            await REPORTS.run(self._write, {"away_since": func.coalesce(hosts.c.away_since, self._clock.now())})
+            await REPORTS.run(self._write, {
+                "away_since": func.coalesce(hosts.c.away_since, self._clock.now()), "refused": ""})
+            self._missed = True
         except LeaseLost as lost:
             log.info("%s", lost)
         except Exception:
@@ -258,9 +288,15 @@ class Watch:
             digest_size=16).digest()
         if told == self._taken:
             return None
-        changed = self._change(lambda connection: write_report(connection, self._host_id, report, self._clock.now()))
+        changed = self._change(lambda connection: self._write_report(connection, report))
         self._taken = told
         return changed
+
+    def _write_report(self, connection: Connection, report: HostReport) -> set[str]:
+        told = write_report(connection, self._host_id, report, self._clock.now())
+        # Operations that wait for that may be another controller's.
+        self._database.tell(connection, told)
+        return told
 
     def _change(self, write: Callable[[Connection], Told]) -> Told | None:
         """Have it write what is not in the rows yet; its answer, None where there was nothing."""
@@ -343,9 +379,18 @@ def write_report(connection: Connection, host_id: str, report: HostReport, now: 
             host_id=host_id, digest=digest, blueprint=image.blueprint, name=image.name, user=image.user,
             version=image.version, size_gib=image.size_gib))
     _write_zones(connection, host_id, report)
+    _release(connection, host_id, report)
     if weaned:
         desired.bump(connection, host_id)
     return told
+
+
+def _release(connection: Connection, host_id: str, report: HostReport) -> None:
+    """Addresses that led to guests of the host, and lead there no more, are free."""
+    for row in connection.execute(select(leaving_addresses).where(leaving_addresses.c.host_id == host_id)).all():
+        if report.generation > row.generation and not any(row.address in guest.public_addresses for guest in report.guests):
+            connection.execute(delete(leaving_addresses).where(
+                leaving_addresses.c.host_id == host_id, leaving_addresses.c.address == row.address))
 
 
 def _see(connection: Connection, host_id: str, values: dict[str, object], now: float) -> bool:
@@ -393,6 +438,10 @@ def _write_moves(connection: Connection, host_id: str, report: HostReport) -> se
         if any(row[name] != value for name, value in values.items()):
             connection.execute(update(moves).where(moves.c.id == row["id"]).values(**values))
             told.add(row["instance_id"])
+            # What the source is told follows from these words themselves, and not from a phase (hosts/transit.py).
+            word, end = ("returning", "target_state") if row["phase"] == "returning" else ("clearing", "source_state")
+            if row["phase"] == word and values.get(end) == "gone" != row[end]:
+                desired.bump(connection, host_id)
     return told
 
 

@@ -226,6 +226,8 @@ class Arriving:
         guest.save(disks=tuple(one.id for one in block.values()))
         for disk in self._passport.disks:
             volume = block.get(disk.name) or self._wanted.volume
+            if disk.size_bytes > volume.size_gib << 30:
+                raise SkysailError(f"the source has {disk.size_bytes} bytes in a disk of {volume.size_gib} GiB")
             await self._shop.drop_volume(volume.id)
             base = self._base() if disk.name == SYSTEM_DISK else None
             blank = Volume(id=volume.id, image=volume.image, size_gib=volume.size_gib)

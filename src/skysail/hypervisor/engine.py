@@ -284,8 +284,10 @@ class Qemu:
         try:
             return guest.report(await guest.look())
         except Gone as silent:
-            # Its process lives but does not answer now: nobody's reason to restart a server.
-            return guest.report("running", silent.what)
+            # Its process lives but does not answer now: nobody's reason to restart a server. One that has not run here yet is
+            # still awaited: said to run, it would be cleared away where it does.
+            awaited = guest.record.arrival is not None and not guest.record.made
+            return guest.report("listening" if awaited else "running", silent.what)
 
     async def strays(self) -> list[str]:
         """Folders without a record, and processes that work in our folders and no record names."""

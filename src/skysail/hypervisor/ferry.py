@@ -12,9 +12,14 @@ import os
 import socket
 import sys
 import threading
+import time
 
 CHUNK_BYTES = 1 << 20
 CONNECT_SECONDS = 10.0
+# So many connections are carried at a time: one migration has four for memory, and as many as it has disks besides. Whoever
+# else comes waits; each takes six open files and two threads.
+MOST = 48
+AGAIN_SECONDS = 0.1
 # What may wait in each buffer of a connection. All that is on its way when the guest is stopped has to arrive before it runs
 # again: with buffers that the kernel lets grow to megabytes, that alone took a tenth of a second. Four connections of this
 # size fill 10 Gbit/s as long as a round trip takes less than half a millisecond (tcp(7), socket(7)).
@@ -91,11 +96,25 @@ def join(near: socket.socket, target: str) -> None:
 def main() -> None:
     """Carry until killed."""
     listener, target = socket.socket(fileno=int(sys.argv[2])), sys.argv[3]
+    free = threading.BoundedSemaphore(MOST)
+
+    def one(near: socket.socket) -> None:
+        try:
+            join(near, target)
+        finally:
+            free.release()
+
     while True:
-        near, _ = listener.accept()
-        if near.family != socket.AF_UNIX:
-            attend(near)
-        threading.Thread(target=join, args=(near, target), daemon=True).start()
+        free.acquire()
+        try:
+            near, _ = listener.accept()
+            if near.family != socket.AF_UNIX:
+                attend(near)
+            threading.Thread(target=one, args=(near,), daemon=True).start()
+        except (OSError, RuntimeError) as failure:  # who came is gone again, or this machine has no more to give now
+            print(f"{target}: {failure}", file=sys.stderr, flush=True)
+            free.release()
+            time.sleep(AGAIN_SECONDS)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from skysail.contract.report import USER
 from skysail.images import fetch
 from skysail.images.fetch import MAX_BYTES
 from skysail.images.library import Library, Manifest
@@ -117,7 +118,7 @@ def _check(origin: Origin, blueprint: Blueprint) -> None:
         raise SkysailError(f"{blueprint.id!r} is no blueprint id", "use small letters, digits and _, such as my_debian")
     if blueprint.id in RECIPES:
         raise SkysailError(f"{blueprint.id} is built from Debian packages here", "choose another blueprint id")
-    if not re.fullmatch("[a-z_][a-z0-9_-]{0,31}", blueprint.user):
+    if not blueprint.user or not re.search(USER, blueprint.user):
         raise SkysailError(f"{blueprint.user!r} is no user name")
 
 

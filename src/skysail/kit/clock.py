@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Protocol
+
+log = logging.getLogger(__name__)
+LEFT_ALONE_SECONDS = 0.5
 
 
 class Clock(Protocol):
@@ -19,6 +23,24 @@ class SystemClock:
 
     def now(self) -> float:
         return time.time()
+
+
+class SharedClock:
+    """The clock that several machines have in common: this machine's, put right by what was read there last. Small
+    differences are left alone, so that it does not go back for them."""
+
+    def __init__(self) -> None:
+        self._off = 0.0
+
+    def now(self) -> float:
+        return time.time() + self._off
+
+    def agree(self, now: float) -> None:
+        """It was ``now`` there, just now."""
+        off = now - time.time()
+        if abs(off - self._off) > LEFT_ALONE_SECONDS:
+            log.warning("this machine's clock is %.1f s away from the database's, which counts", -off)
+            self._off = off
 
 
 class HandClock:

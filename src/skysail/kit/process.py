@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -131,17 +132,18 @@ def kill(pid: int, started: int) -> None:
         os.close(handle)
 
 
-def allow_open_files(pid: int = 0) -> None:
-    """This process, or another one, may have as many files and connections open as it may allow itself, by root's word as
-    many as the kernel bears: few are the default (prlimit(2); proc(5), /proc/sys/fs/nr_open)."""
+def allow_open_files(pid: int = 0, count: int = sys.maxsize) -> None:
+    """This process, or another one, and what it starts, may have as many files and connections open as it may allow itself,
+    but no more than ``count``, by root's word as many as the kernel bears: few are the default (prlimit(2); proc(5),
+    /proc/sys/fs/nr_open)."""
     kind = resource.RLIMIT_NOFILE
     try:
-        most = int(Path("/proc/sys/fs/nr_open").read_text())
+        most = min(count, int(Path("/proc/sys/fs/nr_open").read_text()))
         resource.prlimit(pid, kind, (most, most))
     except (OSError, ValueError):  # it is not for everybody to have more than others allowed, nor to see to another's
         with contextlib.suppress(OSError, ValueError):
-            _, most = resource.prlimit(pid, kind)
-            resource.prlimit(pid, kind, (most, most))
+            _, bound = resource.prlimit(pid, kind)
+            resource.prlimit(pid, kind, (min(count, bound), bound))
 
 
 def machine_boot() -> str:

@@ -16,7 +16,7 @@ from skysail.kit.config import Config
 from skysail.kit.errors import invalid_input
 from skysail.operations import history
 from skysail.operations.workflow import Step, Workflow
-from skysail.resources import address_types, catalog
+from skysail.resources import address_types, addresses, catalog
 from skysail.resources.instances import get_guest, get_row
 from skysail.resources.request import Request
 from skysail.store.schema import guests, instances, static_ips
@@ -63,6 +63,7 @@ class AddressTypes:
                 raise invalid_input(f"The instance {instance['name']} has the static IP {static}, which is an IPv4 address.",
                                     "Detach it first.")
         changed = address_types.addresses_of(connection, self._config, kind, guest)
+        addresses.leave(connection, guest, changed)
         connection.execute(update(guests).where(guests.c.id == guest["id"]).values(**changed))
         connection.execute(update(instances).where(instances.c.id == instance["id"]).values(bundle_id=bundle["bundleId"]))
         desired.bump(connection, guest["host_id"])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Column, Connection, select, update
+from sqlalchemy import Column, Connection, RowMapping, delete, insert, select, update
 
 from skysail.hosts import placement
 from skysail.kit.config import SSH_PORTS, Config
 from skysail.kit.errors import invalid_input
-from skysail.store.schema import guests, instances, static_ips
+from skysail.store.schema import guests, hosts, instances, leaving_addresses, static_ips
 
 # The first ones are the gateway's and the operator's.
 KEPT = 9
@@ -21,7 +22,7 @@ DRAWN, DRAWS = 4, 16
 
 def free_public(connection: Connection, pool: str) -> str:
     """A public IPv4 address that no guest has and no static IP is; raises InvalidInputException when there is none."""
-    return _free(connection, pool, guests.c.public_ipv4, static_ips.c.ipv4)
+    return _free(connection, pool, guests.c.public_ipv4, static_ips.c.ipv4, leaving_addresses.c.address)
 
 
 def free_private(connection: Connection, network: str) -> str:
@@ -31,7 +32,21 @@ def free_private(connection: Connection, network: str) -> str:
 
 def free_public_ipv6(connection: Connection, prefix: str) -> str:
     """An address of the IPv6 prefix that no guest has; raises InvalidInputException when there is none."""
-    return _free(connection, prefix, guests.c.public_ipv6)
+    return _free(connection, prefix, guests.c.public_ipv6, leaving_addresses.c.address)
+
+
+def leave(connection: Connection, guest: RowMapping, values: Mapping[str, Any]) -> None:
+    """``values`` are about to become the guest's: public addresses that it has then no more stay taken until its host has let
+    go of them too (hosts/watch.py), which one that is away does when it is back. A static IP may be attached elsewhere at
+    once all the same: that is what its owner has it for."""
+    former = [guest[column] for column in ("public_ipv4", "public_ipv6")
+              if guest[column] and values.get(column, guest[column]) != guest[column]]
+    if former:
+        here = (leaving_addresses.c.host_id == guest["host_id"], leaving_addresses.c.address.in_(former))
+        connection.execute(delete(leaving_addresses).where(*here))
+        held = connection.execute(select(hosts.c.generation).where(hosts.c.id == guest["host_id"])).scalar_one()
+        connection.execute(insert(leaving_addresses), [
+            {"address": address, "host_id": guest["host_id"], "generation": held} for address in former])
 
 
 def free_ssh_port(connection: Connection, config: Config) -> int | None:

@@ -115,7 +115,7 @@ class Instances:
         if asked.get("customImageName"):
             raise invalid_input("customImageName is not offered; import the image as a blueprint instead.")
         bundle = catalog.get_bundle(asked["bundleId"])
-        image = self._image(connection, request.region, asked["blueprintId"])
+        image = self._image(connection, request.region, asked["blueprintId"], bundle["diskSizeInGb"])
         if image["size_gib"] > bundle["diskSizeInGb"]:
             raise invalid_input(f"The blueprint {image['blueprint']} needs a disk of {image['size_gib']} GB, the bundle "
                                 f"{bundle['bundleId']} has {bundle['diskSizeInGb']} GB.", "Choose a larger bundle.")
@@ -151,9 +151,14 @@ class Instances:
                                      personality, origin))
         return made
 
-    def _image(self, connection: Connection, region: str, blueprint_id: str) -> RowMapping:
-        offered = select(images).where(images.c.blueprint == blueprint_id, regions.serves(images.c.host_id, region))
-        row = connection.execute(offered.order_by(images.c.version.desc()).limit(1)).mappings().first()
+    def _image(self, connection: Connection, region: str, blueprint_id: str, disk_gib: int) -> RowMapping:
+        """The newest one of the region's hosts; where that needs more of a disk, one that does not, if there is any: whether
+        it fits the host that an instance comes to is the placement's."""
+        offered = select(images).where(images.c.blueprint == blueprint_id, regions.serves(images.c.host_id, region)).order_by(
+            images.c.version.desc()).limit(1)
+        row = connection.execute(offered).mappings().first()
+        if row is not None and row["size_gib"] > disk_gib:
+            row = connection.execute(offered.where(images.c.size_gib <= disk_gib)).mappings().first() or row
         if row is None:
             raise invalid_input(f"The blueprint {blueprint_id} is not ready in this region.",
                                 "GetBlueprints lists the ones that are; the operator builds more with "
@@ -315,6 +320,7 @@ class Instances:
 
     def _change(self, connection: Connection, request: Request, row: RowMapping, guest: RowMapping, type: str,
                 workflow: str, state: str, *, status: str, values: dict[str, Any]) -> dict[str, Any]:
+        addresses.leave(connection, guest, values)
         connection.execute(update(guests).where(guests.c.id == guest["id"]).values(**values))
         connection.execute(update(instances).where(instances.c.id == row["id"]).values(state=state))
         desired.bump(connection, guest["host_id"])

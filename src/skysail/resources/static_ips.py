@@ -1,6 +1,7 @@
 """Static IPs: a public address that belongs to its owner, and to at most one instance at a time.
 
-An attached one takes the place of the address that the instance has from the pool, which becomes free. Source: Lightsail API
+An attached one takes the place of the address that the instance has from the pool, which becomes free once its host leads it
+there no more. Source: Lightsail API
 reference, data type StaticIp.
 """
 
@@ -53,7 +54,7 @@ class StaticIps:
         return {"operations": [self._record(connection, request, self._get(connection, request))]}
 
     def attach(self, connection: Connection, request: Request) -> dict[str, Any]:
-        """One document later the address leads to the instance; one that it had from the pool is free at once."""
+        """One document later the address leads to the instance."""
         row = self._get(connection, request)
         instance = get_row(connection, request, request.params["instanceName"])
         if not get_guest(connection, instance)["public_ipv4"]:
@@ -113,6 +114,7 @@ class StaticIps:
 
     def _give(self, connection: Connection, instance: RowMapping, address: str) -> None:
         guest = get_guest(connection, instance)
+        addresses.leave(connection, guest, {"public_ipv4": address})
         connection.execute(update(guests).where(guests.c.id == guest["id"]).values(public_ipv4=address))
         desired.bump(connection, guest["host_id"])
 

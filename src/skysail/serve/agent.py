@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, ClassVar, Literal
 
 import uvicorn
 from starlette.applications import Starlette
@@ -45,7 +45,7 @@ from skysail.ingress.jump import Jump
 from skysail.ingress.sim import SimIngress
 from skysail.kit.config import Config, load
 from skysail.kit.errors import SkysailError
-from skysail.kit.process import in_thread, machine_boot, started_at
+from skysail.kit.process import allow_open_files, in_thread, machine_boot, started_at
 from skysail.metadata.process import Answerer, kept_key
 from skysail.metadata.sim import SimResponder
 from skysail.network import Fabric
@@ -67,6 +67,9 @@ from skysail.storage.sim import SimPool, SimShelf
 log = logging.getLogger(__name__)
 # Controllers end connections that they have no use for before that.
 KEEP_ALIVE_SECONDS = 60
+# Whoever opens a connection to its port takes one of them for a minute, also without a certificate. HAProxy, which inherits
+# this, reckons what it may carry by it.
+OPEN_FILES = 16384
 # How often is tried to answer controllers where that was not possible.
 UNREACHABLE_SECONDS = 2.0
 _SIM_IMAGE = ImageReport(digest="0" * 64, blueprint="debian_12", name="Debian", user="admin", version="12.0",
@@ -258,7 +261,8 @@ async def serve(config: Config, keeper: Keeper, sampler: Sampler) -> None:
     joined, held = membership.find(config), membership.identity(config)
     identity = held if joined is not None and held.whole else None
     facts = Facts(config, keeper.host, present_boot(config))
-    made = application(keeper, sampler, processes.log_folder(config), facts.tell, identity)
+    made = application(keeper, sampler, processes.log_folder(config), facts.tell, identity,
+                       lambda: len(Callers.here))
     own = uvicorn.Server(_answering(made))
     serving = asyncio.create_task(own.serve(sockets=[listen(config)]))
     # Not before what runs here was adopted: nobody's document comes first.
@@ -301,13 +305,21 @@ async def _answer_controllers(made: Starlette, joined: Membership, identity: Ide
 
 class Callers(HttpToolsProtocol):
     """A connection by mutual TLS. OpenSSL let in who has a certificate of a caller by our authority; only controllers have
-    one, and it says so."""
+    one, and it says so. ``here`` are those that are open."""
+
+    here: ClassVar[set[int]] = set()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         shown = transport.get_extra_info("ssl_object").getpeercert() or {}
-        if ("DNS", CONTROLLER) not in shown.get("subjectAltName", ()):
+        if ("DNS", CONTROLLER) in shown.get("subjectAltName", ()):
+            self.here.add(id(self))
+        else:
             transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.here.discard(id(self))
+        super().connection_lost(exc)
 
 
 def main() -> None:
@@ -317,6 +329,7 @@ def main() -> None:
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per look at the zones is noise
     config = load()
+    allow_open_files(count=OPEN_FILES)
     alone = hold(config)
     keeper, sampler = build(config)
     asyncio.run(serve(config, keeper, sampler))

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import uvicorn
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, func, insert, select
 from sqlalchemy.exc import DBAPIError
 from starlette.applications import Starlette
 
@@ -28,12 +28,14 @@ from skysail.api.tls import Certificates
 from skysail.api.wire import Wire
 from skysail.hosts import entrance, reverse
 from skysail.hosts.client import AgentClient
+from skysail.hosts.collector import SPREAD_SECONDS, delay
 from skysail.hosts.credentials import Credentials
 from skysail.hosts.fleet import PARTS as HOST_PARTS
 from skysail.hosts.fleet import Fleet
+from skysail.hosts.threads import Threads
 from skysail.hosts.turns import Turns
 from skysail.kit import garbage
-from skysail.kit.clock import Clock, SystemClock
+from skysail.kit.clock import Clock, SharedClock, SystemClock
 from skysail.kit.config import Config, load
 from skysail.kit.errors import SkysailError
 from skysail.kit.process import allow_open_files
@@ -186,11 +188,14 @@ def confirmation_page(config: Config) -> str:
 def build(config: Config, clock: Clock | None = None,
           client: Callable[[str], AgentClient] | None = None) -> Starlette:
     """The controller as an ASGI application; its lifespan runs engine and watches."""
-    clock = clock or SystemClock()
+    # How long a host has been silent is asked of whichever controller follows that: all go by one clock, the database's.
+    shared = SharedClock()
+    clock = clock or shared
     vault = Vault.at(config.master_key)
     database = Database.of(config)
     database.migrate()
     with database.transaction() as connection:
+        shared.agree(database.now(connection))
         domains.delegate(connection, config.name_servers, clock.now())
         addresses.number_ssh_ports(connection, config)
         reverse.configure(connection, config.reverse_zones, config.name_servers, config.naming_domain, clock.now())
@@ -209,12 +214,17 @@ def build(config: Config, clock: Clock | None = None,
         reverse.follow(connection)
         return 1
 
+    def see_alarms(connection: Connection) -> int:
+        # What is not known yet is not missing: of many hosts samples come later.
+        count = connection.execute(select(func.count()).select_from(hosts)).scalar_one()
+        return alarm_rows.follow(connection, clock.now() - max(0.0, delay(config.sample_seconds, count) - SPREAD_SECONDS))
+
     def work(connection: Connection) -> Iterable[str]:
         """All that there is to do, by the names of its leases."""
         yield from (COURIER, *(round_.name for round_ in rounds), *PARTS, *HOST_PARTS)
 
     credentials = Credentials(database, vault, clock, config.certificate_seconds)
-    shares = Shares(database, f"{socket.gethostname()}:{config.root}", work)
+    shares = Shares(database, f"{socket.gethostname()}:{config.root}", work, shared.agree)
     connect = client or partial(AgentClient, credentials=credentials, turns=Turns(ASKED_AT_ONCE))
     fleet = Fleet(database, clock, vault, shares.find, connect, observed, metering.take_in, config.sample_seconds)
     began = clock.now()
@@ -222,15 +232,15 @@ def build(config: Config, clock: Clock | None = None,
     engine = Engine(database, {**WORKFLOWS, moving.name: moving}, clock, fleet.touch,
                     lambda resource_id: shares.claim(part(resource_id)))
 
-    def touched() -> None:
-        engine.wake()
+    def touched(resources: Collection[str] = ()) -> None:
+        engine.wake(resources)
         fleet.touch()
 
     rounds = (
         Round("follow", FOLLOW_SECONDS, follow, database, shares, acted=fleet.touch),
         Round("days", DUE_SECONDS, lambda connection: auto_snapshots.follow(connection, clock.now()), database, shares,
               acted=touched),
-        Round("alarms", ALARM_SECONDS, lambda connection: alarm_rows.follow(connection, clock.now()), database, shares),
+        Round("alarms", ALARM_SECONDS, see_alarms, database, shares),
         Round("sweep", SWEEP_SECONDS, lambda connection: metering.sweep(connection, clock.now()), database, shares,
               again_seconds=SWEEP_PAUSE_SECONDS),
         Round(OUTAGES, OUTAGE_SECONDS, lambda connection: rescue.follow(connection, config, clock.now(), began), database,
@@ -245,14 +255,15 @@ def build(config: Config, clock: Clock | None = None,
 
     async def hear() -> None:
         """What acts on rows is woken by commits of other controllers too."""
-        async for _ in database.heard():
-            touched()
+        async for resources in database.heard():
+            touched(resources)
 
     async def live() -> None:
+        beat = Threads(1, "beat")  # whatever else there is to do, none of it comes before this
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             try:
-                if await asyncio.to_thread(shares.renew):
+                if await beat.run(shares.renew):
                     touched()
             except Exception:
                 log.exception("this controller could not say that it lives; it is tried again")

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from skysail.hosts.threads import Threads
 from skysail.kit.clock import Clock
 from skysail.notices import Carrier, Notice, Undeliverable
 from skysail.resources import outbox
@@ -15,6 +16,8 @@ from skysail.store.leases import Confirm, LeaseLost, alone
 
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0
+# Threads of their own: a relay that does not answer holds each for half a minute, and what everything else runs in are few.
+CARRIERS = Threads(outbox.PORTION, "notices")
 # What the lease is called by which notices go out.
 COURIER = "courier"
 
@@ -46,7 +49,11 @@ class Courier:
         confirm = self._claim()
         if confirm is not None:
             notices = await asyncio.to_thread(self._due, confirm)
-            await asyncio.gather(*(asyncio.to_thread(self._take, notice, confirm) for notice in notices))
+            for outcome in await asyncio.gather(*(CARRIERS.run(self._take, notice, confirm) for notice in notices),
+                                                return_exceptions=True):
+                # Not before all of them have ended: one that is still under way would be sent a second time.
+                if isinstance(outcome, BaseException):
+                    raise outcome
 
     def _due(self, confirm: Confirm) -> list[Notice]:
         with self._database.transaction(write=False) as connection:

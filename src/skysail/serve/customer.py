@@ -131,7 +131,9 @@ def login(access: dict[str, Any], folder: Path, command: list[str], options: Seq
             # ssh would look for an IPv6 address in its shortest form.
             "-o", f"HostKeyAlias={address}",
             "-o", f"StrictHostKeyChecking={'yes' if lines else 'accept-new'}", "-o", "LogLevel=ERROR",
-            *(word for option in options for word in ("-o", option)), f"{access['username']}@{address}", *command]
+            *(word for option in options for word in ("-o", option)),
+            # Whoever the host says that its image is for: never an option of ssh's.
+            "-l", access["username"], "--", address, *command]
 
 
 def serial_log(config: Config, name: str, region: str = "", account: str = "admin") -> bytes:

@@ -132,8 +132,8 @@ def _host(config: Config, plan: Plan, underlay: Underlay, number: int, zone: str
         return
     progress(f"{name}: joining")
     made = hosts.make_token(config, name, zone, 1.0)
-    _skysail(entering, folder, "join", made["url"], made["token"], "--name", name, "--address", underlay.address(number),
-             qemu=qemu)
+    _skysail(entering, folder, "join", made["url"], "--name", name, "--address", underlay.address(number), qemu=qemu,
+             said=made["token"])
 
 
 def _stock(config: Config, plan: Plan) -> str:
@@ -141,10 +141,10 @@ def _stock(config: Config, plan: Plan) -> str:
     return f'images = "{root / "images"}"\ntemplates = "{root / "templates"}"\n'
 
 
-def _skysail(entering: list[str], folder: Path, *words: str, qemu: str = "") -> None:
-    """Run the command on a host, by this very program."""
+def _skysail(entering: list[str], folder: Path, *words: str, qemu: str = "", said: str = "") -> None:
+    """Run the command on a host, by this very program, and say that to it."""
     path = ":".join(filter(None, (qemu, programs.PATH)))
-    process.run([*entering, sys.executable, "-m", "skysail.cli.main", *words], timeout=1800,
+    process.run([*entering, sys.executable, "-m", "skysail.cli.main", *words], timeout=1800, input=said.encode(),
                 env={**os.environ, "SKYSAIL_DATA": str(folder), "PATH": path})
 
 

@@ -33,7 +33,8 @@ def listed(config: Config) -> list[Host]:
 
 
 def make_token(config: Config, host: str, zone: str, hours: float) -> dict[str, str]:
-    """What lets one machine join: where, the token, until when (UTC), and all of it as a command for that machine. Raises
+    """What lets one machine join: where, the token, until when (UTC), and the command for that machine, which asks for the
+    token: others there see command lines, and sudo logs them. Raises
     SkysailError where none could join."""
     on_the_controller(config)
     if not config.join_listen:
@@ -50,7 +51,7 @@ def make_token(config: Config, host: str, zone: str, hours: float) -> dict[str, 
         return str(admission.make_token(connection, by, now, hours * 3600, host, zone))
 
     url, token = joining.url(config), visit(config, made, str, write=True)
-    return {"url": url, "token": token, "command": f"sudo ./skysail join {url} {token}",
+    return {"url": url, "token": token, "command": f"sudo ./skysail join {url}",
             "until": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now + hours * 3600))}
 
 

@@ -11,7 +11,7 @@ import httpx
 import msgspec
 from cryptography import x509
 
-from skysail.contract.identity import CONTROLLER
+from skysail.contract.identity import CONTROLLER, host_name
 from skysail.hosts.admission import NAME, Admission, Application, Token
 from skysail.kit import certificates, durable, process
 from skysail.kit.config import CLOUD_SETTINGS, Config, load
@@ -45,7 +45,7 @@ def join(config: Config, url: str, token: str, progress: Callable[[str], None], 
         admitted = gate.apply(Application(
             token=shown.id, secret=shown.secret, name=name, zone=zone, address=address, port=port,
             request=own.repeat().decode(), facts=msgspec.structs.replace(facts, underlay=facts.underlay or address)))
-        held = Membership(host=admitted.host, address=address, port=port)
+        held = Membership(host=admitted.host, address=address, port=port, token=shown.id, identity=admitted.identity)
         programs.stop(config, "agent")  # one of an earlier membership; guests run on
         durable.replace(config.root / CLOUD_SETTINGS, msgspec.json.encode(admitted.settings), 0o644)
         membership.keep(config, held)
@@ -57,14 +57,15 @@ def join(config: Config, url: str, token: str, progress: Callable[[str], None], 
     progress("waiting for the controller to call")
     if not processes.wait_until(lambda: reached(config), REACHED_SECONDS, 0.2):
         raise SkysailError(f"no controller called this machine at {held.address}, port {held.port}, within "
-                           f"{REACHED_SECONDS:.0f} s", f"let the controller through to that port, or join with --address; "
-                           f"see {programs.agent_log(config)}")
+                           f"{REACHED_SECONDS:.0f} s", "let the controller through to that port; where it is to call "
+                           f"another address, make a token with: sudo ./skysail host token --host {held.host}, and join with "
+                           f"that and --address; see {programs.agent_log(config)}")
     return held
 
 
 def belongs(config: Config, token: Token) -> Membership | None:
-    """What this machine is in the cloud of the token; None when it has not joined one. Raises SkysailError when it is part of
-    another."""
+    """What this machine is in the cloud of the token, by that token; None when it has not joined one, or is to join anew.
+    Raises SkysailError when it is part of another."""
     if config.database or config.sqlite_file.exists():
         raise SkysailError("this machine runs a cloud of its own", "join with a machine that does not, or set SKYSAIL_DATA")
     held, own = membership.find(config), membership.identity(config)
@@ -73,15 +74,17 @@ def belongs(config: Config, token: Token) -> Membership | None:
     if certificates.fingerprint(x509.load_pem_x509_certificate(own.authority)) != token.authority:
         raise SkysailError(f"this machine is {held.host} of another cloud",
                            f"remove it there, end its guests, move {config.data} away, then join again")
-    # One that no controller calls any more takes its new token for a new certificate.
-    return None if own.expired else held
+    # Another token makes it another host, or the same one anew; so does a certificate that no controller calls any more. One
+    # that is not for what we became last was on its way when this broke off.
+    anew = held.token not in ("", token.id) or own.expired or (held.identity and own.name != host_name(held.identity))
+    return None if anew else held
 
 
 def reached(config: Config) -> bool:
-    """Whether a controller has given this machine its document."""
+    """Whether a controller has given this machine its document, and is there: a document may be of a former membership."""
     try:
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(config.agent_socket)), timeout=10) as client:
-            return client.get("http://agent/document").content != b"null"
+            return client.get("http://agent/document").content != b"null" and client.get("http://agent/callers").text != "0"
     except httpx.HTTPError:
         return False
 

@@ -27,6 +27,7 @@ from skysail.serve import beside
 from skysail.store.database import Database
 
 log = logging.getLogger(__name__)
+AGAIN_SECONDS = 5.0
 
 
 def application(config: Config, database: Database, credentials: Credentials, clock: Clock) -> Starlette:
@@ -69,7 +70,8 @@ async def serve(config: Config, database: Database, credentials: Credentials, cl
         return
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    await asyncio.to_thread(_certify, context, credentials, clock)
+    while not await _certified(context, credentials, clock):
+        await asyncio.sleep(AGAIN_SECONDS)
     try:
         listener = beside.listen(config.join_listen, config.join_port)
     except OSError as taken:
@@ -80,10 +82,17 @@ async def serve(config: Config, database: Database, credentials: Credentials, cl
                                             timeout_graceful_shutdown=1), listener, context):
         while True:
             await asyncio.sleep(credentials.renewal_seconds)
-            try:
-                await asyncio.to_thread(_certify, context, credentials, clock)
-            except Exception:
-                log.exception("the certificate that joining machines are shown could not be renewed")
+            await _certified(context, credentials, clock)
+
+
+async def _certified(context: ssl.SSLContext, credentials: Credentials, clock: Clock) -> bool:
+    """Whether machines that join are shown a new certificate from now on."""
+    try:
+        await asyncio.to_thread(_certify, context, credentials, clock)
+    except Exception:
+        log.exception("the certificate that joining machines are shown could not be made")
+        return False
+    return True
 
 
 def _certify(context: ssl.SSLContext, credentials: Credentials, clock: Clock) -> None:

@@ -16,11 +16,15 @@ FIRST_HOST = "host-1"
 
 
 class Membership(msgspec.Struct, frozen=True, kw_only=True):
-    """What a machine keeps of its joining: the name that it has in the cloud, and where its agent answers controllers."""
+    """What a machine keeps of its joining: the name that it has in the cloud, where its agent answers controllers, the id of
+    the token that let it in, and the identity that it was given, which its certificate is to be for. Both are '' where it
+    joined by an earlier version."""
 
     host: str
     address: str
     port: int
+    token: str = ""
+    identity: str = ""
 
 
 def path(config: Config) -> Path:

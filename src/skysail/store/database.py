@@ -10,7 +10,7 @@ the disk for all of them (group commit). Nobody outside sees, and no caller goes
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -103,10 +103,16 @@ class Database:
         metadata.create_all(connection)
         self._dialect.set_version(connection, -len(migrations.MIGRATIONS))
 
-    async def heard(self) -> AsyncIterator[None]:
-        """Something each time another controller, or this one, may have committed something."""
-        async for _ in self._dialect.heard():
-            yield
+    def tell(self, connection: Connection, resources: Collection[str]) -> None:
+        """Let all controllers hear that this transaction, which writes, wrote something of these resources, once it is
+        committed."""
+        self._dialect.tell(connection, resources)
+
+    async def heard(self) -> AsyncIterator[Sequence[str]]:
+        """Each time another controller, or this one, may have committed something: of which resources, as far as it was
+        told."""
+        async for resources in self._dialect.heard():
+            yield resources
 
     def transaction(self, write: bool = True) -> AbstractContextManager[Connection]:
         """A transaction: committed at the end of the ``with`` block, rolled back by an exception. One that writes must not

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -48,8 +48,13 @@ class Dialect(Protocol):
         """The transaction is about to be committed: other controllers learn of it, if it wrote."""
         ...
 
-    def heard(self) -> AsyncIterator[None]:
-        """Something after each announcement of anybody, and whenever one may have been missed; until cancelled."""
+    def tell(self, connection: Connection, resources: Collection[str]) -> None:
+        """With its commit, other controllers learn that the transaction wrote something of ``resources``."""
+        ...
+
+    def heard(self) -> AsyncIterator[Sequence[str]]:
+        """After each announcement of anybody the resources that it tells of, if any, and none of them whenever one may have
+        been missed; until cancelled."""
         ...
 
     def is_open(self, connection: Connection) -> bool:

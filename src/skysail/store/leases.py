@@ -53,13 +53,15 @@ class Lease:
 
 class Shares:
     """One controller's share of the work in ``database``. ``place`` is what no two controllers that run have in common, but
-    one and its successor; ``wanted`` names all that there is to do."""
+    one and its successor; ``wanted`` names all that there is to do; ``agree`` is told the database's time once in a while."""
 
-    def __init__(self, database: Database, place: str, wanted: Callable[[Connection], Iterable[str]]) -> None:
+    def __init__(self, database: Database, place: str, wanted: Callable[[Connection], Iterable[str]],
+                 agree: Callable[[float], None] = lambda now: None) -> None:
         self.holder = f"{uuid.uuid4()}"
         self._database = database
         self._place = place
         self._wanted = wanted
+        self._agree = agree
         self._held: dict[str, Lease] = {}
 
     def find(self, name: str) -> Lease | None:
@@ -91,9 +93,14 @@ class Shares:
 
     def _divide(self, connection: Connection) -> dict[str, Lease]:
         now = self._database.now(connection)
+        self._agree(now)
         # Whoever was in this place before is gone, or about to.
-        connection.execute(delete(controllers).where(
-            (controllers.c.until < now) | ((controllers.c.place == self._place) & (controllers.c.id != self.holder))))
+        gone = (controllers.c.place == self._place) & (controllers.c.id != self.holder)
+        until = connection.execute(select(controllers.c.until).where(controllers.c.id == self.holder)).scalar()
+        if until is None or until >= now:
+            gone |= controllers.c.until < now
+        # else nobody could say so for a while, the others neither: they have until the next beat.
+        connection.execute(delete(controllers).where(gone))
         if not connection.execute(update(controllers).where(controllers.c.id == self.holder).values(
                 until=now + LIFE_SECONDS)).rowcount:
             connection.execute(insert(controllers).values(id=self.holder, place=self._place, until=now + LIFE_SECONDS))

@@ -30,6 +30,7 @@ from skysail.store.schema import (
     instances,
     join_tokens,
     leases,
+    leaving_addresses,
     measurements,
     metadata,
     meters,
@@ -272,12 +273,19 @@ def _post_copy(connection: Connection) -> None:
     _add_columns(connection, "moves", (("pull", "JSON"),))
 
 
+def _leaving_addresses(connection: Connection) -> None:
+    leaving_addresses.create(connection, checkfirst=True)
+    if connection.dialect.name == "postgresql":  # SQLite's integers have no end
+        for column in ("generation", "observed_generation", "networked_generation"):
+            connection.exec_driver_sql(f"ALTER TABLE hosts ALTER COLUMN {column} TYPE BIGINT")
+
+
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (
     _foundation, _operations_by_page, _guests_with_ipv6, _static_ips, _domains, _authorities_of_accounts,
     _metrics, _disks_and_snapshots, _regions, _networks, _automatic_snapshots, _shared_address, _reverse_zones,
     _attachments_that_mount, _metadata_options, _guests_without_public_ipv4,
     _leases, _facts_of_hosts, _authority_of_hosts, _joining_of_hosts, _found_by_index, _moves, _pools, _outages,
-    _qualifications, _open_operations, _post_copy)
+    _qualifications, _open_operations, _post_copy, _leaving_addresses)
 
 
 def upgrade(connection: Connection, version: int) -> None:

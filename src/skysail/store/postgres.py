@@ -15,7 +15,7 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 # that reads.
 LOCK_SECONDS, PATIENCE_SECONDS, READING_SECONDS = 30, 5, 120
 CHANNEL = "skysail"
+# So many resources are named in one notification, which has to have less than 8,000 bytes; an id has 36.
+TOLD_AT_ONCE = 200
 _WRITERS = 0x736B79
 # Which languages sort in orders of their own, each another.
 _WORDS = ("a", "B", "_", "-", "aa", "a b", "é", "z")
@@ -117,15 +119,21 @@ class Postgres:
         connection.exec_driver_sql(
             f"SELECT pg_notify('{CHANNEL}', '') WHERE pg_current_xact_id_if_assigned() IS NOT NULL")
 
-    async def heard(self) -> AsyncIterator[None]:
+    def tell(self, connection: Connection, resources: Collection[str]) -> None:
+        # A member of a group that is rolled back tells nothing: a savepoint takes its notifications with it.
+        named = sorted(resources)
+        for first in range(0, len(named), TOLD_AT_ONCE):
+            connection.exec_driver_sql("SELECT pg_notify(%s, %s)", (CHANNEL, " ".join(named[first:first + TOLD_AT_ONCE])))
+
+    async def heard(self) -> AsyncIterator[Sequence[str]]:
         while True:
             try:
                 async with await psycopg.AsyncConnection.connect(**self.conninfo, autocommit=True) as connection:
                     await connection.execute(f"LISTEN {CHANNEL}")
-                    yield  # what was said before is missed
-                    async for _ in connection.notifies():
-                        yield
-            except psycopg.OperationalError as lost:
+                    yield ()  # what was said before is missed
+                    async for notice in connection.notifies():
+                        yield notice.payload.split()
+            except (psycopg.Error, OSError) as lost:  # a standby does not listen; the password's file may be just replaced
                 log.warning("other controllers are not heard: %s", " ".join(str(lost).split()))
             await asyncio.sleep(1.0)
 

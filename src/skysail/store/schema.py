@@ -104,9 +104,10 @@ hosts = Table(
     "hosts", metadata,
     Column("id", String(64), primary_key=True),
     Column("address", String, nullable=False),
-    Column("generation", Integer, nullable=False, default=1),
-    Column("observed_generation", Integer, nullable=False, default=0),
-    Column("networked_generation", Integer, nullable=False, default=0, server_default="0"),
+    # Also where a host was far ahead, and was overtaken.
+    Column("generation", _Large, nullable=False, default=1),
+    Column("observed_generation", _Large, nullable=False, default=0),
+    Column("networked_generation", _Large, nullable=False, default=0, server_default="0"),
     Column("vcpus", Integer, nullable=False, default=0),
     Column("memory_mib", Integer, nullable=False, default=0),
     Column("disk_gib", Integer, nullable=False, default=0),
@@ -314,6 +315,15 @@ guests = Table(
     Column("observed_qemu", String, nullable=False, default="", server_default=""),
     Index("uq_guests_public_ipv6", "public_ipv6", unique=True),
     Index("ix_guests_role", "role", "observed_state"),
+)
+
+# A public address that a guest had, until its host has said, by a document behind ``generation``, that it leads it there no
+# more: nobody else is given it before.
+leaving_addresses = Table(
+    "leaving_addresses", metadata,
+    Column("address", String(39), primary_key=True),
+    Column("host_id", String(64), primary_key=True, index=True),
+    Column("generation", _Large, nullable=False),
 )
 
 # A guest on its way from one host to another (hosts.transit.Move), by the id that it has at the target. Until it has gone

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,12 @@ class Sqlite:
     def announce(self, connection: Connection) -> None:
         """There is one controller: it knows."""
 
-    async def heard(self) -> AsyncIterator[None]:
+    def tell(self, connection: Connection, resources: Collection[str]) -> None:
+        """It knows that, too."""
+
+    async def heard(self) -> AsyncIterator[Sequence[str]]:
         await asyncio.Event().wait()
-        yield
+        yield ()
 
     def is_open(self, connection: Connection) -> bool:
         return _driver(connection).in_transaction
