@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
+import os
 import shutil
 import signal
 import tempfile
@@ -99,6 +100,7 @@ def _run(members: list[Member], pipe: Connection) -> None:
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # a controller that is killed hangs up
     allow_open_files()  # each host has a socket and two connections
+    os.nice(5)  # machines of their own would not take the processors from the controller
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(members, pipe))
 

@@ -33,28 +33,33 @@ class Flattening:
         self._say = say
         self._changed = changed
         self._document: HostDocument | None = None
+        self._wake = asyncio.Event()
         self._done: set[str] = set()
         self._resting: dict[str, float] = {}
 
     def take(self, document: HostDocument) -> None:
         """What is wanted now."""
         self._document = document
+        self._wake.set()
 
     async def run(self) -> None:
         """Move what is to be moved; runs until cancelled."""
         while True:
+            self._wake.clear()
+            leaving = {one.id for one in (self._document.snapshots if self._document else ())
+                       if one.leaving and one.role == "keep"}
+            if not leaving:
+                await self._wake.wait()
+                continue
             try:
-                await self._round()
+                await self._round(leaving)
             except Exception:
                 log.exception("looking for what to flatten goes on after a failure")
             await asyncio.sleep(LOOK_SECONDS)
 
-    async def _round(self) -> None:
-        """One thing, if there is any."""
+    async def _round(self, leaving: set[str]) -> None:
+        """One thing, if there is any that stands on one of these snapshots."""
         if self._document is None:
-            return
-        leaving = {one.id for one in self._document.snapshots if one.leaving and one.role == "keep"}
-        if not leaving:
             return
         now = asyncio.get_running_loop().time()
         for volume, guest in self._volumes(self._document):

@@ -132,11 +132,13 @@ def call_off(connection: Connection, instance: RowMapping, reason: str) -> None:
 def give_up_target(connection: Connection, instance: RowMapping) -> None:
     """The operator vouches that nothing of the instance runs at the host that it was handed over to, and never will: it goes
     on where it stood. Raises SkysailError where it was not handed over."""
-    done = connection.execute(update(moves).where(
-        moves.c.instance_id == instance["id"], moves.c.phase.in_(("owed", "returning"))).values(lost=True)).rowcount
-    if not done:
+    row = connection.execute(select(moves).where(
+        moves.c.instance_id == instance["id"], moves.c.phase.in_(("owed", "returning")))).mappings().first()
+    if row is None:
         raise SkysailError(f"the instance {instance['name']} is not between two hosts",
                            "see: sudo ./skysail migrations")
+    connection.execute(update(moves).where(moves.c.id == row["id"]).values(lost=True))
+    desired.bump(connection, row["source"])  # it is what the source's document says, and may have its phase already
 
 
 def seen(connection: Connection, wanted: Collection[str] = ()) -> list[Migration]:
