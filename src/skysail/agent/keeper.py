@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
@@ -375,11 +376,12 @@ class Keeper:
         return self._report
 
     async def reports(self, keep_alive_seconds: float = 15.0) -> AsyncIterator[HostReport | None]:
-        """The report now, and again at each change; None when nothing changed for ``keep_alive_seconds``."""
+        """The report now, and again at each change; None when nothing changed for ``keep_alive_seconds``, or somewhat less:
+        those of thousands of hosts are not to come at once."""
         seen = -1
         while True:
             try:
-                async with asyncio.timeout(keep_alive_seconds), self._news:
+                async with asyncio.timeout(keep_alive_seconds * random.uniform(0.8, 1.0)), self._news:
                     while self._report.sequence == seen:
                         await self._news.wait()
             except TimeoutError:

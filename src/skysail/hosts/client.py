@@ -34,7 +34,7 @@ LIMITS = httpx.Limits(keepalive_expiry=30.0)
 PLAIN = {"accept-encoding": "identity"}
 FEW_BYTES, MOST_BYTES = 1 << 20, 64 << 20
 # Between two looks at whether a host's certificate is due.
-RENEWAL_PAUSE_SECONDS = 5.0
+RENEWAL_PAUSE_SECONDS = 1.0
 # To a socket of this machine a new one costs nothing, and an idle one an open file.
 LOCAL_LIMITS = httpx.Limits(max_keepalive_connections=0)
 

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 # How long nobody notices a host that appears, where nothing says that rows have changed; longer only where there are so many
 # that looking at them would take more than that part of the time.
 FOLLOW_SECONDS, LOOKING = 1.0, 0.05
+# How often is tried to watch one that cannot be watched.
+UNFIT_SECONDS = 60.0
 # Into so many parts hosts are divided among controllers: leases are renewed each second, however many hosts there are.
 PARTS = tuple(f"hosts:{number}" for number in range(64))
 
@@ -71,8 +73,8 @@ class Fleet:
         self._take_in = take_in
         self._sample_seconds = sample_seconds
         self._tended: dict[str, _Tended] = {}
-        # Those that are ours and cannot be watched as they are.
-        self._unfit: dict[str, _Host] = {}
+        # Those that are ours and cannot be watched as they are, and when it is tried again.
+        self._unfit: dict[str, tuple[_Host, float]] = {}
         self._changed = asyncio.Event()
 
     def touch(self) -> None:
@@ -130,7 +132,9 @@ class Fleet:
     async def _follow(self, found: Mapping[str, _Host]) -> None:
         await self._leave([host_id for host_id, tended in self._tended.items()
                            if tended.host != found.get(host_id) or tended.work.done()])
-        self._unfit = {host_id: host for host_id, host in self._unfit.items() if host == found.get(host_id)}
+        now = asyncio.get_running_loop().time()
+        self._unfit = {host_id: (host, due) for host_id, (host, due) in self._unfit.items()
+                       if host == found.get(host_id) and now < due}
         for host_id, host in found.items():
             if host_id in self._tended or host_id in self._unfit:
                 continue
@@ -138,7 +142,7 @@ class Fleet:
                 self._tended[host_id] = self._tend(host_id, host)
             except Exception:  # one address that nobody can call keeps nobody from the others
                 log.exception("host %s at %s cannot be watched", host_id, host.address)
-                self._unfit[host_id] = host
+                self._unfit[host_id] = host, now + UNFIT_SECONDS
 
     def _tend(self, host_id: str, host: _Host) -> _Tended:
         client = self._connect(host.address)
