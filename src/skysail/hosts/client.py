@@ -20,6 +20,7 @@ from skysail.contract.identity import host_name
 from skysail.contract.report import HostReport
 from skysail.contract.samples import SamplePage
 from skysail.hosts.credentials import Credentials
+from skysail.hosts.local import Local
 from skysail.hosts.parts import Parting
 from skysail.hosts.turns import Turns
 
@@ -35,8 +36,6 @@ PLAIN = {"accept-encoding": "identity"}
 FEW_BYTES, MOST_BYTES = 1 << 20, 64 << 20
 # Between two looks at whether a host's certificate is due.
 RENEWAL_PAUSE_SECONDS = 1.0
-# To a socket of this machine a new one costs nothing, and an idle one an open file.
-LOCAL_LIMITS = httpx.Limits(max_keepalive_connections=0)
 
 
 class Foreign(Exception):
@@ -114,9 +113,7 @@ class AgentClient:
             if credentials is None:
                 raise ValueError(f"the agent at {address} is spoken to with credentials")
             transport = Pinned(host_name(self._identity), credentials)
-        # Without TLS, of which each would hold a store of certificates.
-        transport = transport or httpx.AsyncHTTPTransport(uds=address.removeprefix("unix:"), verify=False,
-                                                           limits=LOCAL_LIMITS)
+        transport = transport or Local(address.removeprefix("unix:"))
         self._http = httpx.AsyncClient(transport=transport, base_url=place, timeout=httpx.Timeout(10.0), trust_env=False,
                                        headers=PLAIN)
         self._turns = turns or Turns(8)
