@@ -35,8 +35,11 @@ def page(address: str) -> str:
 def offered(cloud: RealCloud, blueprint: str) -> dict[str, Any]:
     """The blueprint as GetBlueprints shows it, made ready to launch."""
     blueprints.prepare(cloud.config, ensure_image(blueprint), blueprint, lambda step: None)
-    found: dict[str, dict[str, Any]] = {one["blueprintId"]: one for one in cloud.client().get_blueprints()["blueprints"]}
-    return found[blueprint]
+
+    def seen() -> dict[str, Any] | None:
+        found: dict[str, dict[str, Any]] = {one["blueprintId"]: one for one in cloud.client().get_blueprints()["blueprints"]}
+        return found.get(blueprint)
+    return eventually(seen, 60, "the controller has heard of it")
 
 
 @pytest.mark.long

@@ -13,6 +13,7 @@ from pyroute2 import IPRoute
 
 from clouds import RealCloud, eventually, running_real_cloud
 from skysail.inspect.verify import verify
+from skysail.serve import up
 from stage import Place
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(3600),
@@ -48,6 +49,7 @@ def outside(*words: str) -> str:
 def cloud() -> Iterator[RealCloud]:
     with visitor(), running_real_cloud(
             more=f'single_address = "{ADDRESS}"\ninstance_domain = "cloud.example.net"\n') as made:
+        up.ensure_user(made.config)  # rules name those who share it; nobody brought a cloud up on this machine yet
         yield made
 
 
