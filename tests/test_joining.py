@@ -273,6 +273,20 @@ def test_a_host_is_cordoned_drained_and_removed(open_cloud: Cloud) -> None:
         assert [one["id"] for one in told(open_cloud, "host", "list")] == ["host-1"]
 
 
+@root
+def test_a_machine_that_was_removed_joins_anew_by_another_token(open_cloud: Cloud) -> None:
+    """It still has a certificate, and the document of its former membership."""
+    with newcomer() as machine:
+        assert machine.join(told(open_cloud, "host", "token"), "--name", "host-2").returncode == 0
+        eventually(lambda: told(open_cloud, "host", "show", "host-2")["state"] == "ready", 60)
+        former = row(open_cloud, "host-2").address
+        assert printed(open_cloud, "host", "remove", "host-2").returncode == 0
+        done = machine.join(told(open_cloud, "host", "token"), "--name", "host-2")
+        assert done.returncode == 0, done.stderr
+        assert "asking https://" in done.stderr and row(open_cloud, "host-2").address != former
+        eventually(lambda: told(open_cloud, "host", "show", "host-2")["state"] == "ready", 60)
+
+
 class Office:
     """The rows that machines are let in by, with time in our hands."""
 

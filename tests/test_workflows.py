@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, RowMapping, insert, select
+from sqlalchemy import Connection, RowMapping, insert, select, update
 
 import stores
 from skysail.contract.report import GuestReport, GuestState, HostReport, ImageReport
 from skysail.hosts import desired
-from skysail.hosts.watch import write_report
+from skysail.hosts.client import AgentClient
+from skysail.hosts.watch import Watch, write_report
 from skysail.kit.clock import HandClock
 from skysail.kit.config import load
+from skysail.kit.errors import ApiError
 from skysail.operations import history
 from skysail.operations.engine import Engine
 from skysail.operations.workflow import Step, StepFailed, Workflow
@@ -27,7 +29,18 @@ from skysail.resources.request import Request
 from skysail.serve.controller import HOST, action_table, admin_credentials, initialise
 from skysail.store.database import Database
 from skysail.store.leases import alone
-from skysail.store.schema import guests, instances, metadata, names, operations, ports, tags
+from skysail.store.schema import (
+    guests,
+    host_zones,
+    hosts,
+    images,
+    instances,
+    metadata,
+    names,
+    operations,
+    ports,
+    tags,
+)
 from skysail.store.vault import Vault
 
 IMAGE = ImageReport(digest="0" * 64, blueprint="debian_12", name="Debian 12", user="admin", version="12", size_gib=2,
@@ -286,3 +299,28 @@ def test_an_instance_follows_its_guest(desk: Desk) -> None:
         desk.report(one=seen)  # type: ignore[arg-type]
         desk.follow()
         assert desk.state() == state
+
+
+def test_one_hosts_large_image_keeps_nobody_from_its_blueprint(desk: Desk) -> None:
+    """What it says of itself decides nothing elsewhere; where all are too large, it is said how much is needed."""
+    with desk.database.transaction() as connection:
+        connection.execute(insert(hosts).values(id="host-2", address="nowhere:"))
+        connection.execute(insert(host_zones).values(host_id="host-2", region="us-east-1", zone="a"))
+        connection.execute(insert(images).values(host_id="host-2", digest="1" * 64, blueprint=IMAGE.blueprint, name="",
+                                                 user="", version="zzz", size_gib=9999))
+    desk.running()
+    with desk.database.transaction() as connection:
+        connection.execute(update(images).values(size_gib=9999))
+    with pytest.raises(ApiError, match="needs a disk of 9999 GB"):
+        desk.create("two")
+
+
+def test_a_database_that_is_behind_its_host_moves_past_it_but_not_to_the_last_number(desk: Desk) -> None:
+    def overtaken(claims: int) -> int:
+        with desk.database.transaction() as connection:
+            connection.execute(update(hosts).values(generation=5, observed_generation=claims))
+        Watch(HOST, AgentClient("unix:/nowhere"), desk.database, desk.clock, desk.vault, lambda told: None)._overtake()
+        return int(desk.rows(hosts)[0]["generation"])
+
+    assert overtaken(70) == 71
+    assert 5 < overtaken(2**62) < 2**40
