@@ -165,7 +165,7 @@ class AgentClient:
     async def reports(self) -> AsyncIterator[HostReport]:
         """The host's report now, and again at each change, until the stream breaks. Each is of all that the host observes:
         those that came while the caller took one in are passed over for the newest."""
-        # The agent sends a keep-alive line every 15 s: a silence of 40 s is a dead agent, not a quiet one.
+        # The agent sends a keep-alive line every 12 to 15 s: a silence of 40 s is a dead agent, not a quiet one.
         async with contextlib.AsyncExitStack() as open_stream:
             async with self._turns.turn():
                 stream = await open_stream.enter_async_context(

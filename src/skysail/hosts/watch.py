@@ -449,8 +449,8 @@ def _write_moves(connection: Connection, host_id: str, report: HostReport) -> se
             connection.execute(update(moves).where(moves.c.id == row["id"]).values(**values))
             told.add(row["instance_id"])
             # What the source is told follows from these words themselves, and not from a phase (hosts/transit.py).
-            word, end = ("returning", "target_state") if row["phase"] == "returning" else ("clearing", "source_state")
-            if row["phase"] == word and values.get(end) == "gone" != row[end]:
+            end = {"returning": "target_state", "clearing": "source_state"}.get(row["phase"], "")
+            if end and values.get(end) == "gone" != row[end]:
                 desired.bump(connection, host_id)
     return told
 

@@ -34,8 +34,7 @@ def listed(config: Config) -> list[Host]:
 
 def make_token(config: Config, host: str, zone: str, hours: float) -> dict[str, str]:
     """What lets one machine join: where, the token, until when (UTC), and the command for that machine, which asks for the
-    token: others there see command lines, and sudo logs them. Raises
-    SkysailError where none could join."""
+    token: others there see command lines, and sudo logs them. Raises SkysailError where none could join."""
     on_the_controller(config)
     if not config.join_listen:
         raise SkysailError("this cloud lets no machine join",
