@@ -102,8 +102,8 @@ def test_an_alarm_follows_what_is_measured(tmp_path: Path) -> None:
 
     def minute(number: int, percent: float) -> None:
         with database.transaction() as connection:
-            metering.take_in(connection, "h", [Sample(sequence=number + 1, at=NOW + 60 * number, guests=(
-                GuestSample(id="g-1", condition="up", seconds=60, vcpus=1, cpu_seconds=0.6 * percent),))])
+            metering.take_in(connection, {"h": [Sample(sequence=number + 1, at=NOW + 60 * number, guests=(
+                GuestSample(id="g-1", condition="up", seconds=60, vcpus=1, cpu_seconds=0.6 * percent),))]})
 
     seen = []
     # Quiet, two busy periods, quiet ones, then silence.

@@ -972,7 +972,7 @@ def test_samples_of_both_ends_are_counted(hall: Hall) -> None:
         hall.begin()
         await hall.come_to("landed", "clearing")
         with hall.desk.database.transaction() as connection:
-            metering.take_in(connection, "host-1", [sample(former)])
-            metering.take_in(connection, "host-2", [sample(hall.desk.rows(moves)[0]["id"])])
+            metering.take_in(connection, {"host-1": [sample(former)]})
+            metering.take_in(connection, {"host-2": [sample(hall.desk.rows(moves)[0]["id"])]})
             assert connection.execute(select(meters.c.rx_bytes)).scalar_one() == 20
     asyncio.run(story())

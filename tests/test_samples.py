@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,25 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import func, insert, select
+from sqlalchemy import Connection, func, insert, select
 
 import stores
 from skysail.agent import samples as sampling
 from skysail.agent.samples import SampleLog, Sampler
 from skysail.agent.traffic import Traffic
 from skysail.contract.document import Guest, Personality, Port, Volume
-from skysail.contract.samples import GuestSample, Sample
+from skysail.contract.samples import GuestSample, Sample, SamplePage
 from skysail.hosts.client import AgentClient
 from skysail.hosts.collector import Collector
+from skysail.hosts.intake import Intake, TakeIn
 from skysail.hypervisor.sim import SimHypervisor
 from skysail.kit.clock import HandClock
 from skysail.metadata import Tokenless
 from skysail.network.sim import SimFabric
 from skysail.resources import metering
 from skysail.store.database import Database
-from skysail.store.schema import accounts, guests, hosts, instances, measurements, meters, transfers
+from skysail.store.leases import LeaseLost, alone
+from skysail.store.schema import accounts, guests, hosts, instances, measurements, meters, sample_cursors, transfers
 
 NOW = 1_800_000_000.0  # a full five minutes
 
@@ -98,22 +101,25 @@ class House:
         self.start_agent()
 
     def collect(self) -> None:
-        asyncio.run(Collector("h", Client(self), self.database, metering.take_in, 1).collect())
+        asyncio.run(self.collector(metering.take_in).collect())
+
+    def collector(self, take_in: TakeIn) -> Collector:
+        return Collector("h", Client(self), Intake(self.database, take_in, 0.0), 1)
 
     def collect_dies_before_its_commit(self) -> None:
         def die(*_: Any) -> None:
             metering.take_in(*_)
             raise KeyboardInterrupt
         with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(Collector("h", Client(self), self.database, die, 1).collect())
+            asyncio.run(self.collector(die).collect())
 
     def collect_twice_at_once(self) -> None:
         """Two controllers ask, and both take in what they were told."""
-        first = Collector("h", Client(self), self.database, metering.take_in, 1)
-        page = self.sampler.page(*first._cursor())
-        if page.samples:
-            first._commit(page)
-            assert first._commit(page) == 0
+        async def collect() -> list[int]:
+            first, second = (Intake(self.database, metering.take_in, 0.0) for _ in range(2))
+            page = self.sampler.page(*await first.cursor("h"))
+            return [await intake.take("h", page, alone) for intake in (first, second)] if page.samples else []
+        assert asyncio.run(collect())[1:] in ([0], [])
 
     def counted(self) -> tuple[float, int, int]:
         with self.database.transaction(write=False) as connection:
@@ -294,8 +300,8 @@ def test_a_sample_is_rolled_up_into_its_minute_and_its_five(tmp_path: Path) -> N
     database = store(tmp_path)
     with database.transaction() as connection:
         for number, cpu in enumerate((12.0, 60.0, 120.0, 0.0, 30.0, 60.0)):
-            metering.take_in(connection, "h", [Sample(sequence=number + 1, at=NOW + 60 * number, guests=(GuestSample(
-                id="g-1", condition="up", seconds=60, vcpus=2, cpu_seconds=cpu, rx_bytes=10),))])
+            metering.take_in(connection, {"h": [Sample(sequence=number + 1, at=NOW + 60 * number, guests=(GuestSample(
+                id="g-1", condition="up", seconds=60, vcpus=2, cpu_seconds=cpu, rx_bytes=10),))]})
         minutes = metering.read(connection, "i-1", "CPUUtilization", 60, NOW, NOW + 3600)
         fives = metering.read(connection, "i-1", "CPUUtilization", 300, NOW, NOW + 3600)
         network = metering.read(connection, "i-1", "NetworkIn", 300, NOW, NOW + 3600)
@@ -309,8 +315,8 @@ def test_a_sample_is_rolled_up_into_its_minute_and_its_five(tmp_path: Path) -> N
 def test_what_is_too_old_goes_in_small_portions(tmp_path: Path) -> None:
     database = store(tmp_path)
     with database.transaction() as connection:
-        metering.take_in(connection, "h", [Sample(sequence=number, at=NOW - 1800 * number, guests=(
-            GuestSample(id="g-1", condition="up", seconds=60, cpu_seconds=1.0),)) for number in range(1, 2001)])
+        metering.take_in(connection, {"h": [Sample(sequence=number, at=NOW - 1800 * number, guests=(
+            GuestSample(id="g-1", condition="up", seconds=60, cpu_seconds=1.0),)) for number in range(1, 2001)]})
     days = {60: 15, 300: 455}
     for later, left in ((0, {60: 15 * 48, 300: 2000}), (440 * 86400, {300: 15 * 48}), (456 * 86400, {})):
         while True:
@@ -326,16 +332,55 @@ def test_what_is_too_old_goes_in_small_portions(tmp_path: Path) -> None:
         assert all(row[2] >= NOW + later - days[row[0]] * 86400 for row in rows)
     # With its instance, everything of it goes.
     with database.transaction() as connection:
-        metering.take_in(connection, "h", [Sample(sequence=1, at=NOW, guests=(
-            GuestSample(id="g-1", condition="up", seconds=60, rx_bytes=7),))])
+        metering.take_in(connection, {"h": [Sample(sequence=1, at=NOW, guests=(
+            GuestSample(id="g-1", condition="up", seconds=60, rx_bytes=7),))]})
         connection.execute(instances.delete())
         while metering.sweep(connection, NOW):
             continue
         assert not connection.execute(select(measurements)).all() and not connection.execute(select(meters)).all()
         # What it sent and received is still this month's.
-        metering.take_in(connection, "h", [Sample(sequence=2, at=NOW, guests=(
-            GuestSample(id="g-1", condition="off", tx_bytes=5),))])
+        metering.take_in(connection, {"h": [Sample(sequence=2, at=NOW, guests=(
+            GuestSample(id="g-1", condition="off", tx_bytes=5),))]})
         assert not connection.execute(select(meters)).all()
         assert connection.execute(select(transfers.c.rx_bytes, transfers.c.tx_bytes, transfers.c.bundle_id)).all() == [
             (7, 5, "nano_3_0")]
+    database.close()
+
+
+def test_hosts_are_written_together_and_each_for_itself(tmp_path: Path) -> None:
+    """Of three hosts whose samples are written in one transaction one is another controller's by now; and none can say
+    anything of a guest that is another host's."""
+    database = store(tmp_path)
+    with database.transaction() as connection:
+        for host in ("other", "lost"):
+            connection.execute(insert(hosts).values(id=host, address=""))
+    transactions: list[set[str]] = []
+
+    def take_in(connection: Connection, samples: Mapping[str, Sequence[Sample]]) -> None:
+        transactions.append(set(samples))
+        metering.take_in(connection, samples)
+
+    def lost(connection: Connection) -> None:
+        raise LeaseLost("hosts:1 is done by another controller")
+
+    def page(rx: int) -> SamplePage:
+        return SamplePage(ring="r", samples=(Sample(sequence=1, at=NOW, guests=(
+            GuestSample(id="g-1", condition="up", seconds=60, rx_bytes=rx),)),))
+
+    async def tell(losing: bool) -> list[int | BaseException]:
+        intake = Intake(database, take_in, 0.05)
+        told = [intake.take("h", page(7), alone), intake.take("other", page(1000), alone)]
+        if losing:
+            told.append(intake.take("lost", page(1000), lost))
+        return await asyncio.gather(*told, return_exceptions=True)
+
+    first = asyncio.run(tell(losing=True))
+    assert first[:2] == [1, 1] and isinstance(first[2], LeaseLost)
+    assert transactions == [{"h"}, {"other"}]  # by themselves, after the three together were refused
+    assert asyncio.run(tell(losing=False)) == [0, 0]  # they were taken in
+    with database.transaction() as connection:
+        assert connection.execute(select(transfers.c.rx_bytes)).scalars().all() == [7]
+        connection.execute(sample_cursors.delete())
+    assert asyncio.run(tell(losing=False)) == [1, 1]
+    assert transactions[2:] == [{"h", "other"}]
     database.close()

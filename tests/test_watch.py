@@ -21,6 +21,7 @@ from skysail.hosts import client as clients
 from skysail.hosts import watch
 from skysail.hosts.client import AgentClient
 from skysail.hosts.fleet import Fleet
+from skysail.hosts.intake import Intake
 from skysail.hosts.watch import Watch
 from skysail.kit.clock import HandClock
 from skysail.serve.customer import login
@@ -186,7 +187,7 @@ def test_one_address_that_nobody_can_call_keeps_nobody_from_the_others(database:
 
     async def story() -> None:
         fleet = Fleet(database, HandClock(), Vault.at(tmp_path / "key"), lambda name: Lease(name, "a", 1), connect,
-                      lambda resources: None, lambda *_: 0, 60.0)
+                      lambda resources: None, Intake(database, lambda *_: None), 60.0)
         work = asyncio.create_task(fleet.run())
         await until(lambda: HOST in fleet._tended and "host-1" in fleet._unfit)
         for _ in range(10):

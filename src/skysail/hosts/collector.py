@@ -1,8 +1,4 @@
-"""The collector: fetches a host's samples and hands each on exactly once.
-
-What a sample changes and the note that it was taken in are one commit, so neither a lost answer nor a kill -9 of either side
-counts one twice or leaves one out.
-"""
+"""The collector: asks a host for its samples, and hands each on to be written exactly once."""
 
 from __future__ import annotations
 
@@ -14,14 +10,10 @@ import zlib
 from collections.abc import Callable
 
 import httpx
-from sqlalchemy import Connection, delete, insert, select
 
-from skysail.contract.samples import Sample, SamplePage
 from skysail.hosts.client import AgentClient
-from skysail.hosts.threads import SAMPLES
-from skysail.store.database import Database
+from skysail.hosts.intake import Intake
 from skysail.store.leases import Confirm, LeaseLost, alone
-from skysail.store.schema import sample_cursors
 
 log = logging.getLogger(__name__)
 # For how long after a sample was taken hosts are asked for it, however few there are, and how soon one is asked again that
@@ -32,19 +24,17 @@ OF_INTERVAL = 0.8
 # So long it takes, on average, until the next host is asked. Where there are so many that an interval is too short for all,
 # each is asked for the samples of several at once: what a host costs, it costs once then.
 HOST_SECONDS = 0.02
-TakeIn = Callable[[Connection, str, list[Sample]], None]
 
 
 class Collector:
-    """Follows the samples of ``host_id``, which takes one every ``interval_seconds``; ``take_in`` writes what they say;
-    ``count`` says how many hosts there are, ``confirm`` that it is still this controller that does so."""
+    """Follows the samples of ``host_id``, which takes one every ``interval_seconds``; ``intake`` writes them; ``count``
+    says how many hosts there are, ``confirm`` that it is still this controller that does so."""
 
-    def __init__(self, host_id: str, client: AgentClient, database: Database, take_in: TakeIn,
-                 interval_seconds: float, count: Callable[[], int] = lambda: 1, confirm: Confirm = alone) -> None:
+    def __init__(self, host_id: str, client: AgentClient, intake: Intake, interval_seconds: float,
+                 count: Callable[[], int] = lambda: 1, confirm: Confirm = alone) -> None:
         self._host_id = host_id
         self._client = client
-        self._database = database
-        self._take_in = take_in
+        self._intake = intake
         self._interval = interval_seconds
         self._count = count
         self._confirm = confirm
@@ -79,31 +69,14 @@ class Collector:
     async def collect(self) -> bool:
         """Take in one page; whether there was anything on it."""
         if self._taken is None:
-            self._taken = await SAMPLES.run(self._cursor)
+            self._taken = await self._intake.cursor(self._host_id)
         page = await self._client.samples(*self._taken)
         if not page.samples:
             return False
         self._taken = None  # until it is written
-        fresh = await SAMPLES.run(self._commit, page)
+        fresh = await self._intake.take(self._host_id, page, self._confirm)
         self._taken, self._newest = (page.ring, page.samples[-1].sequence), page.samples[-1].at
         return fresh > 0
-
-    def _cursor(self) -> tuple[str, int]:
-        with self._database.transaction(write=False) as connection:
-            return cursor(connection, self._host_id)
-
-    def _commit(self, page: SamplePage) -> int:
-        with self._database.transaction() as connection:
-            self._confirm(connection)
-            # Read again: another controller, which is being replaced by us, may have taken them in meanwhile.
-            ring, after = cursor(connection, self._host_id)
-            new = [sample for sample in page.samples if page.ring != ring or sample.sequence > after]
-            if new:
-                self._take_in(connection, self._host_id, new)
-                connection.execute(delete(sample_cursors).where(sample_cursors.c.host_id == self._host_id))
-                connection.execute(insert(sample_cursors).values(
-                    host_id=self._host_id, ring=page.ring, sequence=new[-1].sequence))
-            return len(new)
 
 
 def rhythm(interval: float, count: int) -> float:
@@ -121,9 +94,3 @@ def delay(interval: float, count: int) -> float:
     """How many seconds after it was taken a sample of one of them is asked for at the latest."""
     every = rhythm(interval, count)
     return every if every > interval else within(interval, count)
-
-
-def cursor(connection: Connection, host_id: str) -> tuple[str, int]:
-    """Ring and number of the last sample of the host that was taken in."""
-    row = connection.execute(select(sample_cursors).where(sample_cursors.c.host_id == host_id)).first()
-    return ("", 0) if row is None else (row.ring, row.sequence)

@@ -13,10 +13,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from skysail.hosts.client import AgentClient
-from skysail.hosts.collector import Collector, TakeIn
+from skysail.hosts.collector import Collector
+from skysail.hosts.intake import Intake
 from skysail.hosts.watch import Watch
 from skysail.kit.clock import Clock
 from skysail.store.database import Database
@@ -37,6 +38,8 @@ PARTS = tuple(f"hosts:{number}" for number in range(64))
 def lease_name(host_id: str) -> str:
     """What the lease is called by which a host is watched."""
     return PARTS[zlib.crc32(host_id.encode()) % len(PARTS)]
+_ALL = select(func.aggregate_strings(
+    select((hosts.c.id + " " + hosts.c.address).label("host")).order_by(hosts.c.id).subquery().c.host, "\n"))
 
 
 class _Host(NamedTuple):
@@ -59,10 +62,10 @@ class _Tended:
 class Fleet:
     """Holds a watch and a collector for each host that this controller has the lease of (``find_lease``). ``connect`` makes
     the client of an address; ``observed`` is called after each report that was written, with the ids of the resources that it
-    told something new of; ``take_in`` writes what samples say, which hosts take every ``sample_seconds``."""
+    told something new of; ``intake`` writes samples, which hosts take every ``sample_seconds``."""
 
     def __init__(self, database: Database, clock: Clock, vault: Vault, find_lease: Callable[[str], Lease | None],
-                 connect: Callable[[str], AgentClient], observed: Callable[[Collection[str]], None], take_in: TakeIn,
+                 connect: Callable[[str], AgentClient], observed: Callable[[Collection[str]], None], intake: Intake,
                  sample_seconds: float) -> None:
         self._database = database
         self._clock = clock
@@ -70,12 +73,15 @@ class Fleet:
         self._find_lease = find_lease
         self._connect = connect
         self._observed = observed
-        self._take_in = take_in
+        self._intake = intake
         self._sample_seconds = sample_seconds
         self._tended: dict[str, _Tended] = {}
         # Those that are ours and cannot be watched as they are, and when it is tried again.
         self._unfit: dict[str, tuple[_Host, float]] = {}
         self._changed = asyncio.Event()
+        # What rows and leases said when they were last looked at, and those that were ours then.
+        self._said: tuple[object, ...] = ()
+        self._ours: dict[str, _Host] = {}
 
     def touch(self) -> None:
         """Rows may have changed: every host whose generation grew gets its document (call from the event loop)."""
@@ -106,10 +112,16 @@ class Fleet:
 
     def _hosts(self) -> dict[str, _Host]:
         """Those that are ours."""
+        leases = {name: self._find_lease(name) for name in PARTS}
         with self._database.transaction(write=False) as connection:
-            rows = connection.execute(select(hosts.c.id, hosts.c.address)).all()
-        return {row.id: _Host(row.address, lease) for row in rows
-                if (lease := self._find_lease(lease_name(row.id))) is not None}
+            # Looked at each second or so, and hardly ever another: rows by the ten thousand come as one text first.
+            said = (connection.execute(_ALL).scalar(), *leases.values())
+            if said != self._said:
+                rows = connection.execute(select(hosts.c.id, hosts.c.address)).all()
+                self._ours = {row.id: _Host(row.address, lease) for row in rows
+                              if (lease := leases[lease_name(row.id)]) is not None}
+                self._said = said
+        return self._ours
 
     def _behind(self) -> dict[str, int]:
         """The generation of each host that has not said that it holds it."""
@@ -148,8 +160,8 @@ class Fleet:
         client = self._connect(host.address)
         watch = Watch(host_id, client, self._database, self._clock, self._vault, self._observed, host.lease.confirm,
                       lambda: len(self._tended))
-        collector = Collector(host_id, client, self._database, self._take_in, self._sample_seconds,
-                              lambda: len(self._tended), host.lease.confirm)
+        collector = Collector(host_id, client, self._intake, self._sample_seconds, lambda: len(self._tended),
+                              host.lease.confirm)
 
         async def work() -> None:
             try:

@@ -8,6 +8,7 @@ back: with ten thousand simulated hosts each of them was an error in the log, te
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
 from collections.abc import Iterable
 from typing import Any
@@ -45,15 +46,36 @@ class _Sockets(httpcore.AsyncNetworkBackend):
 class _Stream(httpcore.AsyncNetworkStream):
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
+        # Until when what is read now has to have come, and the one timer that looks whether it has.
+        self._due = math.inf
+        self._timer: asyncio.TimerHandle | None = None
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        self._await_until(asyncio.get_running_loop().time() + timeout if timeout is not None else math.inf)
         try:
-            async with asyncio.timeout(timeout):
-                return await self._reader.read(max_bytes)
+            return await self._reader.read(max_bytes)
         except TimeoutError as late:
             raise httpcore.ReadTimeout from late
         except OSError as broken:
             raise httpcore.ReadError(str(broken)) from broken
+        finally:
+            self._due = math.inf
+
+    def _await_until(self, due: float) -> None:
+        # Of lines that come every few seconds a timer for each, made and taken back, costs more than the lines do.
+        self._due = due
+        if self._timer is not None and due < self._timer.when():
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None and due < math.inf:
+            self._timer = asyncio.get_running_loop().call_at(due, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        if asyncio.get_running_loop().time() < self._due:
+            self._await_until(self._due)
+        else:
+            self._reader.set_exception(TimeoutError())
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         try:
@@ -66,6 +88,8 @@ class _Stream(httpcore.AsyncNetworkStream):
             raise httpcore.WriteError(str(broken)) from broken
 
     async def aclose(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self._writer.close()
 
     async def start_tls(self, ssl_context: ssl.SSLContext, server_hostname: str | None = None,

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sqlalchemy import Connection, RowMapping, delete, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, delete, select, update
 
 from skysail.contract.document import Disk, Guest, Personality, Port, Volume
 from skysail.contract.report import HostReport
 from skysail.store.schema import hosts, remains
+
+_OF_HOST = select(remains).where(remains.c.host_id == bindparam("of_host")).order_by(remains.c.id)
 
 
 class Left(NamedTuple):
@@ -52,7 +54,7 @@ def write(connection: Connection, host_id: str, report: HostReport) -> None:
 
 
 def _of(connection: Connection, host_id: str) -> list[RowMapping]:
-    return list(connection.execute(select(remains).where(remains.c.host_id == host_id).order_by(remains.c.id)).mappings())
+    return list(connection.execute(_OF_HOST, {"of_host": host_id}).mappings())
 
 
 def _guest(row: RowMapping) -> Guest:

@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import logging
 import random
 from collections.abc import Callable, Collection
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx
 import msgspec
-from sqlalchemy import Connection, Table, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Select, Table, bindparam, delete, func, insert, or_, select, update
 
 from skysail import contract
 from skysail.contract.document import HostDocument
@@ -48,12 +49,11 @@ Told = TypeVar("Told")
 RETRY_SECONDS, FOREIGN_SECONDS = 0.5, 5.0
 # How often at least a host is asked whether it is still what it was: its QEMU may be upgraded under its agent. Where there
 # are many, not so often that more than one is asked in so long.
-FACTS_SECONDS, HOST_SECONDS = 300.0, 0.1
+FACTS_SECONDS, HOST_SECONDS = 300.0, 0.2
 # Within which time from its start on a controller sends each host its document, also one that says that it holds it: not in
-# the first half of it, when there is enough to do, and not all at once.
-AGAIN_SECONDS = 600.0
-# How often it does so after that.
-HOURLY_SECONDS = 3600.0
+# the first half of it, when there is enough to do, and not all at once. How often it does so after that. Where hosts are
+# many, so long for each of them.
+AGAIN_SECONDS, HOURLY_SECONDS, AGAIN_HOST_SECONDS = 600.0, 3600.0, 0.2
 # How long the moment at which a host was last heard may stay as it is in the rows while nothing else changes.
 SEEN_SECONDS = 60.0
 # So many generations at the most a database was ever behind its agents.
@@ -68,6 +68,14 @@ _OBSERVED = (guests.c.id, guests.c.instance_id, guests.c.observed_state, guests.
              guests.c.observed_addresses, guests.c.observed_qemu, guests.c.ours, guests.c.heir, guests.c.witnessed_at)
 _UPDATE_GUEST = update(guests).where(guests.c.id == bindparam("of_id")).values({
     column: bindparam(f"of_{column.name}") for column in _OBSERVED if column.name not in ("id", "instance_id")})
+
+
+# Made once: each report comes by, and to put a statement together takes longer than to run it.
+_GUESTS_OF = select(*_OBSERVED).where(guests.c.host_id == bindparam("of_host"))
+_IMAGES_OF = select(images.c.digest).where(images.c.host_id == bindparam("of_host"))
+_LEAVING = select(leaving_addresses).where(leaving_addresses.c.host_id == bindparam("of_host"))
+_MOVES_OF = select(moves).where(or_(moves.c.source == bindparam("of_host"), moves.c.target == bindparam("of_host")))
+_ZONES_OF = select(zone_reports).where(zone_reports.c.host_id == bindparam("of_host"))
 
 
 class Watch:
@@ -214,6 +222,7 @@ class Watch:
         restored may have come to the same generation by another way."""
         longest = AGAIN_SECONDS
         while True:
+            longest = max(longest, AGAIN_HOST_SECONDS * self._count())
             await asyncio.sleep(random.uniform(longest / 2, longest))
             longest = HOURLY_SECONDS
             self._held = 0
@@ -339,7 +348,7 @@ def write_report(connection: Connection, host_id: str, report: HostReport, now: 
     # Something of what is here was flattened, or has come into what its failed host left: its document says so no longer.
     weaned = False
     changed: list[dict[str, object]] = []
-    known = {row["id"]: row for row in connection.execute(select(*_OBSERVED).where(guests.c.host_id == host_id)).mappings()}
+    known = {row["id"]: row for row in connection.execute(_GUESTS_OF, {"of_host": host_id}).mappings()}
     for guest in report.guests:
         row = known.get(guest.id)
         if row is None:
@@ -379,7 +388,7 @@ def write_report(connection: Connection, host_id: str, report: HostReport, now: 
             "observed_state": snapshot.state, "progress": snapshot.progress, "consistency": snapshot.consistency,
             "frozen_ms": snapshot.frozen_ms, "parents": list(snapshot.parents), "reason": snapshot.reason})
         told.update((snapshot.id,) if written else ())
-    held = {row.digest for row in connection.execute(select(images.c.digest).where(images.c.host_id == host_id))}
+    held = {row.digest for row in connection.execute(_IMAGES_OF, {"of_host": host_id})}
     reported = {image.digest: image for image in report.images}
     for digest in held - reported.keys():
         connection.execute(delete(images).where(images.c.host_id == host_id, images.c.digest == digest))
@@ -397,17 +406,21 @@ def write_report(connection: Connection, host_id: str, report: HostReport, now: 
 
 def _release(connection: Connection, host_id: str, report: HostReport) -> None:
     """Addresses that led to guests of the host, and lead there no more, are free."""
-    for row in connection.execute(select(leaving_addresses).where(leaving_addresses.c.host_id == host_id)).all():
+    for row in connection.execute(_LEAVING, {"of_host": host_id}).all():
         if report.generation > row.generation and not any(row.address in guest.public_addresses for guest in report.guests):
             connection.execute(delete(leaving_addresses).where(
                 leaving_addresses.c.host_id == host_id, leaving_addresses.c.address == row.address))
 
 
+@functools.cache
+def _seen(names: tuple[str, ...]) -> Select[tuple[Any, ...]]:
+    return select(hosts.c.seen_at, *(hosts.c[name] for name in names)).where(hosts.c.id == bindparam("of_host"))
+
+
 def _see(connection: Connection, host_id: str, values: dict[str, object], now: float) -> bool:
     """Change the host's row, where it is not so already, or it is a while ago that the host was last heard; whether there is
     one."""
-    read = select(hosts.c.seen_at, *(hosts.c[name] for name in values)).where(hosts.c.id == host_id)
-    row = connection.execute(read).mappings().first()
+    row = connection.execute(_seen(tuple(values)), {"of_host": host_id}).mappings().first()
     if row is not None and (now - (row["seen_at"] or 0.0) >= SEEN_SECONDS or any(
             row[name] != value for name, value in values.items())):
         connection.execute(update(hosts).where(hosts.c.id == host_id).values(seen_at=now, **values))
@@ -429,7 +442,7 @@ def _write_moves(connection: Connection, host_id: str, report: HostReport) -> se
     told = set()
     seen = {guest.id: guest for guest in report.guests}
     gone = {disk.id for disk in report.disks if disk.state == "gone"}
-    for row in connection.execute(select(moves).where(or_(moves.c.source == host_id, moves.c.target == host_id))).mappings():
+    for row in connection.execute(_MOVES_OF, {"of_host": host_id}).mappings():
         going, coming = seen.get(row["guest"]), seen.get(row["id"])
         values: dict[str, object] = {}
         if row["source"] == host_id and going is not None:
@@ -457,8 +470,7 @@ def _write_moves(connection: Connection, host_id: str, report: HostReport) -> se
 
 def _write_zones(connection: Connection, host_id: str, report: HostReport) -> None:
     """Only what changed is written: a report comes with every guest's news, and zones may be many."""
-    held = {row["domain_id"]: row for row in connection.execute(
-        select(zone_reports).where(zone_reports.c.host_id == host_id)).mappings()}
+    held = {row["domain_id"]: row for row in connection.execute(_ZONES_OF, {"of_host": host_id}).mappings()}
     known = {identifier for table in (domains, reverse_zones) if report.zones or held
              for identifier in connection.execute(select(table.c.id)).scalars()}
     for zone in report.zones:

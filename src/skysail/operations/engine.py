@@ -14,8 +14,9 @@ import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
+from typing import Literal
 
-from sqlalchemy import Connection, RowMapping, select, tuple_, update
+from sqlalchemy import Connection, RowMapping, bindparam, select, tuple_, update
 
 from skysail.kit.clock import Clock
 from skysail.operations import history
@@ -40,6 +41,8 @@ ROUND_SECONDS, ROUND_TIMES = 1.0, 3.0
 # Nothing is older.
 _FIRST = (0.0, "")
 _OPEN = select(operations).where(operations.c.done.is_(False))
+_GO_ON = update(operations).where(operations.c.id == bindparam("of_id")).values(
+    step=bindparam("at_step"), done=bindparam("is_done"))
 # Into so many parts operations are divided among engines: whatever concerns one resource is in one.
 PARTS = tuple(f"operations:{number}" for number in range(16))
 
@@ -156,8 +159,9 @@ class Engine:
         committed = 0
         for identifier, confirm in self._ready(some):
             try:
-                while self._advance(identifier, confirm):
+                while (went := self._advance(identifier, confirm)) == "on":
                     committed += 1
+                committed += went == "over"
             except LeaseLost as lost:
                 log.info("operation %s: %s", identifier, lost)
             except Exception:
@@ -181,29 +185,30 @@ class Engine:
         except Exception:  # WouldWrite, or what it will raise again when it is taken
             return False
 
-    def _advance(self, identifier: str, confirm: Confirm) -> bool:
-        """Run the operation's current step in one transaction; whether it got on and has more to do."""
+    def _advance(self, identifier: str, confirm: Confirm) -> Literal["waits", "on", "over"]:
+        """Run the operation's current step in one transaction: whether it waits, got on and has more to do, or came to its
+        end."""
         now = self._clock.now()
         try:
             with self._database.transaction() as connection:
                 confirm(connection)
                 row = history.find(connection, identifier)
                 if row["done"]:
-                    return False
-                step = row["step"]
+                    return "waits"
+                step, done = row["step"], False
                 workflow = self._workflows[row["workflow"]]
                 if row["unwinding"]:
                     workflow.steps[step].undo(connection, row, now)
-                    values = {"step": step - 1} if step else {"done": True}
+                    step, done = max(step - 1, 0), step == 0
                 elif not workflow.steps[step].do(connection, row, now):
-                    return False
+                    return "waits"
                 elif step + 1 < len(workflow.steps):
-                    values = {"step": step + 1}
+                    step += 1
                 else:
-                    values = {"done": True}
+                    done = True
                     history.settle(connection, identifier, "Succeeded", now)
-                connection.execute(update(operations).where(operations.c.id == identifier).values(**values))
-                return True
+                connection.execute(_GO_ON, {"of_id": identifier, "at_step": step, "is_done": done})
+                return "over" if done else "on"
         except StepFailed as failure:
             # The failed step's own writes are rolled back; its undo and those of the steps before it run next.
             with self._database.transaction() as connection:
@@ -211,4 +216,4 @@ class Engine:
                 history.settle(connection, identifier, "Failed", now, error_code=failure.code,
                                error_details=str(failure))
                 connection.execute(update(operations).where(operations.c.id == identifier).values(unwinding=True))
-            return True
+            return "on"

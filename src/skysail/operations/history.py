@@ -9,12 +9,17 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from sqlalchemy import Connection, RowMapping, insert, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, insert, select, update
 
 from skysail.store.schema import operations
 
-# Made once, for every request comes by: to put a statement together takes longer than SQLite takes to run it.
+# Made once, for every request and every step comes by: to put a statement together takes longer than SQLite takes to run it.
 _RECORD = insert(operations)
+_FIND = select(operations).where(operations.c.id == bindparam("of_id"))
+_SETTLE = update(operations).where(
+    operations.c.id == bindparam("of_id"), operations.c.status.not_in(("Succeeded", "Failed", "Completed"))).values(
+    status=bindparam("new_status"), status_changed_at=bindparam("at"), error_code=bindparam("code"),
+    error_details=bindparam("why"))
 
 
 class Asker(Protocol):
@@ -40,15 +45,14 @@ def record(connection: Connection, request: Asker, *, now: float, type: str, res
 
 def find(connection: Connection, identifier: str) -> RowMapping:
     """The row of operation ``identifier``; raises NoResultFound."""
-    return connection.execute(select(operations).where(operations.c.id == identifier)).mappings().one()
+    return connection.execute(_FIND, {"of_id": identifier}).mappings().one()
 
 
 def settle(connection: Connection, identifier: str, status: str, now: float, *, error_code: str | None = None,
            error_details: str | None = None) -> None:
     """Give the operation its last status, once: a terminal status is never changed."""
-    connection.execute(update(operations).where(
-        operations.c.id == identifier, operations.c.status.not_in(("Succeeded", "Failed", "Completed"))
-    ).values(status=status, status_changed_at=now, error_code=error_code, error_details=error_details))
+    connection.execute(_SETTLE, {"of_id": identifier, "new_status": status, "at": now, "code": error_code,
+                                 "why": error_details})
 
 
 def shape(row: RowMapping | Mapping[str, Any]) -> dict[str, Any]:

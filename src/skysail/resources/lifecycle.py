@@ -5,7 +5,7 @@ Lightsail's (EC2's) state codes: pending 0, running 16, shutting-down 32, termin
 
 from __future__ import annotations
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, delete, exists, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, bindparam, delete, exists, select, update
 
 from skysail.hosts import desired
 from skysail.operations.workflow import Step, StepFailed, Workflow
@@ -13,14 +13,17 @@ from skysail.resources import add_ons, names, snapshot_rows
 from skysail.store.schema import alarms, disks, guests, instances, moves, operations, ports, static_ips, tags
 
 STATE_CODES = {"pending": 0, "running": 16, "rebooting": 16, "stopping": 64, "stopped": 80}
+# Made once: each operation asks them, again and again.
+_GUEST = select(guests).where(guests.c.id == bindparam("of_guest"))
+_SET_STATE = update(instances).where(instances.c.id == bindparam("of_id")).values(state=bindparam("new_state"))
 
 
 def _guest(connection: Connection, operation: RowMapping) -> RowMapping | None:
-    return connection.execute(select(guests).where(guests.c.id == operation["arguments"]["guest"])).mappings().first()
+    return connection.execute(_GUEST, {"of_guest": operation["arguments"]["guest"]}).mappings().first()
 
 
 def _set_state(connection: Connection, instance_id: str, state: str) -> None:
-    connection.execute(update(instances).where(instances.c.id == instance_id).values(state=state))
+    connection.execute(_SET_STATE, {"of_id": instance_id, "new_state": state})
 
 
 def _await_running(connection: Connection, operation: RowMapping, now: float) -> bool:

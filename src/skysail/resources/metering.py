@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, RowMapping, and_, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import BindParameter, Connection, RowMapping, and_, bindparam, case, delete, func, insert, or_, select, update
 
 from skysail.contract.samples import GuestSample, Sample
 from skysail.store.schema import guests, instances, measurements, meters, moves, remains, transfers
@@ -58,6 +58,39 @@ _UPDATE_METER = update(meters).where(meters.c.instance_id == bindparam("of_insta
     tx_bytes=meters.c.tx_bytes + bindparam("more_tx"), sampled_at=bindparam("seen_at"))
 
 
+_TRANSFERS = select(transfers.c.instance_id, transfers.c.month).where(
+    transfers.c.instance_id.in_(bindparam("of_instances", expanding=True)))
+_INSERT_TRANSFER = insert(transfers).values(
+    instance_id=bindparam("of_instance"), month=bindparam("of_month"), account_id=bindparam("of_account"),
+    instance_name=bindparam("new_name"), bundle_id=bindparam("new_bundle"), region=bindparam("new_region"),
+    rx_bytes=bindparam("more_rx"), tx_bytes=bindparam("more_tx"))
+# An instance that was deleted meanwhile has what was noted of it before.
+_UPDATE_TRANSFER = update(transfers).where(
+    transfers.c.instance_id == bindparam("of_instance"), transfers.c.month == bindparam("of_month")).values(
+    instance_name=bindparam("new_name"),
+    bundle_id=case((bindparam("new_bundle") == "", transfers.c.bundle_id), else_=bindparam("new_bundle")),
+    region=case((bindparam("new_bundle") == "", transfers.c.region), else_=bindparam("new_region")),
+    rx_bytes=transfers.c.rx_bytes + bindparam("more_rx"), tx_bytes=transfers.c.tx_bytes + bindparam("more_tx"))
+# What hosts may speak of: their guests.
+_HOSTS: BindParameter[Any] = bindparam("of_hosts", expanding=True)
+_KNOWN = select(
+    guests.c.id, guests.c.instance_id, guests.c.instance_name, guests.c.account_id, instances.c.bundle_id, instances.c.region,
+    guests.c.host_id).outerjoin(instances, instances.c.id == guests.c.instance_id).where(guests.c.host_id.in_(_HOSTS))
+# What a guest used at its source before it went, or at its target before its row followed it, comes behind its back.
+_WENT, _CAME = (
+    select(name.label("id"), guests.c.instance_id, guests.c.instance_name, guests.c.account_id, instances.c.bundle_id,
+           instances.c.region, host.label("host_id"))
+    .join(guests, guests.c.instance_id == moves.c.instance_id)
+    .outerjoin(instances, instances.c.id == guests.c.instance_id)
+    .where(host.in_(_HOSTS), guests.c.id != name)
+    for name, host in ((moves.c.guest, moves.c.source), (moves.c.id, moves.c.target)))
+# So does what it used before its host failed, and it went on elsewhere.
+_LEFT = select(
+    remains.c.id, remains.c.instance_id, remains.c.instance_name, remains.c.account_id, instances.c.bundle_id,
+    instances.c.region, remains.c.host_id).outerjoin(instances, instances.c.id == remains.c.instance_id).where(
+    remains.c.host_id.in_(_HOSTS))
+
+
 def _encode(row: Rolled) -> bytes:
     # A whole number takes fewer bytes as one.
     return msgspec.msgpack.encode({NUMBERS[metric]: [int(part) if part == int(part) else part for part in (
@@ -88,34 +121,20 @@ def values(sample: GuestSample) -> dict[str, float]:
     return found
 
 
-def take_in(connection: Connection, host_id: str, samples: Sequence[Sample]) -> None:
-    """Write what new samples of a host say."""
-    known = {row["id"]: row for row in connection.execute(
-        select(guests.c.id, guests.c.instance_id, guests.c.instance_name, guests.c.account_id, instances.c.bundle_id,
-               instances.c.region)
-        .outerjoin(instances, instances.c.id == guests.c.instance_id).where(guests.c.host_id == host_id)).mappings()}
-    # What a guest used at its source before it went, or at its target before its row followed it, comes behind its back.
-    known |= {row["name"]: row for name, host in ((moves.c.guest, moves.c.source), (moves.c.id, moves.c.target))
-              for row in connection.execute(
-                  select(name.label("name"), guests.c.instance_id, guests.c.instance_name, guests.c.account_id,
-                         instances.c.bundle_id, instances.c.region)
-                  .join(guests, guests.c.instance_id == moves.c.instance_id)
-                  .outerjoin(instances, instances.c.id == guests.c.instance_id)
-                  .where(host == host_id, guests.c.id != name)).mappings()}
-    # So does what it used before its host failed, and it went on elsewhere.
-    known |= {row["id"]: row for row in connection.execute(
-        select(remains.c.id, remains.c.instance_id, remains.c.instance_name, remains.c.account_id, instances.c.bundle_id,
-               instances.c.region)
-        .outerjoin(instances, instances.c.id == remains.c.instance_id).where(remains.c.host_id == host_id)).mappings()}
+def take_in(connection: Connection, samples: Mapping[str, Sequence[Sample]]) -> None:
+    """Write what new samples say, by the ids of the hosts that took them."""
+    known = {(row["host_id"], row["id"]): row for statement in (_KNOWN, _WENT, _CAME, _LEFT)
+             for row in connection.execute(statement, {"of_hosts": [*samples]}).mappings()}
     # By resolution and moment, then by instance.
     rolled: dict[tuple[int, int], dict[str, Rolled]] = {}
     totals: dict[str, dict[str, Any]] = {}
-    for sample in samples:
+    flows: dict[tuple[str, str], dict[str, Any]] = {}
+    for host_id, sample in ((host_id, sample) for host_id, several in samples.items() for sample in several):
         for measured in sample.guests:
-            guest = known.get(measured.id)
+            guest = known.get((host_id, measured.id))
             if guest is None:
                 continue
-            _count(connection, totals, guest, measured, sample.at)
+            _count(totals, flows, guest, measured, sample.at)
             if guest["bundle_id"] is None:
                 continue  # its instance is deleted: its bytes are counted, nobody asks for its metrics
             found = values(measured)
@@ -127,6 +146,7 @@ def take_in(connection: Connection, host_id: str, samples: Sequence[Sample]) -> 
     for (seconds, at), rows in rolled.items():
         _roll(connection, seconds, at, rows)
     _meter(connection, totals)
+    _transfer(connection, flows)
 
 
 def note_failure(connection: Connection, instance_ids: Sequence[str], at: int) -> None:
@@ -170,29 +190,32 @@ def _add(row: Rolled, metric: str, stats: Stats) -> None:
         row[metric] = stats
 
 
-def _count(connection: Connection, totals: dict[str, dict[str, Any]], guest: RowMapping, measured: GuestSample,
-           at: float) -> None:
+def _transfer(connection: Connection, flows: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
+    """Add to what many instances transferred in a month."""
+    held = {(row.instance_id, row.month) for row in connection.execute(
+        _TRANSFERS, {"of_instances": [instance_id for instance_id, _ in flows]})} if flows else set()
+    for known, statement in ((True, _UPDATE_TRANSFER), (False, _INSERT_TRANSFER)):
+        rows = [{"of_instance": one, "of_month": month, **more} for (one, month), more in flows.items()
+                if ((one, month) in held) is known]
+        if rows:
+            connection.execute(statement, rows)
+
+
+def _count(totals: dict[str, dict[str, Any]], flows: dict[tuple[str, str], dict[str, Any]], guest: RowMapping,
+           measured: GuestSample, at: float) -> None:
     """Into the totals of the instance and of its month."""
-    flow = {"rx_bytes": measured.rx_bytes, "tx_bytes": measured.tx_bytes}
     if guest["bundle_id"] is not None:
         total = totals.setdefault(guest["instance_id"], {"more_cpu": 0.0, "more_rx": 0, "more_tx": 0})
         total["more_cpu"] += measured.cpu_seconds
         total["more_rx"] += measured.rx_bytes
         total["more_tx"] += measured.tx_bytes
         total["seen_at"] = at
-    if any(flow.values()):
-        # An instance that was deleted meanwhile has what was noted of it before.
-        bundle = {"bundle_id": guest["bundle_id"], "region": guest["region"]} if guest["bundle_id"] else {}
-        _increase(connection, transfers, {"instance_id": guest["instance_id"], "month": month(at)}, flow,
-                  {"instance_name": guest["instance_name"]} | bundle, {"account_id": guest["account_id"]})
-
-
-def _increase(connection: Connection, table: Any, key: Mapping[str, Any], more: Mapping[str, float],
-              latest: Mapping[str, Any], first: Mapping[str, Any] = {}) -> None:
-    done = connection.execute(update(table).where(*(table.c[name] == value for name, value in key.items())).values(
-        **{name: table.c[name] + value for name, value in more.items()}, **latest))
-    if not done.rowcount:
-        connection.execute(insert(table).values(**key, **more, **latest, **first))
+    if measured.rx_bytes or measured.tx_bytes:
+        flow = flows.setdefault((guest["instance_id"], month(at)), {
+            "more_rx": 0, "more_tx": 0, "of_account": guest["account_id"], "new_name": guest["instance_name"],
+            "new_bundle": guest["bundle_id"] or "", "new_region": guest["region"] or ""})
+        flow["more_rx"] += measured.rx_bytes
+        flow["more_tx"] += measured.tx_bytes
 
 
 def month(at: float) -> str:

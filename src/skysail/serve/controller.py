@@ -32,6 +32,7 @@ from skysail.hosts.collector import SPREAD_SECONDS, delay
 from skysail.hosts.credentials import Credentials
 from skysail.hosts.fleet import PARTS as HOST_PARTS
 from skysail.hosts.fleet import Fleet
+from skysail.hosts.intake import GATHER_SECONDS, Intake
 from skysail.hosts.threads import Threads
 from skysail.hosts.turns import Turns
 from skysail.kit import garbage
@@ -226,7 +227,8 @@ def build(config: Config, clock: Clock | None = None,
     credentials = Credentials(database, vault, clock, config.certificate_seconds)
     shares = Shares(database, f"{socket.gethostname()}:{config.root}", work, shared.agree)
     connect = client or partial(AgentClient, credentials=credentials, turns=Turns(ASKED_AT_ONCE))
-    fleet = Fleet(database, clock, vault, shares.find, connect, observed, metering.take_in, config.sample_seconds)
+    intake = Intake(database, metering.take_in, min(GATHER_SECONDS, config.sample_seconds / 10))
+    fleet = Fleet(database, clock, vault, shares.find, connect, observed, intake, config.sample_seconds)
     began = clock.now()
     moving = migration.workflow(config)
     engine = Engine(database, {**WORKFLOWS, moving.name: moving}, clock, fleet.touch,

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from skysail.store.database import Database
 from skysail.store.schema import controllers, leases
@@ -22,6 +22,8 @@ from skysail.store.schema import controllers, leases
 log = logging.getLogger(__name__)
 # How long a controller is taken to live after it said so, and how often it does.
 LIFE_SECONDS, BEAT_SECONDS = 5.0, 1.0
+# Made once: each transaction of a workflow or a host asks it, and to put it together takes longer than to ask.
+_HELD = select(leases.c.holder, leases.c.number).where(leases.c.name == bindparam("of_name"))
 
 
 # Asked first in a transaction: raises LeaseLost where another controller does this now.
@@ -46,7 +48,7 @@ class Lease:
 
     def confirm(self, connection: Connection) -> None:
         """Raises :class:`LeaseLost` unless it is still so; in a writing transaction, until that is committed."""
-        row = connection.execute(select(leases.c.holder, leases.c.number).where(leases.c.name == self.name)).first()
+        row = connection.execute(_HELD, {"of_name": self.name}).first()
         if row is None or (row.holder, row.number) != (self.holder, self.number):
             raise LeaseLost(f"{self.name} is done by another controller")
 
