@@ -240,7 +240,8 @@ def test_steps_are_undone_in_the_opposite_order(desk: Desk, failing: int) -> Non
                        resource_type="Instance", resource_id="x", status="Started", workflow="four")
     engine = Engine(desk.database, desk.workflows, desk.clock)
     (identifier,) = [row["id"] for row in desk.rows(operations)]
-    while engine._advance(identifier, alone) == "on":  # one transaction at a time, each by an engine that has just been started
+    # One transaction at a time, each by an engine that has just been started.
+    while engine._advance(identifier, alone) == "on":
         engine = Engine(desk.database, desk.workflows, desk.clock)
     assert undone == list(range(failing, -1, -1)) and not desk.rows(tags)
     ended = desk.operation(identifier)

@@ -35,9 +35,14 @@ DRIVERS = 8
 # So many operations are read at once, and of so many resources at the most a driver asks whether they wait before it drives
 # those that need not: while it waits for a commit, others ask.
 LOOKED_AT_ONCE, ASKED_TOGETHER = 500, 50
+# So many of those that need not wait are carried on in one transaction: each statement of one that writes may have to wait
+# for Python's lock, and what all of them need is asked once.
+DRIVEN_TOGETHER = 10
 # Where more are open than that, how long those that nothing is told of are left alone after none of so many could go on: so
 # long, or so many times as long as it took to ask them.
 ROUND_SECONDS, ROUND_TIMES = 1.0, 3.0
+# A step waits for the world, went on and there is more to do, or was the operation's last.
+Way = Literal["waits", "on", "over"]
 # Nothing is older.
 _FIRST = (0.0, "")
 _OPEN = select(operations).where(operations.c.done.is_(False))
@@ -157,16 +162,39 @@ class Engine:
     def _carry_on(self, some: Sequence[tuple[RowMapping, Confirm]]) -> int:
         """Drive those of these operations that need not wait, one after the other; how many steps committed."""
         committed = 0
-        for identifier, confirm in self._ready(some):
-            try:
-                while (went := self._advance(identifier, confirm)) == "on":
-                    committed += 1
-                committed += went == "over"
-            except LeaseLost as lost:
-                log.info("operation %s: %s", identifier, lost)
-            except Exception:
-                log.exception("operation %s is tried again with the next pass", identifier)
+        ready = self._ready(some)
+        for begin in range(0, len(ready), DRIVEN_TOGETHER):
+            together = ready[begin:begin + DRIVEN_TOGETHER]
+            ways = self._advance_together(together) if len(together) > 1 else []
+            committed += sum(way != "waits" for way in ways)
+            again = [one for one, way in zip(together, ways, strict=True) if way == "on"] if ways else together
+            committed += sum(self._advance_alone(identifier, confirm) for identifier, confirm in again)
         return committed
+
+    def _advance_alone(self, identifier: str, confirm: Confirm) -> int:
+        """Carry the operation on until it waits or is over; how many steps committed."""
+        committed = 0
+        try:
+            while (way := self._advance(identifier, confirm)) == "on":
+                committed += 1
+            committed += way == "over"
+        except LeaseLost as lost:
+            log.info("operation %s: %s", identifier, lost)
+        except Exception:
+            log.exception("operation %s is tried again with the next pass", identifier)
+        return committed
+
+    def _advance_together(self, some: Sequence[tuple[str, Confirm]]) -> list[Way]:
+        """Run the next step of each in one transaction: how each went. Nothing, and nothing is changed, where one of them
+        cannot be: then each is by itself."""
+        now = self._clock.now()
+        try:
+            with self._database.transaction() as connection:
+                for confirm in {confirm for _, confirm in some}:
+                    confirm(connection)
+                return [self._step(connection, identifier, now) for identifier, _ in some]
+        except Exception:  # what it was, the one that it was of will say again
+            return []
 
     def _ready(self, some: Sequence[tuple[RowMapping, Confirm]]) -> list[tuple[str, Confirm]]:
         """Those of them that need not wait. Most have to: they are asked within one transaction, which only reads and keeps
@@ -185,30 +213,13 @@ class Engine:
         except Exception:  # WouldWrite, or what it will raise again when it is taken
             return False
 
-    def _advance(self, identifier: str, confirm: Confirm) -> Literal["waits", "on", "over"]:
-        """Run the operation's current step in one transaction: whether it waits, got on and has more to do, or came to its
-        end."""
+    def _advance(self, identifier: str, confirm: Confirm) -> Way:
+        """Run the operation's current step in one transaction, or let it unwind: how it went."""
         now = self._clock.now()
         try:
             with self._database.transaction() as connection:
                 confirm(connection)
-                row = history.find(connection, identifier)
-                if row["done"]:
-                    return "waits"
-                step, done = row["step"], False
-                workflow = self._workflows[row["workflow"]]
-                if row["unwinding"]:
-                    workflow.steps[step].undo(connection, row, now)
-                    step, done = max(step - 1, 0), step == 0
-                elif not workflow.steps[step].do(connection, row, now):
-                    return "waits"
-                elif step + 1 < len(workflow.steps):
-                    step += 1
-                else:
-                    done = True
-                    history.settle(connection, identifier, "Succeeded", now)
-                connection.execute(_GO_ON, {"of_id": identifier, "at_step": step, "is_done": done})
-                return "over" if done else "on"
+                return self._step(connection, identifier, now)
         except StepFailed as failure:
             # The failed step's own writes are rolled back; its undo and those of the steps before it run next.
             with self._database.transaction() as connection:
@@ -217,3 +228,23 @@ class Engine:
                                error_details=str(failure))
                 connection.execute(update(operations).where(operations.c.id == identifier).values(unwinding=True))
             return "on"
+
+    def _step(self, connection: Connection, identifier: str, now: float) -> Way:
+        """The operation's current step, or the undo of it, and its new position. Raises StepFailed."""
+        row = history.find(connection, identifier)
+        if row["done"]:
+            return "waits"
+        step, done = row["step"], False
+        workflow = self._workflows[row["workflow"]]
+        if row["unwinding"]:
+            workflow.steps[step].undo(connection, row, now)
+            step, done = max(step - 1, 0), step == 0
+        elif not workflow.steps[step].do(connection, row, now):
+            return "waits"
+        elif step + 1 < len(workflow.steps):
+            step += 1
+        else:
+            done = True
+            history.settle(connection, identifier, "Succeeded", now)
+        connection.execute(_GO_ON, {"of_id": identifier, "at_step": step, "is_done": done})
+        return "over" if done else "on"
