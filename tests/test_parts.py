@@ -174,11 +174,12 @@ def test_an_agent_that_lost_its_ledger_is_sent_what_it_has_not(tmp_path: Path) -
         assert await client.put(document(1, zone(500)))
         second, transport = agent("second")
         await second.start()
-        client._http = httpx.AsyncClient(transport=transport, base_url="http://agent")
+        client._transport = transport
         assert await client.put(document(2, zone(500, n3=9)))
         assert content(second.document()) == content(document(2, zone(500, n3=9)))
         assert not await client.put(document(1, zone(500))), "an older one"
-        refused = await client._http.put("/document", content=b'{"document": {"host": "h", "generation": 9, "version": 1}}')
+        async with httpx.AsyncClient(transport=transport, base_url="http://agent") as other:
+            refused = await other.put("/document", content=b'{"document": {"host": "h", "generation": 9, "version": 1}}')
         assert refused.status_code == 400 and "contract" in refused.text
     asyncio.run(scenario())
 

@@ -11,7 +11,7 @@ import msgspec
 Condition = Literal["up", "silent", "down", "off"]
 
 
-class GuestSample(msgspec.Struct, frozen=True, kw_only=True):
+class GuestSample(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one guest did since its last sample: processor seconds over ``seconds`` of time (0: it had no process), bytes as
     it sees them. ``balance_seconds`` of ``capacity_seconds``: the processor seconds that it may burn above its baseline,
     after this sample; a capacity of 0 means that its plan has no baseline.

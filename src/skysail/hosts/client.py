@@ -28,6 +28,9 @@ from skysail.hosts.turns import Turns
 UNTOLD = 2
 # An agent that has just started asks its QEMU first, which takes a while on a busy machine.
 FACTS_SECONDS = 90.0
+# For all else. Of a stream of reports each line: the agent sends one every 12 to 15 s that keeps it alive, and one that is
+# silent for so long is dead, not quiet.
+ANSWER_SECONDS, SILENT_SECONDS = 10.0, 40.0
 # A connection outlives the pause between two questions, and ends before the agent ends it (serve/agent.py), which would be in
 # the middle of one.
 LIMITS = httpx.Limits(keepalive_expiry=30.0)
@@ -113,9 +116,10 @@ class AgentClient:
             if credentials is None:
                 raise ValueError(f"the agent at {address} is spoken to with credentials")
             transport = Pinned(host_name(self._identity), credentials)
-        transport = transport or Local(address.removeprefix("unix:"))
-        self._http = httpx.AsyncClient(transport=transport, base_url=place, timeout=httpx.Timeout(10.0), trust_env=False,
-                                       headers=PLAIN)
+        self._place = str(httpx.URL(place))  # which says at once of one that nobody can call
+        # Not by httpx's client: what it does beside asking, such as following redirects, is not wanted here, and takes as
+        # long as all else that asking takes.
+        self._transport = transport or Local(address.removeprefix("unix:"))
         self._turns = turns or Turns(8)
         self._parting = Parting()
         # The parts of zones that the agent had with the last document that it took.
@@ -125,7 +129,7 @@ class AgentClient:
         """What the host is; None where the agent is of version 2, which told no facts. Raises :class:`Foreign` when its
         version is too far from ours."""
         async with self._turns.turn():
-            answer = await self._ask("GET", "/facts", FEW_BYTES, timeout=httpx.Timeout(10.0, read=FACTS_SECONDS))
+            answer = await self._ask("GET", "/facts", FEW_BYTES, read_seconds=FACTS_SECONDS)
         untold = answer.status_code == 404
         if not untold:
             answer.raise_for_status()
@@ -151,10 +155,19 @@ class AgentClient:
             return await self._ask("PUT", "/document", MOST_BYTES,
                                    content=msgspec.json.encode(self._parting.delivery(document, self._held)))
 
-    async def _ask(self, method: str, path: str, most: int, **request: Any) -> httpx.Response:
+    async def _begin(self, method: str, path: str, read_seconds: float, **about: Any) -> httpx.Response:
+        """An answer of which nothing is read yet; to be closed."""
+        request = httpx.Request(method, f"{self._place}{path}", headers=PLAIN, extensions={
+            "timeout": httpx.Timeout(ANSWER_SECONDS, read=read_seconds).as_dict()}, **about)
+        answer = await self._transport.handle_async_request(request)
+        answer.request = request
+        return answer
+
+    async def _ask(self, method: str, path: str, most: int, read_seconds: float = ANSWER_SECONDS,
+                   **about: Any) -> httpx.Response:
         """The whole answer, of up to ``most`` bytes. Raises httpx.RemoteProtocolError for more: a host that goes on and on
         would take the memory that all others need."""
-        async with self._http.stream(method, path, **request) as answer:
+        async with contextlib.aclosing(await self._begin(method, path, read_seconds, **about)) as answer:
             said = bytearray()
             async for chunk in answer.aiter_raw():
                 said += chunk
@@ -165,11 +178,9 @@ class AgentClient:
     async def reports(self) -> AsyncIterator[HostReport]:
         """The host's report now, and again at each change, until the stream breaks. Each is of all that the host observes:
         those that came while the caller took one in are passed over for the newest."""
-        # The agent sends a keep-alive line every 12 to 15 s: a silence of 40 s is a dead agent, not a quiet one.
-        async with contextlib.AsyncExitStack() as open_stream:
-            async with self._turns.turn():
-                stream = await open_stream.enter_async_context(
-                    self._http.stream("GET", "/reports", timeout=httpx.Timeout(10.0, read=40.0)))
+        async with self._turns.turn():
+            begun = await self._begin("GET", "/reports", SILENT_SECONDS)
+        async with contextlib.aclosing(begun) as stream:
             stream.raise_for_status()
             rest = bytearray()
             async for chunk in stream.aiter_raw():
@@ -204,4 +215,4 @@ class AgentClient:
         return self._credentials.renewal_seconds
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._transport.aclose()

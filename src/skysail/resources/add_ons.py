@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, delete, insert, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, delete, insert, select, update
 
 from skysail.kit.clock import Clock
 from skysail.kit.errors import invalid_input, not_found
@@ -21,6 +21,8 @@ from skysail.store.schema import add_ons
 
 NAME = "AutoSnapshot"
 DEFAULT_HOUR = 6
+# Made once: whatever is shown of an instance comes by.
+_OF = select(add_ons).where(add_ons.c.resource_id.in_(bindparam("of_resources", expanding=True)))
 _HOUR = re.compile(r"([01][0-9]|2[0-3]):00")
 
 
@@ -101,7 +103,7 @@ def shapes(connection: Connection, resource_ids: Sequence[str], now: float) -> d
     return {row["resource_id"]: [{
         "name": NAME, "status": "Enabled" if row["enabled"] else "Disabled", "snapshotTimeOfDay": f"{row['hour']:02}:00",
         "nextSnapshotTimeOfDay": f"{schedule.next_hour(row, now):02}:00" if row["enabled"] else None,
-    }] for row in connection.execute(select(add_ons).where(add_ons.c.resource_id.in_(resource_ids))).mappings()}
+    }] for row in connection.execute(_OF, {"of_resources": resource_ids}).mappings()}
 
 
 def forget(connection: Connection, resource_id: str) -> None:

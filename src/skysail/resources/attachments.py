@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Select, func, or_, select, true, update
+from sqlalchemy import Connection, RowMapping, Select, bindparam, func, or_, select, true, update
 
 from skysail.kit.config import Config
 from skysail.kit.errors import invalid_input
@@ -16,11 +16,13 @@ from skysail.store.schema import disks, guests, hosts, instances, snapshots
 
 IOPS = 100
 
+# Made once: whatever is shown of an instance comes by.
+_ATTACHED = select(disks).where(disks.c.instance_id.in_(bindparam("of_instances", expanding=True))).order_by(disks.c.path)
+
 
 def of(connection: Connection, instance_ids: Sequence[str], now: float) -> dict[str, list[dict[str, Any]]]:
     """The disks attached to each instance, in API shape, by path."""
-    rows = connection.execute(select(disks).where(disks.c.instance_id.in_(instance_ids))
-                              .order_by(disks.c.path)).mappings().all()
+    rows = connection.execute(_ATTACHED, {"of_instances": instance_ids}).mappings().all()
     found: dict[str, list[dict[str, Any]]] = {}
     for row, shape in zip(rows, shapes(connection, rows, now), strict=True):
         found.setdefault(row["instance_id"], []).append(shape)

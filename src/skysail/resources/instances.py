@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, RowMapping, insert, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, insert, select, update
 
 from skysail.contract.document import Origin, Personality
 from skysail.hosts import desired, placement
@@ -51,16 +51,23 @@ MAX_USER_DATA_BYTES = 16 * 1024
 # What an instance shows of its guest.
 _SHOWN = (guests.c.instance_id, guests.c.private_ipv4, guests.c.public_ipv4, guests.c.public_ipv6, guests.c.vcpus,
           guests.c.memory_mib, guests.c.disk_gib, guests.c.observed_metadata)
-# Made once, for each launch comes by: to put such a statement together takes longer than the database takes to run it.
+# Made once, for each launch and each look comes by: to put such a statement together takes longer than the database takes to
+# run it.
+_FIND = select(instances).where(
+    instances.c.account_id == bindparam("account"), instances.c.region == bindparam("region"),
+    instances.c.name == bindparam("named"))
+_GUESTS = select(*_SHOWN).where(guests.c.instance_id.in_(bindparam("of_instances", expanding=True)))
+_PORTS = select(ports).where(ports.c.instance_id.in_(bindparam("of_instances", expanding=True))).order_by(
+    ports.c.protocol, ports.c.from_port)
+_STATIC = select(static_ips.c.instance_id).where(static_ips.c.instance_id.in_(bindparam("of_instances", expanding=True)))
 _INSERT_INSTANCE, _INSERT_GUEST, _INSERT_PORT = insert(instances), insert(guests), insert(ports)
 DEFAULT_PORTS = (("tcp", 22, 22), ("tcp", 80, 80))
 
 
 def get_row(connection: Connection, request: Request, name: str) -> RowMapping:
     """The caller's instance ``name`` in this region; raises NotFoundException."""
-    row = connection.execute(select(instances).where(
-        instances.c.account_id == request.account_id, instances.c.region == request.region,
-        instances.c.name == name)).mappings().first()
+    row = connection.execute(_FIND, {
+        "account": request.account_id, "region": request.region, "named": name}).mappings().first()
     if row is None:
         raise not_found(f"The Instance does not exist: {name}", "GetInstances lists the ones that do.")
     return row
@@ -80,8 +87,7 @@ def ipv6_addresses(guest: RowMapping) -> list[str]:
 
 def _static(connection: Connection, identifiers: Sequence[str]) -> set[str]:
     """Those of the instances that have a static IP."""
-    return set(connection.execute(select(static_ips.c.instance_id).where(
-        static_ips.c.instance_id.in_(identifiers))).scalars())
+    return set(connection.execute(_STATIC, {"of_instances": identifiers}).scalars())
 
 
 def _memory_mib(bundle: dict[str, Any]) -> int:
@@ -230,11 +236,10 @@ class Instances:
     def _shapes(self, connection: Connection, rows: Sequence[RowMapping]) -> list[dict[str, Any]]:
         identifiers = [row["id"] for row in rows]
         running = {guest["instance_id"]: guest for guest in connection.execute(
-            select(*_SHOWN).where(guests.c.instance_id.in_(identifiers))).mappings()}
+            _GUESTS, {"of_instances": identifiers}).mappings()}
         tagged = tags.of(connection, identifiers)
         opened: dict[str, list[RowMapping]] = {}
-        for port in connection.execute(select(ports).where(ports.c.instance_id.in_(identifiers))
-                                       .order_by(ports.c.protocol, ports.c.from_port)).mappings():
+        for port in connection.execute(_PORTS, {"of_instances": identifiers}).mappings():
             opened.setdefault(port["instance_id"], []).append(port)
         static = _static(connection, identifiers)
         stored = attachments.of(connection, identifiers, self._clock.now())

@@ -21,8 +21,9 @@ DAY_SECONDS = 86400
 KEPT_SECONDS = {60: 15 * DAY_SECONDS, 300: 455 * DAY_SECONDS}
 
 
-class Stats(msgspec.Struct):
-    """What is kept of a metric's values in some time."""
+class Stats(msgspec.Struct, gc=False):
+    """What is kept of a metric's values in some time. Thousands are made at a time, and none refers to anything: Python's
+    collector of garbage need not look at them."""
 
     count: int
     sum: float

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, delete, insert, select
+from sqlalchemy import Connection, RowMapping, bindparam, delete, insert, select
 
 from skysail.kit.clock import Clock
 from skysail.kit.config import Config
@@ -20,6 +20,8 @@ from skysail.store.schema import tags
 
 MAX_TAGS = 50
 Tagged = dict[str, list[dict[str, Any]]]
+# Made once: whatever is shown has tags.
+_OF = select(tags).where(tags.c.resource_id.in_(bindparam("of_resources", expanding=True))).order_by(tags.c.key)
 
 
 def put(connection: Connection, resource_id: str, wanted: Sequence[dict[str, Any]]) -> None:
@@ -42,7 +44,7 @@ def forget(connection: Connection, resource_id: str) -> None:
 def of(connection: Connection, resource_ids: Sequence[str]) -> Tagged:
     """The tags of each resource in API shape, sorted by key; a key-only tag has no value."""
     found: Tagged = {}
-    for row in connection.execute(select(tags).where(tags.c.resource_id.in_(resource_ids)).order_by(tags.c.key)):
+    for row in connection.execute(_OF, {"of_resources": resource_ids}):
         shape = {"key": row.key} if row.value is None else {"key": row.key, "value": row.value}
         found.setdefault(row.resource_id, []).append(shape)
     return found
