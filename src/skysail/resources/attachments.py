@@ -59,6 +59,8 @@ def refuse_beyond_room(config: Config, connection: Connection, host_id: str, siz
 
 def shapes(connection: Connection, rows: Sequence[RowMapping], now: float) -> list[dict[str, Any]]:
     """Disks as the API shows them."""
+    if not rows:  # as with most instances: nothing is asked
+        return []
     identifiers = [row["id"] for row in rows]
     tagged, added = tags.of(connection, identifiers), add_ons.shapes(connection, identifiers, now)
     owners = {row.id: row.name for row in connection.execute(select(instances.c.id, instances.c.name).where(
