@@ -116,7 +116,7 @@ class AgentClient:
             if credentials is None:
                 raise ValueError(f"the agent at {address} is spoken to with credentials")
             transport = Pinned(host_name(self._identity), credentials)
-        self._place = str(httpx.URL(place))  # which says at once of one that nobody can call
+        self._place = str(httpx.URL(place))  # raises at once for one that nobody can call
         # Not by httpx's client: what it does beside asking, such as following redirects, is not wanted here, and takes as
         # long as all else that asking takes.
         self._transport = transport or Local(address.removeprefix("unix:"))

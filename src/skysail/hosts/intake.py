@@ -7,6 +7,7 @@ counts one twice or leaves one out.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,9 +19,11 @@ from skysail.store.database import Database
 from skysail.store.leases import Confirm
 from skysail.store.schema import sample_cursors
 
+log = logging.getLogger(__name__)
 # How long pages are gathered: to write one takes a dozen statements, and to write those of many hosts hardly more.
 GATHER_SECONDS = 0.5
-# So many samples of guests at the most are written in one transaction, unless one host has more: others wait to write, too.
+# So many samples, of guests and of hosts, at the most are written in one transaction, unless one host has more: others wait
+# to write, too.
 TOGETHER = 250
 # Writes what new samples of hosts say, by the hosts' ids.
 TakeIn = Callable[[Connection, Mapping[str, Sequence[Sample]]], None]
@@ -29,17 +32,14 @@ _MOVE_ON = insert(sample_cursors)
 _LET_GO = delete(sample_cursors).where(sample_cursors.c.host_id.in_(bindparam("of_hosts", expanding=True)))
 
 
-class _Page(NamedTuple):
-    """What a host told, by whose leave it is written, and who waits for it."""
+class _Told(NamedTuple):
+    """A page of what a host told, ``size`` samples in all; by whose leave it is written, and who waits for it."""
 
     host_id: str
     page: SamplePage
+    size: int
     confirm: Confirm
     fresh: asyncio.Future[int]
-
-    @property
-    def size(self) -> int:
-        return sum(len(sample.guests) for sample in self.page.samples)
 
 
 class Intake:
@@ -49,15 +49,16 @@ class Intake:
         self._database = database
         self._take_in = take_in
         self._gather_seconds = gather_seconds
-        self._waiting: list[_Page] = []
+        self._waiting: list[_Told] = []
         self._writer: asyncio.Task[None] | None = None
 
     async def take(self, host_id: str, page: SamplePage, confirm: Confirm) -> int:
         """Write one page of the host's samples; how many of them were not written before. Raises what ``confirm`` or
         ``take_in`` raises."""
         fresh: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Page(host_id, page, confirm, fresh))
-        if self._writer is None:
+        size = sum(1 + len(sample.guests) for sample in page.samples)
+        self._waiting.append(_Told(host_id, page, size, confirm, fresh))
+        if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write_all())
         return await fresh
 
@@ -71,60 +72,69 @@ class Intake:
 
     async def _write_all(self) -> None:
         """Ends when nothing waits any more."""
-        try:
-            while self._waiting:
-                await asyncio.sleep(self._gather_seconds)
-                while self._waiting:
-                    pages = self._next()
-                    for page, outcome in zip(pages, await SAMPLES.run(self._write, pages), strict=True):
-                        if page.fresh.done():  # nobody waits any longer
+        while self._waiting:
+            await asyncio.sleep(self._gather_seconds)
+            while several := self._next():
+                outcomes: Sequence[int | BaseException] = []
+                try:
+                    outcomes = await SAMPLES.run(self._write, several)
+                except BaseException as failed:
+                    outcomes = [failed] * len(several)
+                    raise
+                finally:
+                    for told, outcome in zip(several, outcomes, strict=True):
+                        if told.fresh.done():  # nobody waits any longer
                             continue
                         if isinstance(outcome, BaseException):
-                            page.fresh.set_exception(outcome)
+                            told.fresh.set_exception(outcome)
                         else:
-                            page.fresh.set_result(outcome)
-        finally:
-            self._writer = None
+                            told.fresh.set_result(outcome)
 
-    def _next(self) -> list[_Page]:
-        """Those that waited longest; of one host one page."""
-        chosen: dict[str, _Page] = {}
+    def _next(self) -> list[_Told]:
+        """Those that waited longest, of one host one page. What nobody waits for any more is not begun: its host is left, or
+        is another controller's."""
+        self._waiting = [told for told in self._waiting if not told.fresh.done()]
+        chosen: dict[str, _Told] = {}
         size = 0
-        for page in self._waiting:
-            if chosen and size + page.size > TOGETHER:
+        for told in self._waiting:
+            if chosen and size + told.size > TOGETHER:
                 break
-            if chosen.setdefault(page.host_id, page) is page:
-                size += page.size
-        self._waiting = [page for page in self._waiting if chosen.get(page.host_id) is not page]
+            if chosen.setdefault(told.host_id, told) is told:
+                size += told.size
+        self._waiting = [told for told in self._waiting if chosen.get(told.host_id) is not told]
         return [*chosen.values()]
 
-    def _write(self, pages: Sequence[_Page]) -> list[int | BaseException]:
-        """How many samples of each were new. Where they cannot be written together, each is by itself: one that cannot be
-        written, or is another controller's by now, keeps nobody from writing the others."""
+    def _write(self, several: Sequence[_Told]) -> list[int | BaseException]:
+        """How many samples of each were new. Where they cannot be written together, each half is by itself: one that cannot
+        be written, or is another controller's by now, keeps nobody from writing the others."""
+        begun = False
         try:
-            return [*self._write_together(pages)]
+            with self._database.transaction() as connection:
+                begun = True
+                return [*self._write_together(connection, several)]
         except BaseException as failed:
-            if len(pages) == 1:
-                return [failed]
-            return [outcome for page in pages for outcome in self._write([page])]
+            if not begun or len(several) == 1:  # a database that is away is not asked for each of them
+                return [failed] * len(several)
+            log.debug("the samples of %d hosts are not written together: %s", len(several), failed)
+        half = len(several) // 2
+        return self._write(several[:half]) + self._write(several[half:])
 
-    def _write_together(self, pages: Sequence[_Page]) -> list[int]:
-        with self._database.transaction() as connection:
-            for confirm in {page.confirm for page in pages}:
-                confirm(connection)
-            # Read again: another controller, which is being replaced by us, may have taken them in meanwhile.
-            known = _cursors(connection, [page.host_id for page in pages])
-            new: dict[str, list[Sample]] = {}
-            for host_id, page, *_ in pages:
-                ring, after = known.get(host_id, ("", 0))
-                new[host_id] = [sample for sample in page.samples if page.ring != ring or sample.sequence > after]
-            told = [page for page in pages if new[page.host_id]]
-            if told:
-                self._take_in(connection, {page.host_id: new[page.host_id] for page in told})
-                connection.execute(_LET_GO, {"of_hosts": [page.host_id for page in told]})
-                connection.execute(_MOVE_ON, [{"host_id": page.host_id, "ring": page.page.ring,
-                                               "sequence": new[page.host_id][-1].sequence} for page in told])
-            return [len(new[page.host_id]) for page in pages]
+    def _write_together(self, connection: Connection, several: Sequence[_Told]) -> list[int]:
+        for confirm in {told.confirm for told in several}:
+            confirm(connection)
+        # Read again: another controller, which is being replaced by us, may have taken them in meanwhile.
+        known = _cursors(connection, [told.host_id for told in several])
+        new: dict[str, list[Sample]] = {}
+        for told in several:
+            ring, after = known.get(told.host_id, ("", 0))
+            new[told.host_id] = [one for one in told.page.samples if told.page.ring != ring or one.sequence > after]
+        fresh = [told for told in several if new[told.host_id]]
+        if fresh:
+            self._take_in(connection, {told.host_id: new[told.host_id] for told in fresh})
+            connection.execute(_LET_GO, {"of_hosts": [told.host_id for told in fresh]})
+            connection.execute(_MOVE_ON, [{"host_id": told.host_id, "ring": told.page.ring,
+                                           "sequence": new[told.host_id][-1].sequence} for told in fresh])
+        return [len(new[told.host_id]) for told in several]
 
 
 def _cursors(connection: Connection, host_ids: Sequence[str]) -> dict[str, tuple[str, int]]:

@@ -46,9 +46,10 @@ class _Sockets(httpcore.AsyncNetworkBackend):
 class _Stream(httpcore.AsyncNetworkStream):
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
-        # Until when what is read now has to have come, and the one timer that looks whether it has.
+        # Until when what is read now has to have come; the one timer that looks whether it has, and when it does.
         self._due = math.inf
         self._timer: asyncio.TimerHandle | None = None
+        self._looks = math.inf
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         self._await_until(asyncio.get_running_loop().time() + timeout if timeout is not None else math.inf)
@@ -64,11 +65,11 @@ class _Stream(httpcore.AsyncNetworkStream):
     def _await_until(self, due: float) -> None:
         # Of lines that come every few seconds a timer for each, made and taken back, costs more than the lines do.
         self._due = due
-        if self._timer is not None and due < self._timer.when():
+        if self._timer is not None and due < self._looks:
             self._timer.cancel()
             self._timer = None
         if self._timer is None and due < math.inf:
-            self._timer = asyncio.get_running_loop().call_at(due, self._look)
+            self._timer, self._looks = asyncio.get_running_loop().call_at(due, self._look), due
 
     def _look(self) -> None:
         self._timer = None

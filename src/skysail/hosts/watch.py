@@ -218,7 +218,7 @@ class Watch:
         self._changed.set()
 
     async def _send_again(self) -> None:
-        """Some time after the start and then every hour, whatever the agent says that it holds: rows of a database that was
+        """Some time after the start and then now and then, whatever the agent says that it holds: rows of a database that was
         restored may have come to the same generation by another way."""
         longest = AGAIN_SECONDS
         while True:

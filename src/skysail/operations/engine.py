@@ -160,15 +160,16 @@ class Engine:
             [one for several in together[first:first + size] for one in several] for first in range(0, len(together), size))))
 
     def _carry_on(self, some: Sequence[tuple[RowMapping, Confirm]]) -> int:
-        """Drive those of these operations that need not wait, one after the other; how many steps committed."""
+        """Drive those of these operations that need not wait, some at a time; how many steps committed."""
         committed = 0
         ready = self._ready(some)
         for begin in range(0, len(ready), DRIVEN_TOGETHER):
             together = ready[begin:begin + DRIVEN_TOGETHER]
-            ways = self._advance_together(together) if len(together) > 1 else []
-            committed += sum(way != "waits" for way in ways)
-            again = [one for one, way in zip(together, ways, strict=True) if way == "on"] if ways else together
-            committed += sum(self._advance_alone(identifier, confirm) for identifier, confirm in again)
+            ways = self._advance_together(together) if len(together) > 1 else None
+            if ways is not None:
+                committed += sum(way != "waits" for way in ways)
+                together = [one for one, way in zip(together, ways, strict=True) if way == "on"]
+            committed += sum(self._advance_alone(identifier, confirm) for identifier, confirm in together)
         return committed
 
     def _advance_alone(self, identifier: str, confirm: Confirm) -> int:
@@ -184,17 +185,18 @@ class Engine:
             log.exception("operation %s is tried again with the next pass", identifier)
         return committed
 
-    def _advance_together(self, some: Sequence[tuple[str, Confirm]]) -> list[Way]:
-        """Run the next step of each in one transaction: how each went. Nothing, and nothing is changed, where one of them
-        cannot be: then each is by itself."""
+    def _advance_together(self, some: Sequence[tuple[str, Confirm]]) -> list[Way] | None:
+        """Run the next step of each in one transaction: how each went. None, and nothing is changed, where one of them fails:
+        then each is by itself."""
         now = self._clock.now()
         try:
             with self._database.transaction() as connection:
                 for confirm in {confirm for _, confirm in some}:
                     confirm(connection)
                 return [self._step(connection, identifier, now) for identifier, _ in some]
-        except Exception:  # what it was, the one that it was of will say again
-            return []
+        except Exception as failed:  # the one that it was of says so again
+            log.debug("%d operations are not carried on together: %s", len(some), failed)
+            return None
 
     def _ready(self, some: Sequence[tuple[RowMapping, Confirm]]) -> list[tuple[str, Confirm]]:
         """Those of them that need not wait. Most have to: they are asked within one transaction, which only reads and keeps

@@ -1,8 +1,8 @@
 """A workflow: named steps, each beside its undo.
 
-A step is one transaction that looks at the rows and either is through (returns True), has to wait for the world (returns
-False; it is asked again after the next report), or raises :class:`StepFailed`. Because a step's effects and the
-operation's new position commit together, a controller killed between any two instructions repeats at most a step that
+A step is one transaction, or a part of one with steps of other operations. It looks at the rows and either is through
+(returns True), has to wait for the world (returns False; it is asked again after the next report), or raises
+:class:`StepFailed`. Because a step's effects and the operation's new position commit together, a controller killed between any two instructions repeats at most a step that
 left no trace.
 """
 

@@ -11,7 +11,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import BindParameter, Connection, RowMapping, and_, bindparam, case, delete, func, insert, or_, select, update
+from sqlalchemy import (
+    BindParameter,
+    Column,
+    Connection,
+    RowMapping,
+    Select,
+    String,
+    and_,
+    bindparam,
+    case,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 
 from skysail.contract.samples import GuestSample, Sample
 from skysail.store.schema import guests, instances, measurements, meters, moves, remains, transfers
@@ -44,7 +60,7 @@ NUMBERS = {"CPUUtilization": 1, "NetworkIn": 2, "NetworkOut": 3, "StatusCheckFai
            "StatusCheckFailed_System": 6, "BurstCapacityPercentage": 7, "BurstCapacityTime": 8, "MetadataNoToken": 9}
 _NAMES = {number: name for name, number in NUMBERS.items()}
 _decoder = msgspec.msgpack.Decoder(dict[int, tuple[int, float, float, float]])
-# Run for all guests of a host at once: every one of them is measured each minute.
+# Run for all guests of several hosts at once: every one of them is measured each minute.
 _INSERT_MEASUREMENT = insert(measurements).values(
     instance_id=bindparam("of_instance"), seconds=bindparam("of_seconds"), at=bindparam("of_at"),
     stats=bindparam("new_stats"))
@@ -65,26 +81,31 @@ _INSERT_TRANSFER = insert(transfers).values(
     instance_id=bindparam("of_instance"), month=bindparam("of_month"), account_id=bindparam("of_account"),
     instance_name=bindparam("new_name"), bundle_id=bindparam("new_bundle"), region=bindparam("new_region"),
     rx_bytes=bindparam("more_rx"), tx_bytes=bindparam("more_tx"))
+_BUNDLE: BindParameter[str] = bindparam("new_bundle", type_=String)
 # An instance that was deleted meanwhile has what was noted of it before.
 _UPDATE_TRANSFER = update(transfers).where(
     transfers.c.instance_id == bindparam("of_instance"), transfers.c.month == bindparam("of_month")).values(
     instance_name=bindparam("new_name"),
-    bundle_id=case((bindparam("new_bundle") == "", transfers.c.bundle_id), else_=bindparam("new_bundle")),
-    region=case((bindparam("new_bundle") == "", transfers.c.region), else_=bindparam("new_region")),
+    bundle_id=case((_BUNDLE == "", transfers.c.bundle_id), else_=_BUNDLE),
+    region=case((_BUNDLE == "", transfers.c.region), else_=bindparam("new_region", type_=String)),
     rx_bytes=transfers.c.rx_bytes + bindparam("more_rx"), tx_bytes=transfers.c.tx_bytes + bindparam("more_tx"))
-# What hosts may speak of: their guests.
 _HOSTS: BindParameter[Any] = bindparam("of_hosts", expanding=True)
+# What hosts may speak of: their guests.
 _KNOWN = select(
     guests.c.id, guests.c.instance_id, guests.c.instance_name, guests.c.account_id, instances.c.bundle_id, instances.c.region,
     guests.c.host_id).outerjoin(instances, instances.c.id == guests.c.instance_id).where(guests.c.host_id.in_(_HOSTS))
+
+
+def _moving(name: Column[Any], host: Column[Any]) -> Select[Any]:
+    """Guests that move, by the name that they have at one of the ends, and the host there."""
+    return select(name.label("id"), guests.c.instance_id, guests.c.instance_name, guests.c.account_id,
+                  instances.c.bundle_id, instances.c.region, host.label("host_id")).join(
+        guests, guests.c.instance_id == moves.c.instance_id).outerjoin(
+        instances, instances.c.id == guests.c.instance_id).where(host.in_(_HOSTS), guests.c.id != name)
+
+
 # What a guest used at its source before it went, or at its target before its row followed it, comes behind its back.
-_WENT, _CAME = (
-    select(name.label("id"), guests.c.instance_id, guests.c.instance_name, guests.c.account_id, instances.c.bundle_id,
-           instances.c.region, host.label("host_id"))
-    .join(guests, guests.c.instance_id == moves.c.instance_id)
-    .outerjoin(instances, instances.c.id == guests.c.instance_id)
-    .where(host.in_(_HOSTS), guests.c.id != name)
-    for name, host in ((moves.c.guest, moves.c.source), (moves.c.id, moves.c.target)))
+_WENT, _CAME = _moving(moves.c.guest, moves.c.source), _moving(moves.c.id, moves.c.target)
 # So does what it used before its host failed, and it went on elsewhere.
 _LEFT = select(
     remains.c.id, remains.c.instance_id, remains.c.instance_name, remains.c.account_id, instances.c.bundle_id,
@@ -194,7 +215,7 @@ def _add(row: Rolled, metric: str, stats: Stats) -> None:
 def _transfer(connection: Connection, flows: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
     """Add to what many instances transferred in a month."""
     held = {(row.instance_id, row.month) for row in connection.execute(
-        _TRANSFERS, {"of_instances": [instance_id for instance_id, _ in flows]})} if flows else set()
+        _TRANSFERS, {"of_instances": [*{instance_id for instance_id, _ in flows}]})} if flows else set()
     for known, statement in ((True, _UPDATE_TRANSFER), (False, _INSERT_TRANSFER)):
         rows = [{"of_instance": one, "of_month": month, **more} for (one, month), more in flows.items()
                 if ((one, month) in held) is known]

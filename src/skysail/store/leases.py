@@ -79,6 +79,8 @@ class Shares:
         """Live on, and take what is ours to do; whether that changed. Called every ``BEAT_SECONDS``."""
         with self._database.transaction() as connection:
             held = self._divide(connection)
+        # What is as it was stays the same object: those that are asked together are told apart by that.
+        held = {name: self._held[name] if self._held.get(name) == lease else lease for name, lease in held.items()}
         changed = held != self._held
         for what, names in (("done here", held.keys() - self._held.keys()),
                             ("done by another controller", self._held.keys() - held.keys())):
