@@ -65,3 +65,40 @@ def test_one_that_is_broken_off_gives_its_turn_back() -> None:
             pass
 
     asyncio.run(run())
+
+
+def test_what_was_begun_goes_on_before_more_begins() -> None:
+    async def run() -> None:
+        shared, order = Turns(1), list[str]()
+
+        async def meet(name: str) -> None:
+            async with shared.turn():
+                order.append(f"{name} begins")
+                await asyncio.sleep(0)
+            async with shared.turn(goes_on=True):
+                order.append(f"{name} goes on")
+
+        await asyncio.gather(*(meet(name) for name in "abcd"))
+        assert order[:2] == ["a begins", "b begins"]  # which was given the turn before a asked again
+        assert [order.index(f"{name} goes on") - order.index(f"{name} begins") for name in "abcd"] == [2] * 4
+
+    asyncio.run(run())
+
+
+def test_one_that_waits_no_more_does_not_keep_the_turn_that_it_was_given() -> None:
+    async def run() -> None:
+        shared = Turns(1)
+
+        async def ask() -> None:
+            async with shared.turn():
+                pass
+
+        async with shared.turn():
+            first, second = asyncio.create_task(ask()), asyncio.create_task(ask())
+            await asyncio.sleep(0)
+        first.cancel()  # it was given the turn, and did not begin yet
+        async with asyncio.timeout(20):
+            await second
+            await ask()
+
+    asyncio.run(run())

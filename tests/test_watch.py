@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from sqlalchemy import insert, select, update
+from sqlalchemy import delete, insert, select, update
 
 import stores
 from skysail import contract
@@ -218,3 +218,33 @@ def test_a_user_name_is_no_option_of_ssh(tmp_path: Path) -> None:
     done = subprocess.run(login(access, folder, ["true"], ["ConnectTimeout=5", "Port=1"]), stdin=subprocess.DEVNULL,
                           capture_output=True, check=False)
     assert done.returncode != 0 and not (tmp_path / "ran").exists()
+
+
+def test_hosts_for_which_something_is_new_are_met_first(database: Database, tmp_path: Path) -> None:
+    """Hundreds that hold their documents keep nobody from the one that has to start something."""
+    called: list[str] = []
+    with database.transaction() as connection:
+        for number in range(300):
+            connection.execute(insert(hosts).values(id=f"other-{number}", address=f"unix:/nowhere/{number}",
+                                                    generation=7, observed_generation=7 + (number == 200)))
+        connection.execute(update(hosts).where(hosts.c.id == HOST).values(observed_generation=hosts.c.generation))
+
+    def connect(address: str) -> AgentClient:
+        called.append(address)
+        return AgentClient(address)
+
+    async def story() -> None:
+        fleet = Fleet(database, HandClock(), Vault.at(tmp_path / "key"), lambda name: Lease(name, "a", 1), connect,
+                      lambda resources: None, Intake(database, lambda *_: None), 60.0)
+        work = asyncio.create_task(fleet.run())
+        await until(lambda: len(fleet._tended) == 301)
+        with database.transaction() as connection:  # one comes, one goes, one is elsewhere
+            connection.execute(insert(hosts).values(id="new", address="unix:/nowhere/new"))
+            connection.execute(delete(hosts).where(hosts.c.id == "other-1"))
+            connection.execute(update(hosts).where(hosts.c.id == "other-2").values(address="unix:/elsewhere"))
+        await until(lambda: "new" in fleet._tended and "other-1" not in fleet._tended
+                    and fleet._tended["other-2"].host.address == "unix:/elsewhere")
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+    asyncio.run(story())
+    assert called[0] == "unix:/nowhere/200" and len(called) == 303

@@ -151,7 +151,7 @@ class AgentClient:
         return True
 
     async def _deliver(self, document: HostDocument) -> httpx.Response:
-        async with self._turns.turn():
+        async with self._turns.turn(goes_on=True):
             return await self._ask("PUT", "/document", MOST_BYTES,
                                    content=msgspec.json.encode(self._parting.delivery(document, self._held)))
 
@@ -178,7 +178,7 @@ class AgentClient:
     async def reports(self) -> AsyncIterator[HostReport]:
         """The host's report now, and again at each change, until the stream breaks. Each is of all that the host observes:
         those that came while the caller took one in are passed over for the newest."""
-        async with self._turns.turn():
+        async with self._turns.turn(goes_on=True):
             begun = await self._begin("GET", "/reports", SILENT_SECONDS)
         async with contextlib.aclosing(begun) as stream:
             stream.raise_for_status()

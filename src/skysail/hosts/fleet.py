@@ -99,8 +99,9 @@ class Fleet:
                 self._changed.clear()
                 began = now()
                 try:
-                    if began >= due or not self._tell(await asyncio.to_thread(self._behind)):
-                        await self._follow(await asyncio.to_thread(self._hosts))
+                    behind = await asyncio.to_thread(self._behind)
+                    if began >= due or not self._tell(behind):
+                        await self._follow(await asyncio.to_thread(self._hosts), behind)
                         self._tell(await asyncio.to_thread(self._behind))
                         due = now() + max(FOLLOW_SECONDS, (now() - began) / LOOKING)
                 except Exception:
@@ -143,15 +144,17 @@ class Fleet:
                 tended.watch.touch()
         return True
 
-    async def _follow(self, found: Mapping[str, _Host]) -> None:
+    async def _follow(self, found: Mapping[str, _Host], behind: Collection[str]) -> None:
+        """Watch all that are found, and no others. Who is ``behind`` comes first: to meet thousands takes minutes, and what
+        is new for those somebody waits for."""
         await self._leave([host_id for host_id, tended in self._tended.items()
                            if tended.host != found.get(host_id) or tended.work.done()])
         now = asyncio.get_running_loop().time()
         self._unfit = {host_id: (host, due) for host_id, (host, due) in self._unfit.items()
                        if host == found.get(host_id) and now < due}
-        for host_id, host in found.items():
-            if host_id in self._tended or host_id in self._unfit:
-                continue
+        new = [host_id for host_id in found if host_id not in self._tended and host_id not in self._unfit]
+        for host_id in sorted(new, key=lambda host_id: host_id not in behind):
+            host = found[host_id]
             try:
                 self._tended[host_id] = self._tend(host_id, host)
             except Exception:  # one address that nobody can call keeps nobody from the others

@@ -2,8 +2,8 @@
 
 A step is one transaction, or a part of one with steps of other operations. It looks at the rows and either is through
 (returns True), has to wait for the world (returns False; it is asked again after the next report), or raises
-:class:`StepFailed`. Because a step's effects and the operation's new position commit together, a controller killed between any two instructions repeats at most a step that
-left no trace.
+:class:`StepFailed`. Because a step's effects and the operation's new position commit together, a controller killed between
+any two instructions repeats at most a step that left no trace.
 """
 
 from __future__ import annotations
