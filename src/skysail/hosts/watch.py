@@ -68,8 +68,6 @@ _OBSERVED = (guests.c.id, guests.c.instance_id, guests.c.observed_state, guests.
              guests.c.observed_addresses, guests.c.observed_qemu, guests.c.ours, guests.c.heir, guests.c.witnessed_at)
 _UPDATE_GUEST = update(guests).where(guests.c.id == bindparam("of_id")).values({
     column: bindparam(f"of_{column.name}") for column in _OBSERVED if column.name not in ("id", "instance_id")})
-
-
 # Made once: each report comes by, and to put a statement together takes longer than to run it.
 _GUESTS_OF = select(*_OBSERVED).where(guests.c.host_id == bindparam("of_host"))
 _IMAGES_OF = select(images.c.digest).where(images.c.host_id == bindparam("of_host"))

@@ -73,8 +73,6 @@ _INSERT_METER = insert(meters).values(
 _UPDATE_METER = update(meters).where(meters.c.instance_id == bindparam("of_instance")).values(
     cpu_seconds=meters.c.cpu_seconds + bindparam("more_cpu"), rx_bytes=meters.c.rx_bytes + bindparam("more_rx"),
     tx_bytes=meters.c.tx_bytes + bindparam("more_tx"), sampled_at=bindparam("seen_at"))
-
-
 _TRANSFERS = select(transfers.c.instance_id, transfers.c.month).where(
     transfers.c.instance_id.in_(bindparam("of_instances", expanding=True)))
 _INSERT_TRANSFER = insert(transfers).values(
